@@ -1,0 +1,157 @@
+"""Images to train on: scikit-learn's digits, a folder of IDX files (the MNIST family), an .npz, or a folder of pictures."""
+
+import gzip
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+Pixels = npt.NDArray[np.uint8]  # (n, C, H, W)
+
+HELD_OUT = 0.1  # share kept for evaluation where the data brings no test set of its own
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+class DataError(Exception):
+    """The data cannot be used; the message names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    train: Pixels
+    test: Pixels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.train.shape
+        return channels, height, width
+
+
+def load(source: str) -> Dataset:
+    """Read a data set.
+
+    source: `digits`, or the path of a folder of IDX files (gzipped or not), of an .npz with arrays `train` and `test`
+        or `images`, or of a folder of pictures of one size.
+
+    Raises DataError.
+    """
+    if source == "digits":
+        return _digits()
+    path = Path(source)
+    if path.is_dir():
+        return _idx_folder(path) if any(path.glob("*-idx3-ubyte*")) else _picture_folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _npz(path)
+    raise DataError(
+        f"no data at {source!r}: give `digits`, an .npz, or a folder of IDX files or of pictures that exists"
+    )
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # a second to import, for this source alone
+
+    images = load_digits().images  # (1797, 8, 8), 0 .. 16
+    return _split("digits", np.rint(images * (255 / 16)).astype(np.uint8)[:, None])
+
+
+def _idx_folder(folder: Path) -> Dataset:
+    train, test = (_idx(_idx_file(folder, split)) for split in ("train", "t10k"))
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(f"{folder}: training images are {train.shape[1:]}, test images {test.shape[1:]}")
+    return Dataset(folder.resolve().name, train, test)
+
+
+def _idx_file(folder: Path, split: str) -> Path:
+    for name in (f"{split}-images-idx3-ubyte.gz", f"{split}-images-idx3-ubyte"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} has no {split}-images-idx3-ubyte.gz")
+
+
+def _idx(path: Path) -> Pixels:
+    """The format of http://yann.lecun.com/exdb/mnist: magic 0x00000803, three big-endian sizes, then bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a readable gzip file ({error}): fetch it again") from error
+    header = np.frombuffer(content[:16], ">u4")
+    if len(header) != 4 or header[0] != 0x803:
+        raise DataError(f"{path} is not an IDX file of images: it should start with 00 00 08 03")
+    count, height, width = (int(size) for size in header[1:])
+    if len(content) != 16 + count * height * width or min(count, height, width) < 1:
+        raise DataError(f"{path} announces {count} images of {height}x{width} but holds {len(content) - 16} pixels")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(count, 1, height, width)
+
+
+def _npz(path: Path) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a readable .npz ({error})") from error
+    if {"train", "test"} <= arrays.keys():
+        train, test = (_pixels(arrays[key], f"{path}[{key!r}]") for key in ("train", "test"))
+        if train.shape[1:] != test.shape[1:]:
+            raise DataError(f"{path}: `train` holds images of {train.shape[1:]}, `test` of {test.shape[1:]}")
+        return Dataset(path.stem, train, test)
+    if "images" in arrays:
+        return _split(path.stem, _pixels(arrays["images"], f"{path}['images']"))
+    raise DataError(f"{path} holds {sorted(arrays)}: it should hold `train` and `test`, or `images`")
+
+
+def _pixels(array: npt.NDArray[np.generic], where: str) -> Pixels:
+    if array.ndim == 3:
+        array = array[:, None]
+    if array.ndim != 4 or min(array.shape) < 1 or array.shape[1] not in (1, 3):
+        raise DataError(f"{where} has shape {array.shape}: it should be (n, H, W) or (n, C, H, W), C 1 or 3, n >= 1")
+    if array.dtype == np.uint8:
+        return array.astype(np.uint8)
+    floats = array.astype(np.float64) if array.dtype.kind in "biuf" else np.array([np.nan])
+    if not (floats.min() >= 0 and floats.max() <= 1):
+        raise DataError(f"{where} is {array.dtype}: it should be uint8, or floats in [0, 1]")
+    return np.rint(floats * 255).astype(np.uint8)
+
+
+def _picture_folder(folder: Path) -> Dataset:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise DataError(f"{folder} holds neither IDX files nor pictures ({', '.join(sorted(PICTURES))})")
+    mode, first = "L", _picture(paths[0])
+    if first.mode not in ("1", "L", "LA", "I;16"):
+        mode = "RGB"
+    images = np.empty((len(paths), first.height, first.width, len(mode)), np.uint8)
+    for row, path in enumerate(tqdm(paths, desc="reading pictures", unit="file", disable=None)):
+        picture = _picture(path)
+        if picture.size != first.size:
+            raise DataError(
+                f"{path} is {picture.width}x{picture.height}, {paths[0]} is {first.width}x{first.height}: "
+                "all pictures must have one size"
+            )
+        images[row] = np.asarray(picture.convert(mode)).reshape(images.shape[1:])
+    return _split(folder.resolve().name, images.transpose(0, 3, 1, 2).copy())
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.copy()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not a readable picture ({error})") from error
+
+
+def _split(name: str, images: Pixels) -> Dataset:
+    """Hold out the same random tenth every time."""
+    if len(images) < 2:
+        raise DataError(f"{name} holds {len(images)} image: at least 2 are needed, one to train on and one to hold out")
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out = max(1, round(HELD_OUT * len(images)))
+    return Dataset(name, images[order[held_out:]], images[order[:held_out]])
+
+

@@ -1,0 +1,187 @@
+"""A run: the folder in which one training writes its configuration, checkpoint, metrics and contact sheets.
+
+    config.json             how it was started; what `--resume` must agree with
+    checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced in one rename
+    metrics.jsonl           one line an epoch
+    evaluation.json         what `evaluate` found
+    sheets/                 samples and reconstructions
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from export.objectives import VAE
+from models import MODELS, VAEConfig
+
+WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
+LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
+
+
+class RunError(Exception):
+    """The run cannot be started, continued or read; the message says why and the way out."""
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides the weights a training ends with, besides the images themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["gaussian", "gumbel"]
+    """Kind of latent."""
+    data: str
+    """`digits`, an .npz, a folder of IDX files (MNIST family), or a folder of pictures."""
+    body: Literal["mlp", "conv"] = "conv"
+    """Network between images and latent."""
+    width: tuple[PositiveInt, ...] | None = None
+    """Hidden sizes (mlp) or channels (conv), from the image towards the latent. Default: 512,256 or 32,64,64."""
+    latent_shape: tuple[PositiveInt, ...] | None = None
+    """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
+    binarize: bool = True
+    """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the
+    Bernoulli likelihood as they are and the bound is not one of log p(x)."""
+    epochs: PositiveInt = 30
+    """Passes over the training images."""
+    batch_size: PositiveInt = 128
+    """Images per step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of Adam at the first step; decays to 0 along a cosine."""
+    kl_warm_up: int = Field(default=1, ge=0)
+    """Epochs over which the weight of the KL term rises from 0 to 1."""
+    tau_start: PositiveFloat = 1.0
+    """Gumbel: temperature of the relaxation at step 0."""
+    tau_min: PositiveFloat = 0.5
+    """Gumbel: the lowest temperature."""
+    tau_rate: float = Field(default=1e-4, ge=0)
+    """Gumbel: the temperature at step t is max(tau_min, tau_start * exp(-tau_rate * t))."""
+    tau_every: PositiveInt = 500
+    """Gumbel: with t rounded down to a multiple of this many steps."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the initial weights and of every draw."""
+
+    def vae_config(self, image_shape: tuple[int, int, int]) -> VAEConfig:
+        return VAEConfig(
+            image_shape=image_shape,
+            latent_shape=self.latent_shape or LATENT_SHAPES[self.kind],
+            body=self.body,
+            width=self.width or WIDTHS[self.body],
+        )
+
+
+class RunConfig(BaseModel):
+    """The contents of config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: TrainConfig
+    data_name: str
+    data_sha256: str
+    image_shape: tuple[int, int, int]
+
+    def build(self) -> VAE:
+        """The network with its initial weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            return MODELS[self.train.kind](self.train.vae_config(self.image_shape))
+
+
+class Run:
+    """The files of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint.safetensors"
+        self.metrics = folder / "metrics.jsonl"
+
+    def start(self, config: RunConfig) -> None:
+        if (self.folder / "config.json").exists():
+            raise RunError(f"{self.folder} already holds a run: add --resume to continue it, or choose another --out")
+        (self.folder / "sheets").mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
+
+    def resume(self, config: RunConfig) -> None:
+        before = self.config()
+        for name, now in _flat(config).items():
+            if _flat(before)[name] != now:
+                raise RunError(f"{self.folder} was started with {name}={_flat(before)[name]!r}, not {now!r}")
+
+    def config(self) -> RunConfig:
+        path = self.folder / "config.json"
+        try:
+            return RunConfig.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise RunError(f"{self.folder} holds no run: `python -m export train` makes one") from error
+        except ValidationError as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+
+    def save(self, epoch: int, model: VAE, optimizer: torch.optim.Adam) -> None:
+        """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            for key, tensor in optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = tensor
+        write_atomically(self.checkpoint, save(tensors, {"epoch": str(epoch)}))
+
+    def restore(self, model: VAE, optimizer: torch.optim.Adam | None = None) -> int:
+        """Load the last checkpoint into model and optimizer. Returns the number of finished epochs, 0 without one."""
+        if not self.checkpoint.exists():
+            return 0
+        try:
+            with safe_open(self.checkpoint, "pt") as file:
+                epoch = int(file.metadata()["epoch"])
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            model.load_state_dict(_under("model.", tensors))
+        except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{self.checkpoint} is damaged ({error}): delete it to train from the start") from error
+        if optimizer is not None:
+            for name, parameter in model.named_parameters():
+                optimizer.state[parameter] = _under(f"optimizer.{name}.", tensors)
+        return epoch
+
+    def trained(self) -> VAE:
+        """The network with the weights of the last finished epoch."""
+        model = self.config().build()
+        if not self.restore(model):
+            raise RunError(f"{self.folder} has no checkpoint yet: continue it with `train --resume`")
+        return model.eval()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop the metrics of an epoch that was killed before its checkpoint."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= epoch]
+        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the checkpoint: ties an evaluation to the weights it is of."""
+        return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    fields = config.model_dump()
+    return {**fields.pop("train"), **fields}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

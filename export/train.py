@@ -1,0 +1,135 @@
+"""Training: Adam on the evidence lower bound, the same weights for the same configuration, killed or not."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from export.data import Dataset, load
+from export.objectives import VAE, cosine_decay, elbo_terms, gumbel_temperature, warm_up
+from export.run import Run, RunConfig, TrainConfig, write_atomically
+from service.pictures import png, sheet
+
+SHEET_ROWS = 64
+EVALUATION_BATCH = 500
+
+# What a generator is for: with the seed and the epoch this decides its draws, so a resumed run repeats them.
+TRAINING, HELD_OUT, SHEET = range(3)
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
+    """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
+    data = load(config.data)
+    run, run_config = Run(out), describe(config, data)
+    if resume and (out / "config.json").exists():
+        run.resume(run_config)
+    else:
+        run.start(run_config)
+    model = run_config.build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    done = run.restore(model, optimizer)
+    run.forget_after(done)
+    images, held_out = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
+    for epoch in range(done, config.epochs):
+        metrics = _train_epoch(model, optimizer, images, config, epoch)
+        metrics |= _held_out_metrics(model, held_out, config)
+        run.log({"epoch": epoch + 1, **metrics})
+        if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
+            path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"
+            write_atomically(path, contact_sheet(model, held_out, config))
+        run.save(epoch + 1, model, optimizer)
+        tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return run
+
+
+def describe(config: TrainConfig, data: Dataset) -> RunConfig:
+    digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
+    return RunConfig(train=config, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
+
+
+def generator(seed: int, purpose: int, epoch: int = 0) -> torch.Generator:
+    """A generator whose draws depend on nothing else."""
+    (state,) = np.random.SeedSequence([seed, purpose, epoch]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
+    """uint8 pixels -> float32 images in [0, 1], each pixel drawn from its grey value if `binarize`."""
+    grey = pixels.float() / 255
+    return torch.bernoulli(grey, generator=draws) if binarize else grey
+
+
+def _train_epoch(
+    model: VAE, optimizer: torch.optim.Adam, pixels: Tensor, config: TrainConfig, epoch: int
+) -> dict[str, float]:
+    draws = generator(config.seed, TRAINING, epoch)
+    order = torch.randperm(len(pixels), generator=draws)
+    batches = order.split(config.batch_size)
+    first_step, last_step = epoch * len(batches), config.epochs * len(batches)
+    started, temperature = time.perf_counter(), model.default_temperature
+    totals = torch.zeros(2, dtype=torch.float64)
+    model.train()
+    for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
+        images = as_images(pixels[rows], config.binarize, draws)
+        if config.kind == "gumbel":
+            temperature = gumbel_temperature(
+                step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * cosine_decay(step, last_step)
+        likelihood, kl = elbo_terms(model, images, temperature, draws)
+        loss = (warm_up(step, config.kl_warm_up * len(batches)) * kl - likelihood).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals += torch.stack([likelihood.detach().sum(), kl.detach().sum()])
+    likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
+    seconds = time.perf_counter() - started
+    return {
+        "elbo": likelihood_mean - kl_mean,
+        "kl": kl_mean,
+        "temperature": temperature,
+        "images_per_second": len(pixels) / seconds,
+    }
+
+
+@torch.inference_mode()
+def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[str, float]:
+    """The one-sample ELBO of the held-out images, at the temperature that is served."""
+    model.eval()
+    draws = generator(config.seed, HELD_OUT)
+    total = 0.0
+    for batch in pixels.split(EVALUATION_BATCH):
+        images = as_images(batch, config.binarize, draws)
+        likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
+        total += (likelihood - kl).double().sum().item()
+    return {"held_out_elbo": total / len(pixels)}
+
+
+@torch.inference_mode()
+def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
+    """A PNG: samples of the prior on the left; on the right held-out images, each above its reconstruction."""
+    model.eval()
+    draws = generator(config.seed, SHEET)
+    images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)
+    noise = model.noise((SHEET_ROWS, *model.config.latent_shape), draws)
+    prior = tuple(parameter.expand(noise.shape) for parameter in model.prior())
+    temperature = torch.full((SHEET_ROWS,), model.default_temperature)
+    samples = _decode(model, model.sample(prior, noise, temperature))  # type: ignore[arg-type]  # the model's own prior
+    posterior = model.encode(images)
+    noise = torch.zeros_like(posterior[0])  # the most likely latents
+    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros(len(images))))  # type: ignore[arg-type]
+    pairs = torch.stack([(images * 255).byte(), reconstructions], 1).flatten(0, 1)
+    # Eight columns of pairs read across: originals in the even rows, reconstructions in the odd ones.
+    pairs = pairs.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten(0, 2) if len(pairs) % 16 == 0 else pairs
+    left, right = sheet(samples.numpy(), 8), sheet(pairs.numpy(), 8)
+    right = np.pad(right, ((0, 0), (0, left.shape[1] - right.shape[1]), (0, 0)))
+    return png(np.concatenate([left, right], axis=2))
+
+
+def _decode(model: VAE, latents: Tensor) -> Tensor:
+    return (torch.sigmoid(model.decode(latents)) * 255).round().byte()

@@ -1,0 +1,93 @@
+"""Encoder and decoder bodies: what lies between images and the parameters of a distribution."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The architecture of one VAE.
+
+    image_shape: (C, H, W).
+    latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel one.
+    body: "mlp" or "conv".
+    width: sizes of the hidden layers of an MLP, or channels of the convolutions, each of which halves the image;
+        from the image towards the latent. The decoder mirrors the encoder.
+    """
+
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
+    body: Literal["mlp", "conv"]
+    width: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, sizes in (("image_shape", self.image_shape), ("latent_shape", self.latent_shape), ("width", self.width)):
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name} must hold positive sizes, got {list(sizes)}")
+
+
+def encoder(config: VAEConfig, features: int) -> nn.Sequential:
+    """Images (n, C, H, W) in [0, 1] -> (n, features), unbounded."""
+    return _mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features)
+
+
+def decoder(config: VAEConfig) -> nn.Sequential:
+    """Latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
+    return _mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config)
+
+
+def _mlp_encoder(config: VAEConfig, features: int) -> nn.Sequential:
+    sizes = (prod(config.image_shape), *config.width)
+    return nn.Sequential(nn.Flatten(), *_dense(sizes), nn.Linear(sizes[-1], features))
+
+
+def _mlp_decoder(config: VAEConfig) -> nn.Sequential:
+    sizes = (prod(config.latent_shape), *reversed(config.width))
+    pixels = prod(config.image_shape)
+    return nn.Sequential(
+        nn.Flatten(), *_dense(sizes), nn.Linear(sizes[-1], pixels), nn.Unflatten(1, config.image_shape)
+    )
+
+
+def _dense(sizes: tuple[int, ...]) -> Iterator[nn.Module]:
+    for before, after in pairwise(sizes):
+        yield nn.Linear(before, after)
+        yield nn.ReLU()
+
+
+def _conv_encoder(config: VAEConfig, features: int) -> nn.Sequential:
+    channels, sizes = _pyramid(config)
+    layers: list[nn.Module] = []
+    for (before, after), size in zip(pairwise(channels), sizes, strict=False):
+        layers += [nn.Conv2d(before, after, _kernel(size), stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * prod(sizes[-1]), features))
+
+
+def _conv_decoder(config: VAEConfig) -> nn.Sequential:
+    channels, sizes = _pyramid(config)
+    top = (channels[-1], *sizes[-1])
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(prod(config.latent_shape), prod(top)), nn.Unflatten(1, top)]
+    for (after, before), size in reversed(list(zip(pairwise(channels), sizes, strict=False))):
+        layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, _kernel(size), stride=2, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def _pyramid(config: VAEConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Channels and image sizes from the image to the top; each size is half the one before, rounded up."""
+    sizes = [config.image_shape[1:]]
+    for _ in config.width:
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    return (config.image_shape[0], *config.width), sizes
+
+
+def _kernel(size: tuple[int, int]) -> tuple[int, int]:
+    """4 for an even size, 3 for an odd one: then stride 2 and padding 1 halve it exactly, and back, without the
+    output padding on which exporters and runtimes disagree."""
+    height, width = size
+    return 4 - height % 2, 4 - width % 2

@@ -1,0 +1,72 @@
+"""VAE with a Gaussian latent (Kingma and Welling, 2014, https://arxiv.org/abs/1312.6114)."""
+
+from math import log, pi, prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.bodies import VAEConfig, decoder, encoder
+
+Parameters = tuple[Tensor, Tensor]  # mu, log_var: each (n, *latent_shape)
+
+
+class GaussianVAE(nn.Module):
+    """p(z) = N(0, I), q(z | x) = N(mu(x), sigma(x)^2), p(x | z) Bernoulli in every pixel."""
+
+    kind: ClassVar = "gaussian"
+    parameter_names: ClassVar = ("mu", "log_var")
+    default_temperature: ClassVar = 1.0
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder(config, 2 * prod(config.latent_shape))
+        self.decoder = decoder(config)
+        self.standard: Tensor
+        self.register_buffer("standard", torch.zeros(1, *config.latent_shape), persistent=False)
+
+    def prior(self) -> Parameters:
+        """The parameters of p(z), each (1, *latent_shape)."""
+        return self.standard, self.standard
+
+    def encode(self, images: Tensor) -> Parameters:
+        """Images (n, C, H, W) in [0, 1] -> mu and log_var of q(z | x), each (n, *latent_shape)."""
+        mu, log_var = self.encoder(images).unflatten(1, (2, *self.config.latent_shape)).unbind(1)
+        return mu, log_var
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
+        return self.decoder(latents)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    @staticmethod
+    def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard normal draws of this shape."""
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    @staticmethod
+    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor) -> Tensor:
+        """Draw latents by the reparameterization trick, z = mu + temperature * exp(0.5 * log_var) * noise.
+
+        parameters and noise: (n, *latent_shape); temperature: (n,), 0 gives mu.
+        """
+        mu, log_var = parameters
+        return mu + _per_row(temperature, noise) * torch.exp(0.5 * log_var) * noise
+
+    @staticmethod
+    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
+        """log N(latents; mu, exp(log_var)) in nats, (n,)."""
+        mu, log_var = parameters
+        density = -0.5 * (log(2 * pi) + log_var + (latents - mu) ** 2 / log_var.exp())
+        return density.flatten(1).sum(1)
+
+    @staticmethod
+    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL(posterior || prior) in nats, (n,); Kingma and Welling, appendix B, for any two Gaussians."""
+        (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
+        squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
+        return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1).sum(1)
+
+
+def _per_row(temperature: Tensor, like: Tensor) -> Tensor:
+    return temperature.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,80 @@
+"""VAE with a categorical latent, trained through the Gumbel-Softmax relaxation
+(Jang, Gu and Poole, 2017, https://arxiv.org/abs/1611.01144; Maddison, Mnih and Teh, 2017, https://arxiv.org/abs/1611.00712).
+"""
+
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.bodies import VAEConfig, decoder, encoder
+
+Parameters = tuple[Tensor]  # logits: (n, D, K)
+
+
+class GumbelVAE(nn.Module):
+    """p(z) = D independent categories of K with learned logits, q(z | x) = softmax(logits(x)), p(x | z) Bernoulli in
+    every pixel."""
+
+    kind: ClassVar = "gumbel"
+    parameter_names: ClassVar = ("logits",)
+    default_temperature: ClassVar = 0.0
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        if len(config.latent_shape) != 2:
+            raise ValueError(f"a Gumbel latent has the shape D x K, got {list(config.latent_shape)}")
+        self.config = config
+        self.encoder = encoder(config, prod(config.latent_shape))
+        self.decoder = decoder(config)
+        self.prior_logits = nn.Parameter(torch.zeros(config.latent_shape))
+
+    def prior(self) -> Parameters:
+        """The parameters of p(z), (1, D, K)."""
+        return (self.prior_logits.unsqueeze(0),)
+
+    def encode(self, images: Tensor) -> Parameters:
+        """Images (n, C, H, W) in [0, 1] -> logits of q(z | x), (n, D, K)."""
+        return (self.encoder(images).unflatten(1, self.config.latent_shape),)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Codes (n, D, K), one-hot or relaxed -> pixel logits (n, C, H, W)."""
+        return self.decoder(latents)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    @staticmethod
+    def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard Gumbel draws of this shape, -log(-log(1 - u)) in float64, where a small u keeps all its digits."""
+        u = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).clamp_min(2.0**-54)
+        return -torch.log(-torch.log1p(-u)).float()
+
+    @staticmethod
+    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor) -> Tensor:
+        """Draw codes: softmax((logits + noise) / temperature) over K, and its limit one_hot(argmax(logits + noise))
+        at temperature 0.
+
+        parameters and noise: (n, D, K); temperature: (n,). The argmax is an exact categorical draw (Gumbel-Max).
+        """
+        (logits,) = parameters
+        # Centred first, so that large logits leave the noise its digits.
+        scores = logits - logits.amax(-1, keepdim=True) + noise
+        scores = scores - scores.amax(-1, keepdim=True)
+        temperature = temperature.reshape(-1, 1, 1)
+        relaxes = temperature >= torch.finfo(torch.float32).tiny
+        relaxed = torch.softmax(scores / torch.where(relaxes, temperature, 1.0), -1)
+        categories = torch.arange(scores.shape[-1], device=scores.device)
+        one_hot = (scores.argmax(-1, keepdim=True) == categories).to(scores.dtype)
+        return torch.where(relaxes, relaxed, one_hot)
+
+    @staticmethod
+    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
+        """log of the probability of one-hot codes in nats, (n,)."""
+        (logits,) = parameters
+        return (latents * logits.log_softmax(-1)).flatten(1).sum(1)
+
+    @staticmethod
+    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL(posterior || prior) in nats, (n,), between the categories, not their relaxations; log-softmax, never
+        log(p + eps)."""
+        log_q, log_p = posterior[0].log_softmax(-1), prior[0].log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).flatten(1).sum(1)

@@ -1,0 +1,71 @@
+"""Which onnxruntime provider runs the models, and why."""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime as ort
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+# Full float32, and algorithms by rule rather than by timing: the same rows on every start.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+
+
+class DeviceError(Exception):
+    """The device asked for is not there; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Device:
+    name: Literal["cpu", "cuda"]
+    providers: tuple[Any, ...]
+    reason: str
+
+
+def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """Raises DeviceError if `wanted` is cuda and CUDA does not work."""
+    if wanted == "cpu":
+        return Device("cpu", (CPU,), "REPARAM_DEVICE=cpu")
+    missing = _missing_for_cuda()
+    if missing is None:
+        return Device("cuda", ((CUDA, CUDA_OPTIONS), CPU), f"REPARAM_DEVICE={wanted} and CUDA works")
+    if wanted == "cuda":
+        raise DeviceError(f"REPARAM_DEVICE=cuda, but {missing}; REPARAM_DEVICE=auto would run on the CPU")
+    return Device("cpu", (CPU,), f"REPARAM_DEVICE=auto, and {missing}")
+
+
+def _missing_for_cuda() -> str | None:
+    if CUDA not in ort.get_available_providers():
+        return f"this onnxruntime {ort.__version__} has no CUDA provider: install onnxruntime-gpu"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1): install it, or give the container a GPU"
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver shows no GPU"
+    ort.preload_dlls()  # from the nvidia packages of the `cuda` dependency group, where they are installed
+    return _missing_libraries()
+
+
+def _missing_libraries() -> str | None:
+    """Ask onnxruntime itself: it falls back to the CPU if a library of CUDA or cuDNN cannot be loaded."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if ort.InferenceSession(_IDENTITY, options, providers=[CUDA, CPU]).get_providers()[0] == CUDA:
+        return None
+    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(provider))  # only for the loader's message, which names the library that is missing
+    except OSError as error:
+        return f"the CUDA provider cannot be loaded ({error}): install the `cuda` dependency group"
+    return "onnxruntime refused to use CUDA, though its libraries are there"
+
+
+# The smallest ONNX model: y = Identity(x), float32 (1,).
+_IDENTITY = bytes.fromhex(
+    "080812003a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
+    "0f0a0179120a0a08080112040a02080142040a001011"
+)

@@ -1,0 +1,106 @@
+"""The outermost ASGI layer: request ids, the API key, problem documents, the access log and request metrics."""
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from http import HTTPStatus
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import MEDIA_TYPE, MethodNotAllowed, Problem, Unauthorized, UnknownPath
+from service.metrics import Metrics
+
+log = logging.getLogger("service.access")
+
+OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
+CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Edge:
+    """Wraps the application, so that whatever it raises is answered, counted and logged once."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        request_id = _request_id(request)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        started = time.perf_counter()
+        with self.metrics.in_flight.track_inprogress():
+            try:
+                self._authorize(request)
+                await self.app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                status = CLIENT_CLOSED
+            except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+                if status:  # half an answer is out, and cutting it short is all that can be said
+                    log.exception("broken off", extra={"request_id": request_id})
+                else:
+                    await _answer(_problem(error, request, request_id), request_id, send_with_id)
+        seconds = time.perf_counter() - started
+        path = scope["route"].path if "route" in scope else "other"
+        self.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.duration.labels(path).observe(seconds)
+        about = {"method": request.method, "path": request.url.path, "status": status, "request_id": request_id}
+        log.info("request", extra={**about, "seconds": round(seconds, 6)})
+
+    def _authorize(self, request: Request) -> None:
+        if self.api_key is None or request.url.path.startswith(OPEN):
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+            raise Unauthorized(
+                "this service asks for its key: send the header `Authorization: Bearer <key>`",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _request_id(request: Request) -> str:
+    """The client's, if it can stand in a header and a log line; else a fresh one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _problem(error: Exception, request: Request, request_id: str) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    log.error("unexpected", exc_info=error, extra={"request_id": request_id})
+    return Problem(f"something failed inside the service; its log has the cause under request {request_id}")
+
+
+async def refused_by_router(request: Request, error: Exception) -> Response:
+    """Exception handler for what the router itself refuses: says it as a problem."""
+    assert isinstance(error, HTTPException)  # noqa: S101  # it is registered for this class
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allow = (error.headers or {}).get("Allow", "")
+        raise MethodNotAllowed(f"{request.url.path} answers {allow}, not {request.method}", headers=error.headers)
+    raise UnknownPath(f"nothing lies at {request.url.path!r}; /docs lists what does")
+
+
+async def _answer(problem: Problem, request_id: str, send: Send) -> None:
+    body = orjson.dumps(problem.document(request_id))
+    headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), **problem.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

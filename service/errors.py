@@ -1,0 +1,118 @@
+"""What can go wrong with a request, and how it is told: problem details of RFC 9457, each type with one class here."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(Exception):
+    """A request that cannot be answered.
+
+    The message is the `detail`: it carries the offending value and the way out. Extra members go into the document as
+    they are; `retry_after`, in seconds, becomes the header too.
+    """
+
+    slug: ClassVar = "internal"
+    status: ClassVar = 500
+    meaning: ClassVar = "The service failed; the log has the cause under the request id."
+
+    def __init__(self, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+        self.headers = dict(headers or {})
+        if "retry_after" in members:
+            self.headers["Retry-After"] = str(members["retry_after"])
+
+    def document(self, request_id: str) -> dict[str, Any]:
+        return {
+            "type": f"/problems/{self.slug}",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "instance": f"urn:request:{request_id}",
+            **self.members,
+        }
+
+
+class InvalidRequest(Problem):
+    slug = "invalid-request"
+    status = 422
+    meaning = "The body is not JSON in UTF-8, or a field has a wrong name, type, value or shape; `errors` points at each."
+
+
+class NonFiniteSample(Problem):
+    slug = "non-finite-sample"
+    status = 422
+    meaning = "The parameters given overflow float32: the sample would hold NaN or infinity."
+
+
+class Unauthorized(Problem):
+    slug = "unauthorized"
+    status = 401
+    meaning = "The service asks for its API key: `Authorization: Bearer <key>`."
+
+
+class UnknownModel(Problem):
+    slug = "unknown-model"
+    status = 404
+    meaning = "No such model or version; `available` lists those served."
+
+
+class UnknownPath(Problem):
+    slug = "unknown-path"
+    status = 404
+    meaning = "Nothing lies at this path."
+
+
+class MethodNotAllowed(Problem):
+    slug = "method-not-allowed"
+    status = 405
+    meaning = "The path does not answer this method; `Allow` lists those it answers."
+
+
+class NotAcceptable(Problem):
+    slug = "not-acceptable"
+    status = 406
+    meaning = "None of the media types in `Accept` can be sent; `available` lists those that can."
+
+
+class TooLarge(Problem):
+    slug = "too-large"
+    status = 413
+    meaning = "The body or the answer would exceed a limit; `limit` and `got` say by how much."
+
+
+class UnsupportedMediaType(Problem):
+    slug = "unsupported-media-type"
+    status = 415
+    meaning = "The body is not declared as `application/json`."
+
+
+class QueueFull(Problem):
+    slug = "queue-full"
+    status = 429
+    meaning = "Too many rows wait already; try again after `Retry-After` seconds."
+
+
+class ModelFailed(Problem):
+    slug = "model-failed"
+    status = 500
+    meaning = "The model failed on these rows; the log has the cause under the request id."
+
+
+class Unavailable(Problem):
+    slug = "unavailable"
+    status = 503
+    meaning = "The service is starting, draining, or has no model to serve; try again after `Retry-After` seconds."
+
+
+class DeadlineExceeded(Problem):
+    slug = "deadline-exceeded"
+    status = 504
+    meaning = "The deadline passed before the rows were ready; `stage` says where."
+
+
+PROBLEMS: dict[str, type[Problem]] = {problem.slug: problem for problem in (Problem, *Problem.__subclasses__())}

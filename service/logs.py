@@ -1,0 +1,16 @@
+"""Log lines for people; for machines REPARAM_LOG_FORMAT=json prints the same fields as JSON."""
+
+import logging
+
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
+
+
+class TextFormatter(logging.Formatter):
+    """time level message key=value ..."""
+
+    def __init__(self) -> None:
+        super().__init__("{asctime} {levelname:<7} {message}", style="{")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        extras = (f" {key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
+        return super().formatMessage(record) + "".join(extras)

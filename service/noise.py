@@ -1,0 +1,53 @@
+"""Noise as a pure function of seed and row (`noise_version` 1).
+
+Each row owns its own counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2,
+3"), so a row is the same whatever batch, request or replica draws it. Only raw words are used, the one output that NumPy
+promises never to change (NEP 19); docs/architecture.md specifies every step.
+"""
+
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtri
+
+NOISE_VERSION = 1
+LATENT_STREAM = 0  # the other streams of a seed are kept for later uses
+
+Words = npt.NDArray[np.uint64]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_WORDS_PER_BLOCK = 4
+_BELOW_ONE = 1 - 2.0**-53
+
+
+def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = LATENT_STREAM) -> Words:
+    """The random words of rows start .. start + n - 1, uint64 (n, *shape).
+
+    seed and stream: 0 .. 2**64 - 1. Row r begins at counter r * ceil(elements / 4), elements the product of shape.
+    """
+    elements = prod(shape)
+    blocks = -(-elements // _WORDS_PER_BLOCK)
+    philox = np.random.Philox(key=seed | stream << 64, counter=start * blocks)
+    raw = philox.random_raw(n * blocks * _WORDS_PER_BLOCK).reshape(n, -1)
+    return raw[:, :elements].reshape(n, *shape)
+
+
+def uniform(words: Words) -> Float64:
+    """(word + 0.5) * 2**-64 in float64, in [2**-65, 1 - 2**-53]: never 0, never 1, and a small value has all its digits."""
+    return np.minimum((words + 0.5) * 2.0**-64, _BELOW_ONE)
+
+
+def normal(words: Words) -> Float32:
+    """Standard normal draws by inversion of the distribution function, computed in float64."""
+    return ndtri(uniform(words)).astype(np.float32)
+
+
+def gumbel(words: Words) -> Float32:
+    """Standard Gumbel draws, -log(-log(1 - u)) computed in float64.
+
+    Large draws come from small u, where log1p loses nothing: no epsilon is needed, and argmax(logits + g) selects
+    categories of probability 1e-15 as often as it should.
+    """
+    return -np.log(-np.log1p(-uniform(words))).astype(np.float32)

@@ -1,0 +1,39 @@
+"""Pixels to pictures: single PNGs and contact sheets."""
+
+import io
+from math import ceil, isqrt
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+GAP = 2  # pixels between two images of a sheet
+PAPER = 96  # grey between them
+
+
+def png(image: Pixels) -> bytes:
+    """Encode one image, uint8 (C, H, W) with C 1 or 3, as a PNG."""
+    channels_last = image.transpose(1, 2, 0)
+    picture = Image.fromarray(np.ascontiguousarray(channels_last[..., 0] if len(image) == 1 else channels_last))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def sheet(images: Pixels, columns: int | None = None) -> Pixels:
+    """Lay images, uint8 (n, C, H, W), out in rows, as near to a square as `columns` (default: ceil(sqrt(n))) allows.
+
+    Returns uint8 (C, height, width). A single image comes back as it is.
+    """
+    n, channels, height, width = images.shape
+    if n == 1:
+        return images[0]
+    columns = columns or isqrt(n - 1) + 1
+    rows = ceil(n / columns)
+    cells = np.full((rows * columns, channels, height + GAP, width + GAP), PAPER, np.uint8)
+    cells[:n, :, :height, :width] = images
+    tiled = cells.reshape(rows, columns, channels, height + GAP, width + GAP).transpose(2, 0, 3, 1, 4)
+    paper = tiled.reshape(channels, rows * (height + GAP), columns * (width + GAP))[:, :-GAP, :-GAP]
+    return np.pad(paper, ((0, 0), (GAP, GAP), (GAP, GAP)), constant_values=PAPER)

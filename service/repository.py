@@ -1,0 +1,98 @@
+"""The model repository: <folder>/<model>/<version>/model.onnx, read once at start."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from service.artifact import MODEL_FILE, NAME, Arrays, Artifact, ArtifactError, Contract, load
+from service.devices import Device
+from service.errors import Unavailable, UnknownModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a model, loaded."""
+
+    name: str
+    version: int
+    artifact: Artifact
+
+    @property
+    def contract(self) -> Contract:
+        return self.artifact.contract
+
+    @cached_property
+    def prior(self) -> Arrays:
+        return self.contract.prior_arrays()
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """What a request may ask for."""
+        return ("images", "latents") if self.contract.kind == "gaussian" else ("images", "codes", "indices")
+
+
+@dataclass
+class Repository:
+    """The models that are served, and the files that are not, each with its fault."""
+
+    default: str | None = None
+    models: dict[str, dict[int, Model]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def find(self, name: str | None, version: int | None) -> Model:
+        """Raises UnknownModel, Unavailable."""
+        if not self.models:
+            raise Unavailable("no model is served: /readyz says why", retry_after=5)
+        if name is None:
+            name = self.default or min(self.models)
+        available = {known: sorted(versions) for known, versions in sorted(self.models.items())}
+        if name not in self.models:
+            raise UnknownModel(
+                f"unknown model {name!r}; this server has: {', '.join(available)}", available=available
+            )
+        versions = self.models[name]
+        if version is None:
+            return versions[max(versions)]
+        if version not in versions:
+            raise UnknownModel(
+                f"model {name!r} has no version {version}; this server has: {', '.join(map(str, sorted(versions)))}",
+                available=available,
+            )
+        return versions[version]
+
+    def load(self, folder: Path, device: Device, threads: int) -> None:
+        """Load every version that keeps the contract; the others are noted in `refused` and hurt nobody."""
+        for name, version, path in _versions(folder):
+            started = time.perf_counter()
+            try:
+                artifact = load(_inside(path, folder), device.providers, threads)
+            except ArtifactError as error:
+                self.refused[f"{name}/{version}"] = str(error)
+                log.error("model refused", extra={"model": name, "version": version, "fault": str(error)})
+                continue
+            self.models.setdefault(name, {})[version] = Model(name, version, artifact)
+            about: dict[str, Any] = {"provider": artifact.provider, "reason": device.reason}
+            about["load_seconds"] = round(time.perf_counter() - started, 3)
+            log.info("model loaded", extra={"model": name, "version": version, **about})
+        if self.default and self.default not in self.models:
+            log.error("the default model is not served", extra={"model": self.default})
+
+
+def _versions(folder: Path) -> Iterator[tuple[str, int, Path]]:
+    for model in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if model.is_dir() and NAME.fullmatch(model.name):
+            for version in sorted(path for path in model.iterdir() if path.name.isdecimal()):
+                yield model.name, int(version.name), version / MODEL_FILE
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """The path, unless a link on the way leaves the repository."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path}: a link leads out of the repository, to {path.resolve()}")
+    return path.resolve()

@@ -1,0 +1,63 @@
+"""Every setting of the service: a field here, a flag of `python -m service`, an environment variable REPARAM_<FIELD>."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEVICES = Literal["auto", "cpu", "cuda"]
+
+
+class Settings(BaseSettings):
+    """Reparam serves trained VAE samplers over HTTP.
+
+    Each option can also be given in the environment: REPARAM_ and its name in capitals, as in REPARAM_PORT=9000. An
+    option on the command line wins.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="REPARAM_",
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 for any free one."""
+    artifacts: Path = Path("artifacts")
+    """The model repository: <model>/<version>/model.onnx."""
+    default_model: str | None = None
+    """Model of a request that names none; else the first by name."""
+    device: DEVICES = "auto"
+    """auto takes CUDA when it works; cuda refuses to start without it."""
+    threads: NonNegativeInt = 0
+    """Cores one run of a model on the CPU may use; 0 for all."""
+    api_key: SecretStr | None = None
+    """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
+    max_batch_rows: PositiveInt = 64
+    """Rows of one run of a model; longer requests are cut into pieces of this many rows."""
+    max_queue_rows: PositiveInt = 16384
+    """Rows that may wait; a request beyond them is answered with 429."""
+    max_rows: PositiveInt = 100_000_000
+    """Rows of one streamed answer (application/x-npy)."""
+    max_buffered_bytes: PositiveInt = 64 * 2**20
+    """Raw bytes of one answer that is not streamed (JSON, PNG, npz)."""
+    max_body_bytes: PositiveInt = 16 * 2**20
+    """Bytes of a request body."""
+    request_timeout: PositiveFloat = 30.0
+    """Seconds a request may take, or a stream until its first rows; a `Request-Timeout` header can only shorten it."""
+    drain_delay: NonNegativeFloat = 1.0
+    """Seconds between SIGTERM, when /readyz turns 503, and the closing of the port: time for load balancers to see it."""
+    drain_timeout: NonNegativeInt = 7
+    """Seconds that requests in flight may take after that."""
+    log_format: Literal["json", "text"] = "json"
+    """How a log line looks."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe lines logged; `info` includes one line a request."""

@@ -11,14 +11,12 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from export.errors import DataError
+
 Pixels = npt.NDArray[np.uint8]  # (n, C, H, W)
 
 HELD_OUT = 0.1  # share kept for evaluation where the data brings no test set of its own
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-
-
-class DataError(Exception):
-    """The data cannot be used; the message names the file and the way out."""
 
 
 @dataclass(frozen=True)
@@ -153,5 +151,3 @@ def _split(name: str, images: Pixels) -> Dataset:
     order = np.random.default_rng(0).permutation(len(images))
     held_out = max(1, round(HELD_OUT * len(images)))
     return Dataset(name, images[order[held_out:]], images[order[:held_out]])
-
-

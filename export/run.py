@@ -1,10 +1,10 @@
 """A run: the folder in which one training writes its configuration, checkpoint, metrics and contact sheets.
 
-    config.json             how it was started; what `--resume` must agree with
-    checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced in one rename
-    metrics.jsonl           one line an epoch
-    evaluation.json         what `evaluate` found
-    sheets/                 samples and reconstructions
+config.json             how it was started; what `--resume` must agree with
+checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced in one rename
+metrics.jsonl           one line an epoch
+evaluation.json         what `evaluate` found
+sheets/                 samples and reconstructions
 """
 
 import hashlib
@@ -12,69 +12,18 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from export.config import LATENT_SHAPES, WIDTHS, TrainConfig
+from export.errors import RunError
 from export.objectives import VAE
 from models import MODELS, VAEConfig
-
-WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
-LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
-
-
-class RunError(Exception):
-    """The run cannot be started, continued or read; the message says why and the way out."""
-
-
-class TrainConfig(BaseModel):
-    """Everything that decides the weights a training ends with, besides the images themselves."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    kind: Literal["gaussian", "gumbel"]
-    """Kind of latent."""
-    data: str
-    """`digits`, an .npz, a folder of IDX files (MNIST family), or a folder of pictures."""
-    body: Literal["mlp", "conv"] = "conv"
-    """Network between images and latent."""
-    width: tuple[PositiveInt, ...] | None = None
-    """Hidden sizes (mlp) or channels (conv), from the image towards the latent. Default: 512,256 or 32,64,64."""
-    latent_shape: tuple[PositiveInt, ...] | None = None
-    """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
-    binarize: bool = True
-    """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the
-    Bernoulli likelihood as they are and the bound is not one of log p(x)."""
-    epochs: PositiveInt = 30
-    """Passes over the training images."""
-    batch_size: PositiveInt = 128
-    """Images per step."""
-    learning_rate: PositiveFloat = 1e-3
-    """Of Adam at the first step; decays to 0 along a cosine."""
-    kl_warm_up: int = Field(default=1, ge=0)
-    """Epochs over which the weight of the KL term rises from 0 to 1."""
-    tau_start: PositiveFloat = 1.0
-    """Gumbel: temperature of the relaxation at step 0."""
-    tau_min: PositiveFloat = 0.5
-    """Gumbel: the lowest temperature."""
-    tau_rate: float = Field(default=1e-4, ge=0)
-    """Gumbel: the temperature at step t is max(tau_min, tau_start * exp(-tau_rate * t))."""
-    tau_every: PositiveInt = 500
-    """Gumbel: with t rounded down to a multiple of this many steps."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the initial weights and of every draw."""
-
-    def vae_config(self, image_shape: tuple[int, int, int]) -> VAEConfig:
-        return VAEConfig(
-            image_shape=image_shape,
-            latent_shape=self.latent_shape or LATENT_SHAPES[self.kind],
-            body=self.body,
-            width=self.width or WIDTHS[self.body],
-        )
 
 
 class RunConfig(BaseModel):
@@ -89,9 +38,17 @@ class RunConfig(BaseModel):
 
     def build(self) -> VAE:
         """The network with its initial weights."""
+        train = self.train
+        config = VAEConfig(
+            image_shape=self.image_shape,
+            latent_shape=train.latent_shape or LATENT_SHAPES[train.kind],
+            body=train.body,
+            width=train.width or WIDTHS[train.body],
+            dense=train.dense,
+        )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.train.seed)
-            return MODELS[self.train.kind](self.train.vae_config(self.image_shape))
+            torch.manual_seed(train.seed)
+            return MODELS[train.kind](config)
 
 
 class Run:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from export.config import TrainConfig
 from export.data import Dataset, load
 from export.objectives import VAE, cosine_decay, elbo_terms, gumbel_temperature, warm_up
-from export.run import Run, RunConfig, TrainConfig, write_atomically
+from export.run import Run, RunConfig, write_atomically
 from service.pictures import png, sheet
 
 SHEET_ROWS = 64
@@ -76,9 +77,7 @@ def _train_epoch(
     for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
         images = as_images(pixels[rows], config.binarize, draws)
         if config.kind == "gumbel":
-            temperature = gumbel_temperature(
-                step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every
-            )
+            temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * cosine_decay(step, last_step)
         likelihood, kl = elbo_terms(model, images, temperature, draws)

@@ -16,19 +16,25 @@ class VAEConfig:
     image_shape: (C, H, W).
     latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel one.
     body: "mlp" or "conv".
-    width: sizes of the hidden layers of an MLP, or channels of the convolutions, each of which halves the image;
-        from the image towards the latent. The decoder mirrors the encoder.
+    width: sizes of the hidden layers of an MLP, or channels of the convolutions, each of which halves the image.
+    dense: sizes of the hidden layers between the convolutions and the latent.
+
+    width and dense run from the image towards the latent; the decoder mirrors the encoder.
     """
 
     image_shape: tuple[int, int, int]
     latent_shape: tuple[int, ...]
     body: Literal["mlp", "conv"]
     width: tuple[int, ...]
+    dense: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, sizes in (("image_shape", self.image_shape), ("latent_shape", self.latent_shape), ("width", self.width)):
+        for name in ("image_shape", "latent_shape", "width"):
+            sizes = getattr(self, name)
             if not sizes or min(sizes) < 1:
                 raise ValueError(f"{name} must hold positive sizes, got {list(sizes)}")
+        if self.dense and self.body == "mlp":
+            raise ValueError("dense belongs to the convolutions; an MLP has all its layers in width")
 
 
 def encoder(config: VAEConfig, features: int) -> nn.Sequential:
@@ -65,13 +71,15 @@ def _conv_encoder(config: VAEConfig, features: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for (before, after), size in zip(pairwise(channels), sizes, strict=False):
         layers += [nn.Conv2d(before, after, _kernel(size), stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * prod(sizes[-1]), features))
+    dense = (channels[-1] * prod(sizes[-1]), *config.dense)
+    return nn.Sequential(*layers, nn.Flatten(), *_dense(dense), nn.Linear(dense[-1], features))
 
 
 def _conv_decoder(config: VAEConfig) -> nn.Sequential:
     channels, sizes = _pyramid(config)
     top = (channels[-1], *sizes[-1])
-    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(prod(config.latent_shape), prod(top)), nn.Unflatten(1, top)]
+    dense = (prod(config.latent_shape), *reversed(config.dense))
+    layers: list[nn.Module] = [nn.Flatten(), *_dense(dense), nn.Linear(dense[-1], prod(top)), nn.Unflatten(1, top)]
     for (after, before), size in reversed(list(zip(pairwise(channels), sizes, strict=False))):
         layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, _kernel(size), stride=2, padding=1)]
     return nn.Sequential(*layers)

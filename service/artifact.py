@@ -93,7 +93,9 @@ class Contract(BaseModel):
     def prior_arrays(self) -> Arrays:
         """The parameters of the prior, float32 (*latent_shape) each. Raises ArtifactError."""
         if self.prior.keys() != set(self.traits.parameters):
-            raise ArtifactError(f"the prior has {sorted(self.prior)}, a {self.kind} has {sorted(self.traits.parameters)}")
+            raise ArtifactError(
+                f"the prior has {sorted(self.prior)}, a {self.kind} has {sorted(self.traits.parameters)}"
+            )
         try:
             arrays = {
                 name: np.broadcast_to(np.asarray(values, np.float32), self.latent_shape)
@@ -162,7 +164,7 @@ def open_session(content: bytes, providers: Sequence[Any], threads: int = 0) -> 
     """An onnxruntime session for a self-contained file. Raises ArtifactError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # what matters is raised
+    options.log_severity_level = 4  # what matters is raised
     # An idle server leaves the cores to others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # No folder at all: whatever other file the graph wants to read as weights, it may not.

@@ -49,6 +49,7 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "runner")
         self._seconds_per_row = 0.0
         self._closed: Unavailable | None = None
+        self.busy = False
 
     @property
     def queued_rows(self) -> int:
@@ -102,7 +103,9 @@ class Batcher:
             started_at = time.perf_counter()
             for job in batch:
                 job.started_at = started_at
+            self.busy = True
             results = await loop.run_in_executor(self._thread, _run_isolated, [job.rows for job in batch])
+            self.busy = False
             self._finish(batch, results)
 
     def close(self, reason: Unavailable) -> None:
@@ -140,7 +143,9 @@ class Batcher:
         seconds = finished_at - (batch[0].started_at or finished_at)
         # The rate forgets: each batch counts a tenth.
         self._seconds_per_row += 0.1 * (seconds / total - self._seconds_per_row)
-        self._metrics.batch(batch[0].rows.model, total, seconds, [(job.started_at or 0) - job.queued_at for job in batch])
+        self._metrics.batch(
+            batch[0].rows.model, total, seconds, [(job.started_at or 0) - job.queued_at for job in batch]
+        )
         for job, result in zip(batch, results, strict=True):
             job.finished_at = finished_at
             if job.answer.done():

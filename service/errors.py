@@ -40,7 +40,9 @@ class Problem(Exception):
 class InvalidRequest(Problem):
     slug = "invalid-request"
     status = 422
-    meaning = "The body is not JSON in UTF-8, or a field has a wrong name, type, value or shape; `errors` points at each."
+    meaning = (
+        "The body is not JSON in UTF-8, or a field has a wrong name, type, value or shape; `errors` points at each."
+    )
 
 
 class NonFiniteSample(Problem):

@@ -53,9 +53,7 @@ class Repository:
             name = self.default or min(self.models)
         available = {known: sorted(versions) for known, versions in sorted(self.models.items())}
         if name not in self.models:
-            raise UnknownModel(
-                f"unknown model {name!r}; this server has: {', '.join(available)}", available=available
-            )
+            raise UnknownModel(f"unknown model {name!r}; this server has: {', '.join(available)}", available=available)
         versions = self.models[name]
         if version is None:
             return versions[max(versions)]

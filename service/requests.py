@@ -165,5 +165,10 @@ def _short(value: Any) -> str:
 def row_bytes(model: Model, outputs: list[Output]) -> int:
     """Raw bytes of one row of an answer."""
     latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
-    sizes = {"images": image, "latents": 4 * latent, "codes": 4 * latent, "indices": 4 * latent // model.contract.latent_shape[-1]}
+    sizes = {
+        "images": image,
+        "latents": 4 * latent,
+        "codes": 4 * latent,
+        "indices": 4 * latent // model.contract.latent_shape[-1],
+    }
     return sum(sizes[output] for output in outputs)

@@ -89,7 +89,9 @@ def _json(answer: Answer, arrays: Arrays) -> bytes:
         "noise_version": NOISE_VERSION,
     }
     values = {
-        name: [base64.b64encode(png(image)).decode() for image in array] if name == "images" else np.ascontiguousarray(array)
+        name: [base64.b64encode(png(image)).decode() for image in array]
+        if name == "images"
+        else np.ascontiguousarray(array)
         for name, array in arrays.items()
     }
     return orjson.dumps({**about, **values}, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,132 @@
+"""python -m export train|evaluate|publish|inspect|verify [--help]"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
+
+from export.config import TrainConfig
+from export.errors import ExportError
+from service.artifact import ArtifactError
+
+# torch is imported by the commands that train, so that `inspect` and `verify` run without it.
+
+
+class Command(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Train(TrainConfig):
+    """Train a VAE on images. Weights, metrics and contact sheets go into a folder, safely after every epoch."""
+
+    kind: CliPositionalArg[Literal["gaussian", "gumbel"]]
+    out: Path
+    """Folder of the run, as in runs/NAME."""
+    resume: bool = False
+    """Continue a run that was interrupted, to the same result."""
+    sheet_every: PositiveInt = 5
+    """Epochs between two contact sheets."""
+
+    def cli_cmd(self) -> None:
+        from export.train import train
+
+        fields = {key: value for key, value in self if key in TrainConfig.model_fields}
+        train(TrainConfig(**fields), self.out, resume=self.resume, sheet_every=self.sheet_every)
+        print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
+
+
+class Evaluate(Command):
+    """Bounds on log p(x) of the held-out images, in nats."""
+
+    run: CliPositionalArg[Path]
+    samples: PositiveInt = 100
+    """m of the importance-weighted bound."""
+    images: PositiveInt | None = None
+    """How many of the held-out images; default: all."""
+    seed: NonNegativeInt = 0
+    """Of the draws."""
+
+    def cli_cmd(self) -> None:
+        from export.evaluate import evaluate
+
+        for key, value in evaluate(self.run, samples=self.samples, rows=self.images, seed=self.seed).items():
+            print(f"{key:22} {value:.4f}" if isinstance(value, float) else f"{key:22} {value}")
+
+
+class Publish(Command):
+    """Export a run to ONNX, compare it with the network, and add it to the model repository as the next version."""
+
+    run: CliPositionalArg[Path]
+    name: str
+    """Name of the model."""
+    artifacts: Path = Path("artifacts")
+    """The model repository."""
+
+    def cli_cmd(self) -> None:
+        from export.publish import publish
+
+        print(f"published {publish(self.run, self.name, self.artifacts)}")
+
+
+class Inspect(Command):
+    """What an artifact says of itself: contract, prior, sizes, evaluation."""
+
+    artifact: CliPositionalArg[Path]
+
+    def cli_cmd(self) -> None:
+        from export.inspect import inspect
+
+        print(inspect(self.artifact))
+
+
+class Verify(Command):
+    """Repeat the checks of publication that need no torch."""
+
+    artifact: CliPositionalArg[Path]
+
+    def cli_cmd(self) -> None:
+        from export.verify import verify
+
+        for line in verify(self.artifact):
+            print(f"ok: {line}")
+
+
+class Export(BaseSettings):
+    """Train, evaluate, publish and inspect VAE samplers."""
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m export",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_enforce_required=True,
+        env_prefix="REPARAM_EXPORT_",
+        use_attribute_docstrings=True,
+    )
+
+    train: CliSubCommand[Train] = Field(description="train a VAE on images")
+    evaluate: CliSubCommand[Evaluate] = Field(description="bounds on log p(x) of the held-out images")
+    publish: CliSubCommand[Publish] = Field(description="export a run and add it to the model repository")
+    inspect: CliSubCommand[Inspect] = Field(description="what an artifact says of itself")
+    verify: CliSubCommand[Verify] = Field(description="check an artifact, without torch")
+
+    def cli_cmd(self) -> None:
+        CliApp.run_subcommand(self)
+
+
+def main() -> None:
+    try:
+        CliApp.run(Export)
+    except ValidationError as error:
+        sys.exit("\n".join(f"--{item['loc'][-1]} {item['input']!r}: {item['msg']}" for item in error.errors()))
+    except (ExportError, ArtifactError, SettingsError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; `train --resume` continues after the last finished epoch")
+
+
+if __name__ == "__main__":
+    main()

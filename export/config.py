@@ -1,0 +1,48 @@
+"""What decides a training, besides the images."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
+LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides the weights a training ends with, besides the images themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["gaussian", "gumbel"]
+    """Kind of latent."""
+    data: str
+    """`digits`, an .npz, a folder of IDX files (MNIST family), or a folder of pictures."""
+    body: Literal["mlp", "conv"] = "conv"
+    """Network between images and latent."""
+    width: tuple[PositiveInt, ...] | None = None
+    """Hidden sizes (mlp) or channels (conv), from the image towards the latent. Default: 512,256 or 32,64,64."""
+    dense: tuple[PositiveInt, ...] = ()
+    """Hidden sizes between the convolutions and the latent (conv)."""
+    latent_shape: tuple[PositiveInt, ...] | None = None
+    """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
+    binarize: bool = True
+    """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the
+    Bernoulli likelihood as they are and the bound is not one of log p(x)."""
+    epochs: PositiveInt = 30
+    """Passes over the training images."""
+    batch_size: PositiveInt = 128
+    """Images per step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of Adam at the first step; decays to 0 along a cosine."""
+    kl_warm_up: int = Field(default=1, ge=0)
+    """Epochs over which the weight of the KL term rises from 0 to 1."""
+    tau_start: PositiveFloat = 1.0
+    """Gumbel: temperature of the relaxation at step 0."""
+    tau_min: PositiveFloat = 0.5
+    """Gumbel: the lowest temperature."""
+    tau_rate: float = Field(default=1e-4, ge=0)
+    """Gumbel: the temperature at step t is max(tau_min, tau_start * exp(-tau_rate * t))."""
+    tau_every: PositiveInt = 500
+    """Gumbel: with t rounded down to a multiple of this many steps."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the initial weights and of every draw."""

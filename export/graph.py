@@ -1,0 +1,87 @@
+"""From a trained network to ONNX files: the sampler, noise to images, and the encoder."""
+
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.objectives import VAE
+from service.artifact import IMAGE_OUTPUTS, KINDS
+
+OPSET = 18
+EXAMPLE_ROWS = 2  # a batch of 1 would be traced as a constant
+
+
+class Sampler(nn.Module):
+    """The graph of model.onnx: noise, parameters and temperature in; latents, images in [0, 1] and uint8 pixels out."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, noise: Tensor, *parameters_and_temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *parameters, temperature = parameters_and_temperature
+        latents = self.model.sample(tuple(parameters), noise, temperature)  # type: ignore[arg-type]  # the model's own
+        images = torch.sigmoid(self.model.decode(latents))
+        return latents, images, (images * 255).round().to(torch.uint8)
+
+
+class Encoder(nn.Module):
+    """The graph of encoder.onnx: images in [0, 1] in, the parameters of q(z | x) out; never a sample."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.model.encode(images)
+
+
+def sampler_inputs(model: VAE, rows: int) -> dict[str, Tensor]:
+    """Inputs of the sampler, by name, of the right shapes."""
+    latent = torch.zeros(rows, *model.config.latent_shape)
+    return {
+        **{name: latent.clone() for name in ("noise", *model.parameter_names)},
+        "temperature": torch.ones(rows),
+    }
+
+
+def export_sampler(model: VAE) -> onnx.ModelProto:
+    return _export(Sampler(model), sampler_inputs(model, EXAMPLE_ROWS), [KINDS[model.kind].latents, *IMAGE_OUTPUTS])
+
+
+def export_encoder(model: VAE) -> onnx.ModelProto:
+    images = torch.zeros(EXAMPLE_ROWS, *model.config.image_shape)
+    return _export(Encoder(model), {"images": images}, list(model.parameter_names))
+
+
+def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
+    batch = {0: torch.export.Dim("batch")}
+    shapes = tuple(batch for _ in inputs)
+    if isinstance(module, Sampler):  # its parameters arrive as one variadic argument
+        shapes = (shapes[0], shapes[1:])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101  # it is only with dynamo=False
+    buffer = io.BytesIO()
+    program.save(buffer)
+    proto = onnx.load_from_string(buffer.getvalue())
+    for node in [*proto.graph.node, *proto.graph.value_info]:
+        del node.metadata_props[:]  # traces of the source code
+    return proto

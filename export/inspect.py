@@ -1,0 +1,55 @@
+"""What an artifact says of itself, for people."""
+
+from pathlib import Path
+from typing import Any
+
+from service.artifact import ENCODER_FILE, MODEL_FILE, load
+
+
+def inspect(folder: Path) -> str:
+    """Raises ArtifactError."""
+    artifact = load(folder / MODEL_FILE)
+    contract, encoder = artifact.contract, folder / ENCODER_FILE
+    lines: dict[str, Any] = {
+        "artifact": folder,
+        "kind": contract.kind,
+        "latent shape": _shape(contract.latent_shape),
+        "image shape": f"{_shape(contract.image_shape)} (C x H x W)",
+        "default temperature": f"{contract.default_temperature:g}",
+        "noise version": contract.noise_version,
+        **{f"prior {name}": _summary(values) for name, values in contract.prior.items()},
+        "inputs": _signature({name: ("tensor(float)", shape) for name, shape in contract.inputs().items()}),
+        "outputs": _signature(contract.outputs()),
+        MODEL_FILE: f"{artifact.size / 1e6:.2f} MB",
+        ENCODER_FILE: f"{encoder.stat().st_size / 1e6:.2f} MB" if encoder.exists() else "missing",
+        **{f"trained on {key}": value for key, value in contract.trained_on.items()},
+        **{f"evaluation {key}": value for key, value in contract.evaluation.items()},
+        **{f"made with {tool}": version for tool, version in contract.tools.items()},
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{key:{width}}  {_text(value)}" for key, value in lines.items())
+
+
+def _summary(values: float | list[Any]) -> str:
+    if not isinstance(values, list):
+        return f"{values:g} for every element"
+    flat = _flat(values)
+    return f"{len(flat)} values from {min(flat):.3f} to {max(flat):.3f}"
+
+
+def _flat(values: Any) -> list[float]:
+    return [number for part in values for number in _flat(part)] if isinstance(values, list) else [values]
+
+
+def _signature(nodes: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(
+        f"{name} {type_[7:-1]} ({', '.join(['n', *map(str, shape)])})" for name, (type_, shape) in nodes.items()
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

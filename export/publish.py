@@ -1,0 +1,168 @@
+"""From a run to an artifact: export, gate, and a rename, so that a reader sees a whole version or none."""
+
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.evaluate import read_evaluation
+from export.errors import GateError, RunError
+from export.graph import Encoder, Sampler, export_encoder, export_sampler
+from export.objectives import VAE
+from export.run import Run, write_atomically
+from export.verify import (
+    BATCHES,
+    compare,
+    encoder_images,
+    reference,
+    reference_feeds,
+    run,
+    run_encoder,
+    temperatures,
+    varied_feeds,
+    verify,
+)
+from service import __version__
+from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, Contract, load, open_session
+from service.noise import NOISE_VERSION
+
+TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+def publish(folder: Path, name: str, repository: Path) -> Path:
+    """Write `repository`/`name`/<next version>/ from the run in `folder`, if it passes the gate.
+
+    Returns the new folder. Raises RunError, GateError, ArtifactError; then nothing is written.
+    """
+    if not NAME.fullmatch(name):
+        raise RunError(f"{name!r} cannot be a model's name: letters, digits, '.', '_' and '-', first a letter or digit")
+    source = Run(folder)
+    model = source.trained()
+    contract = describe(model, source)
+    (repository / name).mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=repository / name))
+    try:
+        write(model, contract, partial)
+        gate(model, partial)
+        partial.chmod(0o755)
+        return _claim(partial, repository / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not any((repository / name).iterdir()):
+            (repository / name).rmdir()
+
+
+def describe(model: VAE, source: Run) -> Contract:
+    """The contract of the artifact, with the reference rows computed by the network itself."""
+    config = source.config()
+    contract = Contract(
+        kind=model.kind,
+        latent_shape=model.config.latent_shape,
+        image_shape=model.config.image_shape,  # type: ignore[arg-type]  # C is 1 or 3: checked here
+        prior={
+            key: _compact(parameter.detach()[0])
+            for key, parameter in zip(model.parameter_names, model.prior(), strict=True)
+        },
+        default_temperature=model.default_temperature,
+        noise_version=NOISE_VERSION,
+        trained_on={"data": config.data_name, "sha256": config.data_sha256, "epochs": config.train.epochs},
+        evaluation=read_evaluation(source),
+        tools={"python": platform.python_version(), "reparam": __version__, **{tool: _version(tool) for tool in TOOLS}},
+        reference={},
+    )
+    latents, images, _ = _answer(
+        Sampler(model), [torch.from_numpy(feed) for feed in reference_feeds(contract).values()]
+    )
+    return contract.model_copy(update={"reference": reference(latents, images)})
+
+
+def write(model: VAE, contract: Contract, folder: Path) -> None:
+    """Export both graphs into the folder."""
+    sampler = export_sampler(model)
+    onnx.helper.set_model_props(sampler, contract.to_metadata())
+    write_atomically(folder / MODEL_FILE, sampler.SerializeToString())
+    write_atomically(folder / ENCODER_FILE, export_encoder(model).SerializeToString())
+
+
+def gate(model: VAE, folder: Path) -> None:
+    """Refuse files that do not compute what the network computes. Raises GateError, ArtifactError.
+
+    The weights must be the network's, bit for bit; and both graphs, run by onnxruntime, must answer what torch answers
+    within 1e-4, at batches of 1, 2, 3 and 64, at temperature 0, the default and a large one.
+    """
+    _same_weights(model.decoder, folder / MODEL_FILE, "model.decoder.")
+    _same_weights(model.encoder, folder / ENCODER_FILE, "model.encoder.")
+    artifact = load(folder / MODEL_FILE)
+    names = list(artifact.contract.outputs())
+    for temperature in temperatures(artifact.contract):
+        for rows in BATCHES:
+            where = f"for {rows} rows at temperature {temperature:g}, compared with torch"
+            feeds = varied_feeds(artifact.contract, rows, seed=rows)
+            feeds["temperature"] = np.full(rows, temperature, np.float32)
+            found = run(artifact, feeds, where)
+            expected = _answer(Sampler(model), [torch.from_numpy(feed) for feed in feeds.values()])
+            for name, values in zip(names, expected, strict=True):
+                compare(name, found[name], values, where, **{"tolerance": 1} if name == "pixels" else {})
+    encoder = open_session((folder / ENCODER_FILE).read_bytes(), ["CPUExecutionProvider"])
+    for rows in BATCHES:
+        images = encoder_images(artifact.contract, rows)
+        expected = _answer(Encoder(model), [torch.from_numpy(images)])
+        for name, found_values, values in zip(
+            model.parameter_names, run_encoder(encoder, images), expected, strict=True
+        ):
+            compare(name, found_values, values, f"for {rows} rows through the encoder, compared with torch")
+    verify(folder)
+
+
+def _same_weights(module: nn.Module, path: Path, prefix: str) -> None:
+    exported = {tensor.name: tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    for name, parameter in module.named_parameters():
+        tensor = exported.get(prefix + name)
+        if tensor is None:
+            raise GateError(f"{path.name} has no weight {prefix + name}")
+        compare(
+            f"weight {prefix + name}",
+            onnx.numpy_helper.to_array(tensor),
+            parameter.detach().numpy(),
+            f"in {path.name}",
+            0,
+        )
+
+
+@torch.inference_mode()
+def _answer(module: nn.Module, inputs: list[Tensor]) -> list[np.ndarray]:
+    return [output.numpy() for output in module.eval()(*inputs)]
+
+
+def _claim(partial: Path, model: Path) -> Path:
+    """Rename to the next free version, also if another publication is faster."""
+    while True:
+        taken = [int(path.name) for path in model.iterdir() if path.name.isdecimal()]
+        target = model / str(max(taken, default=0) + 1)
+        try:
+            return partial.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+
+
+def _compact(parameter: Tensor) -> float | list[object]:
+    """One number where every element is the same."""
+    values: list[object] = parameter.tolist()
+    first = parameter.flatten()[0]
+    return first.item() if bool((parameter == first).all()) else values
+
+
+def _version(tool: str) -> str:
+    for distribution in (tool, f"{tool}-gpu"):
+        try:
+            return version(distribution)
+        except ModuleNotFoundError:
+            continue
+    raise LookupError(tool)

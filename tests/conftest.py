@@ -1,0 +1,104 @@
+"""Real parts for every test: two VAEs trained for an epoch on real digits, and servers in threads."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from export.config import TrainConfig
+from export.evaluate import evaluate
+from export.publish import publish
+from export.train import train
+from service.__main__ import Server
+from service.app import Service, create_app
+from service.settings import Settings
+from tests.graphs import make_trouble
+
+TINY: dict[str, dict[str, Any]] = {
+    "tiny-gaussian": {"kind": "gaussian", "latent_shape": (3,)},
+    "tiny-gumbel": {"kind": "gumbel", "latent_shape": (4, 5)},
+}
+
+
+@dataclass
+class Running:
+    """A server on a port of 127.0.0.1."""
+
+    url: str
+    service: Service
+    server: Server
+
+    def post(self, body: Any = None, **arguments: Any) -> httpx.Response:
+        """POST /sample with a JSON body."""
+        return httpx.post(f"{self.url}/sample", json=body, timeout=60, **arguments)
+
+    def get(self, path: str, **arguments: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **arguments)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained and evaluated run of each kind."""
+    folders = {}
+    for name, options in TINY.items():
+        folders[name] = tmp_path_factory.mktemp("runs") / name
+        config = TrainConfig(data="digits", epochs=1, width=(8,), **options)
+        train(config, folders[name], resume=False, sheet_every=1)
+        evaluate(folders[name], samples=2, rows=50, seed=0)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def repository(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with `tiny-gaussian`, `tiny-gumbel`, and `trouble`, whose temperature decides how it fails."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    for name, run in runs.items():
+        publish(run, name, folder)
+    make_trouble(folder / "tiny-gaussian" / "1" / "model.onnx", folder / "trouble" / "1" / "model.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serve(repository: Path) -> Iterator[Callable[..., Running]]:
+    """Start a server with these settings; it runs until the tests end."""
+    started: list[tuple[Running, threading.Thread]] = []
+
+    def start(**settings: Any) -> Running:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        chosen = Settings(**{"artifacts": repository, "port": port, "default_model": "tiny-gaussian", **settings})
+        app = create_app(chosen)
+        server = Server(app, chosen)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        running = Running(f"http://127.0.0.1:{port}", app.state.service, server)
+        started.append((running, thread))
+        wait_until(lambda: server.started and running.service.state != "starting")
+        return running
+
+    yield start
+    for running, _ in started:
+        running.server.should_exit = True
+    for _, thread in started:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def service(serve: Callable[..., Running]) -> Running:
+    """A server with the default settings."""
+    return serve()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)

@@ -1,0 +1,492 @@
+"""What the clients do when the other side misbehaves."""
+
+import pickle
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler
+from io import BufferedIOBase
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import reparam
+from reparam import Client, Samples
+from tests.clients import Connect, both
+from tests.peer import (
+    HEADERS,
+    MODEL,
+    Answer,
+    Asked,
+    Peer,
+    as_json,
+    chunked,
+    hang_up,
+    npy_header,
+    problem,
+    reply,
+    rows,
+    silence,
+    trickle,
+    until_gone,
+)
+
+HTML = reply(502, b"<html>Bad Gateway</html>", Content_Type="text/html; charset=utf-8")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reparam.calls.FIRST_BACKOFF", 0.001)
+
+
+def numbers(batches: list[Samples]) -> list[int]:
+    """The row numbers that the images of the peer spell."""
+    return [int(row) for batch in batches if batch.images is not None for row in batch.images.reshape(-1).view("<u4")]
+
+
+# One answer
+
+
+@both
+@pytest.mark.parametrize("fault", [problem(429), problem(503), HTML, hang_up], ids=["429", "503", "502", "hang-up"])
+def test_a_retry_asks_for_the_same_rows_again(connect: Connect, fault: Answer) -> None:
+    with Peer(fault, fault, rows()) as peer, connect(peer.url) as client:
+        samples = client.sample(2, start=5)
+    assert numbers([samples]) == [5, 6]
+    assert [asked.body["seed"] for asked in peer.asked] == [samples.seed] * 3
+
+
+@both
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (problem(401), reparam.Unauthorized),
+        (problem(422), reparam.Invalid),
+        (problem(500), reparam.ServerError),
+        (problem(504), reparam.DeadlineExceeded),
+        (problem(418), reparam.StatusError),
+    ],
+)
+def test_what_a_retry_cannot_mend_is_not_retried(
+    connect: Connect, answer: Answer, error: type[reparam.StatusError]
+) -> None:
+    with Peer(answer) as peer, connect(peer.url) as client, pytest.raises(error) as raised:
+        client.sample()
+    assert type(raised.value) is error
+    assert len(peer.asked) == 1
+
+
+@both
+def test_after_max_retries_the_last_error_is_raised(connect: Connect) -> None:
+    with (
+        Peer(hang_up, problem(429)) as peer,
+        connect(peer.url, max_retries=2) as client,
+        pytest.raises(reparam.Overloaded),
+    ):
+        client.sample()
+    assert len(peer.asked) == 3
+
+
+@both
+def test_nobody_listening_is_a_failed_connection(connect: Connect) -> None:
+    with Peer() as gone:
+        pass
+    with connect(gone.url, max_retries=1) as client, pytest.raises(reparam.ConnectionFailed, match=gone.url) as raised:
+        client.sample()
+    assert isinstance(raised.value.__cause__, httpx.ConnectError)
+
+
+@pytest.mark.parametrize("when", ["0", formatdate(0, usegmt=True), "soon"])
+def test_retry_after_may_be_seconds_or_a_date_or_nonsense(when: str) -> None:
+    with Peer(problem(503, Retry_After=when), rows()) as peer, Client(peer.url) as client:
+        assert len(client.sample()) == 1
+
+
+@both
+@pytest.mark.parametrize("when", ["60", formatdate(4e9, usegmt=True)])
+def test_a_retry_that_would_miss_the_deadline_is_not_waited_for(connect: Connect, when: str) -> None:
+    with (
+        Peer(problem(429, Retry_After=when)) as peer,
+        connect(peer.url, timeout=30) as client,
+        pytest.raises(reparam.Overloaded) as raised,
+    ):
+        client.sample()
+    assert len(peer.asked) == 1
+    assert raised.value.retry_after is not None
+    assert raised.value.retry_after > 30
+
+
+@both
+@pytest.mark.parametrize("slow", [silence, trickle])
+def test_the_deadline_ends_a_call_however_the_server_is_slow(connect: Connect, slow: Answer) -> None:
+    with (
+        Peer(slow) as peer,
+        connect(peer.url, timeout=0.15) as client,
+        pytest.raises(reparam.TimedOut, match=r"in 0\.15 s"),
+    ):
+        client.sample()
+    assert len(peer.asked) == 1
+
+
+def test_the_service_is_told_how_long_the_client_still_waits() -> None:
+    with Peer(hang_up, rows()) as peer, Client(peer.url, timeout=20) as client:
+        client.sample()
+    first, second = (float(asked.headers["request-timeout"]) for asked in peer.asked)
+    assert 0 < second < first <= 20
+
+
+@both
+def test_without_timeout_a_call_waits_and_says_so_to_nobody(connect: Connect) -> None:
+    with Peer(problem(503), rows()) as peer, connect(peer.url, timeout=None) as client:
+        client.sample()
+    assert "request-timeout" not in peer.asked[1].headers
+
+
+# Errors
+
+
+def test_an_error_shows_what_the_service_said_and_the_request_id() -> None:
+    with (
+        Peer(problem(404, "unknown model 'mnst'", X_Request_ID="r-7")) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.NotFound) as raised,
+    ):
+        client.model("mnst")
+    error = raised.value
+    assert str(error) == "404 Some: unknown model 'mnst' (request r-7)"
+    assert (error.status, error.type, error.problem["title"]) == (404, "/problems/some", "Some")
+
+
+def test_errors_survive_pickling() -> None:
+    with (
+        Peer(problem(429, Retry_After="9")) as peer,
+        Client(peer.url, max_retries=0) as client,
+        pytest.raises(reparam.Overloaded) as raised,
+    ):
+        client.sample()
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (type(copy), str(copy), copy.retry_after) == (reparam.Overloaded, str(raised.value), 9.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (HTML, "502 Bad Gateway: http://.* answered with text/html and no problem document, so it was likely a proxy"),
+        (reply(503), "answered with no content type"),
+        (reply(500, b"{", Content_Type="application/problem+json"), "500 Internal Server Error"),
+        (reply(500, b"7", Content_Type="application/problem+json"), "500 Internal Server Error"),
+        (reply(307, Location="https://vae.example/sample"), "redirects to https://vae.example/sample"),
+        (reply(200, b"<html>", Content_Type="text/html"), "answered with text/html, not with application/x-npy"),
+        (reply(200, b"", **HEADERS), "its array broke off"),
+        (reply(200, b"no numpy here", **HEADERS), "broke off"),
+        (reply(200, b"0123456789" + bytes(99_999), **HEADERS), "magic string is not correct"),
+        (reply(200, b"\x93NUMPY\x02\x00\x10\x00" + bytes(16), **HEADERS), "not version 1.0 of the npy format"),
+        (
+            reply(200, npy_header(1, "<f4") + bytes(16), **HEADERS),
+            r"images are float32\(1, 1, 2, 2\), not 1 rows of uint8",
+        ),
+        (reply(200, npy_header(2) + bytes(8), **HEADERS), r"images are uint8\(2, 1, 2, 2\), not 1 rows of uint8"),
+        (reply(200, npy_header(1, fortran_order=True) + bytes(4), **HEADERS), "rows are not contiguous"),
+        (reply(200, npy_header(1) + bytes(3), **HEADERS), "cannot reshape"),
+        (reply(200, npy_header(1) + bytes(4), **HEADERS), "KeyError: 'Sample-Seed'"),
+    ],
+)
+def test_a_strange_answer_is_told_clearly(answer: Answer, said: str) -> None:
+    with (
+        Peer(answer) as peer,
+        Client(peer.url, max_retries=0) as client,
+        pytest.raises(reparam.StatusError, match=said),
+    ):
+        client.sample()
+
+
+@pytest.mark.parametrize("body", [b"", b"PK\x05\x06 no zip"])
+def test_a_broken_archive_is_told_clearly(body: bytes) -> None:
+    answer = reply(200, body, **HEADERS | {"Content-Type": "application/x-npz"})
+    with (
+        Peer(answer) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match="cannot be read"),
+    ):
+        client.sample(outputs=("images", "latents"))
+
+
+@pytest.mark.parametrize("described", [{}, [], {"models": [MODEL]}, {"models": [{"name": "x"}], "default": "x"}])
+def test_a_list_of_models_with_gaps_is_told_clearly(described: Any) -> None:
+    with (
+        Peer(as_json(described)) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match="cannot be read"),
+    ):
+        client.models()
+
+
+def test_fields_of_a_newer_service_do_no_harm() -> None:
+    with Peer(as_json(MODEL | {"colour": "blue"})) as peer, Client(peer.url) as client:
+        assert client.model("peer").latent_shape == (2,)
+
+
+def test_a_password_in_the_address_stays_out_of_messages() -> None:
+    with Peer(problem(401)) as peer:
+        url = peer.url.replace("http://", "http://me:secret@")
+        with Client(url) as client, pytest.raises(reparam.Unauthorized):
+            client.sample()
+    with Client(url, max_retries=0) as client, pytest.raises(reparam.ConnectionFailed) as raised:
+        client.sample()
+    assert "secret" not in str(raised.value)
+    assert peer.asked[0].headers["authorization"].startswith("Basic ")
+
+
+# Requests
+
+
+def test_a_transport_of_ones_own_sees_ordinary_timeouts() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        timeout = httpx.Timeout(**request.extensions["timeout"])
+        assert 0 < (timeout.read or 0) <= 9
+        return httpx.Response(200, json=MODEL)
+
+    with Client(timeout=9, transport=httpx.MockTransport(answer)) as client:
+        assert client.model("peer").name == "peer"
+
+
+def test_only_what_was_given_is_sent() -> None:
+    with Peer(rows()) as peer, Client(peer.url) as client:
+        client.sample(3, seed=7)
+        client.sample(temperature=0.5, hard=False, version=2, mu=np.zeros(2, np.float32))
+    short, long = (asked.body for asked in peer.asked)
+    assert short == {"n": 3, "seed": 7, "start": 0, "outputs": ["images"]}
+    assert set(long) - set(short) == {"temperature", "hard", "version", "mu"}
+    assert (long["temperature"], long["mu"]) == (0.5, [0.0, 0.0])
+
+
+def test_numbers_may_be_numpy_scalars() -> None:
+    scalars: dict[str, Any] = {"n": np.int32(2), "seed": np.uint64(2**64 - 1), "temperature": np.float32(0.5)}
+    with Peer(rows()) as peer, Client(peer.url) as client:
+        assert client.sample(**scalars).seed == 2**64 - 1
+    assert peer.asked[0].body["temperature"] == 0.5
+
+
+def test_every_request_says_who_asks() -> None:
+    with Peer(rows()) as peer, Client(peer.url + "/prefix/", "key") as client:
+        client.sample()
+    asked = peer.asked[0]
+    assert asked.path == "/prefix/sample"
+    assert asked.headers["authorization"] == "Bearer key"
+    assert asked.headers["user-agent"] == f"reparam/{reparam.__version__}"
+
+
+def test_a_fresh_seed_is_one_that_any_reader_of_json_can_hand_back() -> None:
+    with Peer(rows()) as peer, Client(peer.url) as client:
+        seeds = {client.sample().seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+@both
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be 0 .. 2\\*\\*64 - 1, got -1"),
+        ({"seed": 2**64}, "got 18446744073709551616"),
+        ({"start": -3}, "start must be at least 0, got -3"),
+        ({"temperature": -0.5}, "temperature must be a finite number of at least 0, got -0.5"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"mu": [0.0, float("inf")]}, r"mu must be finite, got inf at \(1,\)"),
+        ({"logits": [[1.0], [1.0, 2.0]]}, "logits must be an array of numbers"),
+        ({"log_var": "much"}, "log_var must be an array of numbers"),
+        ({"outputs": ()}, "outputs must be some of images, latents, codes, indices"),
+        ({"outputs": "pixels"}, "got 'pixels'"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_sent(connect: Connect, wrong: Any, said: str) -> None:
+    with Peer(rows()) as peer, connect(peer.url) as client, pytest.raises(ValueError, match=said):
+        client.sample(**wrong)
+    assert peer.asked == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"base_url": "localhost:8000"}, "must look like http://127.0.0.1:8000, got 'localhost:8000'"),
+        ({"base_url": "http://host:port"}, "Invalid port"),
+        ({"api_key": "key\n"}, "is there a line end in it"),
+        ({"timeout": 0}, "timeout must be more than 0 seconds, or None"),
+        ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Client(**settings)
+
+
+# Streams
+
+
+@both
+def test_a_stream_comes_in_batches_of_about_a_mebibyte(connect: Connect) -> None:
+    with Peer(rows()) as peer, connect(peer.url) as client:
+        batches = list(client.iter_samples(600_000, seed=1, start=10))
+    assert numbers(batches) == list(range(10, 600_010))
+    assert [batch.start for batch in batches] == [10 + sum(map(len, batches[:i])) for i in range(len(batches))]
+    assert all(2**20 <= batch.n * 4 <= 2**20 + 2**17 for batch in batches[:-1])
+
+
+@both
+@pytest.mark.parametrize("cut", [0, 3, 4, 401, 399_999], ids=str)
+def test_a_broken_stream_goes_on_at_the_row_it_had_reached(connect: Connect, cut: int) -> None:
+    with Peer(rows(cut), rows()) as peer, connect(peer.url) as client:
+        batches = list(client.iter_samples(100_000))
+    assert numbers(batches) == list(range(100_000))
+    first, second = (asked.body for asked in peer.asked)
+    assert second["seed"] == first["seed"]
+    assert (second["start"], second["n"]) == (cut // 4, 100_000 - cut // 4)
+
+
+def test_a_resumed_stream_stays_with_the_version_it_began_with() -> None:
+    with Peer(rows(40), rows()) as peer, Client(peer.url) as client:
+        list(client.iter_samples(100))
+    assert "version" not in peer.asked[0].body
+    assert (peer.asked[1].body["model"], peer.asked[1].body["version"]) == ("peer", 3)
+
+
+def test_a_stream_may_break_any_number_of_times_while_it_gets_on() -> None:
+    with Peer(*[rows(4)] * 9, rows()) as peer, Client(peer.url, max_retries=1) as client:
+        assert numbers(list(client.iter_samples(12))) == list(range(12))
+    assert len(peer.asked) == 10
+
+
+@both
+def test_rows_before_the_last_break_are_handed_out_before_the_error(connect: Connect) -> None:
+    with Peer(rows(42), hang_up) as peer, connect(peer.url, max_retries=2) as client:
+        batches = client.iter_samples(100)
+        assert numbers([next(batches)]) == list(range(10))
+        with pytest.raises(reparam.ConnectionFailed):
+            next(batches)
+    assert len(peer.asked) == 3
+
+
+@both
+def test_a_connection_that_falls_silent_is_a_broken_one(connect: Connect) -> None:
+    with Peer(rows(40, then=until_gone), rows()) as peer, connect(peer.url, timeout=0.2) as client:
+        assert numbers(list(client.iter_samples(100))) == list(range(100))
+
+
+@both
+def test_a_stream_outlives_its_timeout_while_rows_come(connect: Connect) -> None:
+    with Peer(slowly) as peer, connect(peer.url, timeout=0.3, max_retries=0) as client:
+        assert numbers(list(client.iter_samples(10))) == list(range(10))
+
+
+def slowly(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
+    """Ten rows, for longer than the timeout of 0.3 s."""
+
+    def rest(_: BufferedIOBase) -> None:
+        for row in range(1, asked.body["n"]):
+            time.sleep(0.05)
+            handler.wfile.write(row.to_bytes(4, "little"))
+
+    rows(4, then=rest)(asked, handler)
+
+
+@both
+@pytest.mark.parametrize("fault", [problem(503), problem(429), HTML], ids=["503", "429", "502"])
+def test_a_stream_waits_for_a_busy_service(connect: Connect, fault: Answer) -> None:
+    with Peer(fault, rows(20), fault, rows()) as peer, connect(peer.url) as client:
+        assert numbers(list(client.iter_samples(50))) == list(range(50))
+
+
+@both
+def test_a_stream_ends_where_its_version_is_gone(connect: Connect) -> None:
+    with Peer(rows(20), problem(404)) as peer, connect(peer.url) as client:
+        batches = client.iter_samples(50)
+        assert len(next(batches)) == 5
+        with pytest.raises(reparam.NotFound):
+            next(batches)
+
+
+def test_a_stream_that_is_no_array_is_told_clearly() -> None:
+    with (
+        Peer(reply(200, b"<html>", Content_Type="text/html")) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match="answered with text/html, not with application/x-npy"),
+    ):
+        list(client.iter_samples(3))
+
+
+@pytest.mark.parametrize("piece", [1, 5, 127, 129])
+def test_a_stream_may_be_cut_into_chunks_anywhere(piece: int) -> None:
+    whole = npy_header(30) + np.arange(30, dtype="<u4").tobytes()
+    pieces = [whole[at : at + piece] for at in range(0, len(whole), piece)]
+    with Peer(chunked(*pieces)) as peer, Client(peer.url) as client:
+        assert numbers(list(client.iter_samples(30))) == list(range(30))
+
+
+def test_a_short_answer_of_unknown_length_goes_on_too() -> None:
+    with Peer(chunked(npy_header(9) + np.arange(5, dtype="<u4").tobytes()), rows()) as peer, Client(peer.url) as client:
+        assert numbers(list(client.iter_samples(9))) == list(range(9))
+    assert peer.asked[1].body["start"] == 5
+
+
+def test_a_break_behind_the_last_row_is_none() -> None:
+    whole = npy_header(2) + np.arange(2, dtype="<u4").tobytes()
+    with Peer(chunked(whole, end=b"")) as peer, Client(peer.url) as client:
+        assert numbers(list(client.iter_samples(2))) == [0, 1]
+    assert len(peer.asked) == 1
+
+
+def test_more_rows_than_asked_for_are_an_error() -> None:
+    with (
+        Peer(chunked(npy_header(1) + bytes(8))) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match="more rows than the header says"),
+    ):
+        list(client.iter_samples(1))
+
+
+@both
+def test_a_resumed_stream_takes_its_rows_of_the_parameters(connect: Connect) -> None:
+    mu, log_var = np.arange(20.0).reshape(10, 2), np.zeros(2)
+    with Peer(rows(12), as_json(MODEL), rows(8), rows()) as peer, connect(peer.url) as client:
+        assert numbers(list(client.iter_samples(10, mu=mu, log_var=log_var))) == list(range(10))
+    assert [asked.path for asked in peer.asked] == ["/sample", "/models/peer", "/sample", "/sample"]
+    assert peer.asked[2].body["mu"] == mu[3:].tolist()
+    assert peer.asked[3].body["mu"] == mu[5:].tolist()
+    assert peer.asked[3].body["log_var"] == [0.0, 0.0]
+
+
+@both
+def test_leaving_a_stream_early_hangs_up(connect: Connect) -> None:
+    gone = threading.Event()
+
+    def answer(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
+        try:
+            rows(then=until_gone)(asked, handler)
+        finally:
+            gone.set()
+
+    with Peer(answer) as peer, connect(peer.url) as client:
+        batches = client.iter_samples(10_000_000)
+        next(batches)
+        batches.close()
+        assert gone.wait(10)
+
+
+# Progress
+
+
+def test_progress_shows_rows_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with Peer(rows(8), rows()) as peer, Client(peer.url) as client:
+        list(client.iter_samples(1234, progress=True))
+    shown = capsys.readouterr().err
+    assert "[####################] 100%  1,234 of 1,234 rows" in shown
+    assert shown.endswith("\n")
+
+
+def test_no_progress_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Peer(rows()) as peer, Client(peer.url) as client:
+        list(client.iter_samples(10))
+    assert capsys.readouterr().err == ""

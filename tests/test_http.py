@@ -1,0 +1,155 @@
+"""The answers of every route, and their headers."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service import __version__
+from service.errors import PROBLEMS
+from tests.conftest import Running
+
+
+def picture(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
+
+
+def test_an_empty_post_samples_one_image_of_the_default_model(service: Running) -> None:
+    answer = service.post(None).json()
+    assert (answer["model"], answer["version"], answer["n"], answer["start"]) == ("tiny-gaussian", 1, 1, 0)
+    assert (answer["temperature"], answer["hard"], answer["noise_version"]) == (1.0, False, 1)
+    assert picture(base64.b64decode(answer["images"][0])).size == (8, 8)
+
+
+def test_json_holds_what_was_asked_for(service: Running) -> None:
+    body = {"model": "tiny-gumbel", "version": 1, "n": 2, "temperature": 0.5, "outputs": ["codes", "indices"]}
+    answer = service.post(body).json()
+    assert np.shape(answer["codes"]) == (2, 4, 5)
+    assert np.argmax(answer["codes"], -1).tolist() == answer["indices"]
+    assert "images" not in answer
+
+
+def test_a_seed_beyond_53_bits_survives_json(service: Running) -> None:
+    assert service.post({"seed": 2**64 - 1, "start": 2**64 - 1}).json()["seed"] == 2**64 - 1
+
+
+def test_png_of_one_row_is_the_image(service: Running) -> None:
+    response = service.post({"seed": 1}, headers={"Accept": "image/png"})
+    pixels = service.post({"seed": 1}, headers={"Accept": "application/x-npy"}).content[-64:]
+    assert picture(response.content).tobytes() == pixels
+
+
+def test_png_of_many_rows_is_a_contact_sheet(service: Running) -> None:
+    sheet = picture(service.post({"n": 10, "seed": 1}, headers={"Accept": "image/png"}).content)
+    assert sheet.size == (4 * 10 + 2, 3 * 10 + 2)
+    first = picture(service.post({"seed": 1}, headers={"Accept": "image/png"}).content)
+    assert sheet.crop((2, 2, 10, 10)).tobytes() == first.tobytes()
+
+
+def test_npy_holds_uint8_pixels(service: Running) -> None:
+    response = service.post({"n": 3}, headers={"Accept": "application/x-npy"})
+    array = np.load(io.BytesIO(response.content), allow_pickle=False)
+    assert (array.shape, array.dtype) == ((3, 1, 8, 8), np.uint8)
+
+
+def test_npz_holds_every_output(service: Running) -> None:
+    body = {"model": "tiny-gumbel", "n": 70, "outputs": ["images", "codes", "indices"]}
+    response = service.post(body, headers={"Accept": "application/x-npz"})
+    with np.load(io.BytesIO(response.content), allow_pickle=False) as archive:
+        types = {name: (archive[name].shape, str(archive[name].dtype)) for name in archive.files}
+    assert types == {
+        "images": ((70, 1, 8, 8), "uint8"),
+        "codes": ((70, 4, 5), "float32"),
+        "indices": ((70, 4), "int32"),
+    }
+
+
+@pytest.mark.parametrize("accept", ["application/json", "image/png", "application/x-npy", "application/x-npz"])
+def test_every_answer_says_how_to_get_it_again(service: Running, accept: str) -> None:
+    response = service.post({"seed": 5, "start": 2}, headers={"Accept": accept, "X-Request-ID": "mine"})
+    names = ("Model-Name", "Model-Version", "Sample-Seed", "Sample-Start", "Noise-Version", "X-Request-ID", "Vary")
+    assert [response.headers[name] for name in names] == ["tiny-gaussian", "1", "5", "2", "1", "mine", "Accept"]
+    assert response.headers["Content-Type"] == accept
+    stages = [stage.split(";dur=") for stage in response.headers["Server-Timing"].split(", ")]
+    assert [name for name, _ in stages] == ["queue", "infer", "encode"]
+    assert all(float(duration) >= 0 for _, duration in stages)
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("*/*", "application/json"),
+        ("image/*", "image/png"),
+        ("application/*", "application/json"),
+        ("text/html,application/xhtml+xml,image/avif,image/webp,image/png,*/*;q=0.8", "image/png"),
+        ("application/json;q=0.5, application/x-npy", "application/x-npy"),
+        ("application/x-npz;q=0.9, image/png;q=0.1", "application/x-npz"),
+        ("application/json;q=0, */*;q=0.1", "image/png"),
+    ],
+)
+def test_accept_with_weights_and_wildcards(service: Running, accept: str, chosen: str) -> None:
+    assert service.post({}, headers={"Accept": accept}).headers["Content-Type"] == chosen
+
+
+@pytest.mark.parametrize("given", ["", "with space", "x" * 129, "é".encode()])
+def test_a_request_id_that_fits_no_log_line_is_replaced(service: Running, given: str | bytes) -> None:
+    echoed = service.get("/livez", headers={"X-Request-ID": given}).headers["X-Request-ID"]
+    assert len(echoed) == 32
+
+
+def test_models_describe_themselves(service: Running) -> None:
+    body = service.get("/models").json()
+    assert body["default"] == "tiny-gaussian"
+    assert [model["name"] for model in body["models"]] == ["tiny-gaussian", "tiny-gumbel", "trouble"]
+    gumbel = service.get("/models/tiny-gumbel").json()
+    assert gumbel == body["models"][1]
+    assert (gumbel["kind"], gumbel["latent_shape"], gumbel["image_shape"]) == ("gumbel", [4, 5], [1, 8, 8])
+    assert (gumbel["parameters"], gumbel["outputs"]) == (["logits"], ["images", "codes", "indices"])
+    assert gumbel["evaluation"]["m"] == 2
+    assert gumbel["trained_on"]["data"] == "digits"
+    assert gumbel["provider"].endswith("ExecutionProvider")
+
+
+def test_health(service: Running) -> None:
+    assert service.get("/livez").json() == {"status": "alive"}
+    ready = service.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json()["models"] == {"tiny-gaussian": [1], "tiny-gumbel": [1], "trouble": [1]}
+    assert ready.json()["refused"] == {}
+
+
+def test_metrics_count_rows_and_requests(service: Running) -> None:
+    def rows() -> float:
+        lines = service.get("/metrics").text.splitlines()
+        (line,) = (line for line in lines if line.startswith('reparam_rows_total{model="tiny-gumbel"'))
+        return float(line.split()[-1])
+
+    service.post({"model": "tiny-gumbel"})
+    before = rows()
+    service.post({"model": "tiny-gumbel", "n": 100})
+    assert rows() == before + 100
+    text = service.get("/metrics").text
+    assert 'reparam_requests_total{path="/sample",status="200"}' in text
+    assert 'reparam_infer_duration_seconds_bucket{le="0.0005",model="tiny-gumbel",version="1"}' in text
+
+
+def test_the_api_is_documented(service: Running) -> None:
+    assert "swagger" in service.get("/docs").text
+    api = service.get("/openapi.json").json()
+    sample = api["paths"]["/sample"]["post"]
+    fields = sample["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert list(fields) == [
+        "model", "version", "n", "temperature", "hard", "seed", "start", "mu", "log_var", "logits", "outputs",
+    ]  # fmt: skip
+    assert all(field["description"] for field in fields.values())
+    assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
+    assert api["info"]["version"] == __version__
+
+
+@pytest.mark.parametrize("slug", PROBLEMS)
+def test_every_problem_type_is_explained_where_it_points(service: Running, slug: str) -> None:
+    text = service.get(f"/problems/{slug}").text
+    assert text.startswith(f"{PROBLEMS[slug].status} {slug}")
+    assert PROBLEMS[slug].meaning in text

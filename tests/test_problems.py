@@ -1,0 +1,286 @@
+"""What is refused, how it is said, and that nobody else notices."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from service.errors import PROBLEMS
+from tests.conftest import Running, wait_until
+from tests.graphs import FAILS, NAN, POISON, SLOW
+
+SEEDS = 2**64
+
+
+def problem(response: httpx.Response, slug: str) -> dict[str, Any]:
+    """The document, after checking that it is a proper one of this type."""
+    document: dict[str, Any] = response.json()
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert document["type"] == f"/problems/{slug}", document
+    assert document["status"] == response.status_code == PROBLEMS[slug].status
+    assert document["instance"] == f"urn:request:{response.headers['X-Request-ID']}"
+    assert document["title"]
+    return document
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer", "says"),
+    [
+        ({"n": 0}, "/n", "greater than or equal to 1, got 0"),
+        ({"n": -1}, "/n", "got -1"),
+        ({"n": 1.5}, "/n", "got 1.5"),
+        ({"n": "3"}, "/n", 'got "3"'),
+        ({"n": True}, "/n", "got true"),
+        ({"n": None}, "/n", "got null"),
+        ({"temperature": -0.1}, "/temperature", "got -0.1"),
+        ({"temperature": 1e39}, "/temperature", "got 1e+39"),
+        ({"temperature": "1"}, "/temperature", 'got "1"'),
+        ({"temperature": True}, "/temperature", "got true"),
+        ({"seed": SEEDS}, "/seed", f"got {SEEDS}"),
+        ({"seed": -1}, "/seed", "got -1"),
+        ({"seed": 1.0}, "/seed", "got 1.0"),
+        ({"start": SEEDS}, "/start", f"got {SEEDS}"),
+        ({"start": SEEDS - 1, "n": 2}, "/start", "start + n"),
+        ({"start": -1}, "/start", "got -1"),
+        ({"tempreature": 1}, "/tempreature", "the fields are model, version, n, temperature"),
+        ({"model": 3}, "/model", "got 3"),
+        ({"version": "1"}, "/version", 'got "1"'),
+        ({"hard": True}, "/hard", "is gaussian and has no hard; it has: log_var, mu"),
+        ({"model": "tiny-gumbel", "hard": 1}, "/hard", "got 1"),
+        ({"logits": [[0] * 5] * 4}, "/logits", "is gaussian and has no logits"),
+        ({"model": "tiny-gumbel", "mu": [0, 0, 0]}, "/mu", "is gumbel and has no mu"),
+        ({"outputs": []}, "/outputs", "at least 1 item"),
+        ({"outputs": ["pixels"]}, "/outputs/0", "'images', 'latents', 'codes' or 'indices'"),
+        ({"outputs": ["images", "codes"]}, "/outputs/1", "has no codes; it has: images, latents"),
+        ({"outputs": ["images", "images"]}, "/outputs", "named twice"),
+        ({"mu": 1.0}, "/mu", "got 1.0"),
+        ({"mu": []}, "/mu", "[3] or [1, 3], got shape [0]"),
+        ({"mu": [[]]}, "/mu", "got shape [1, 0]"),
+        ({"mu": [0, 0]}, "/mu", "[3] or [1, 3], got shape [2]"),
+        ({"mu": [[[0, 0, 0]]]}, "/mu", "got 3 nested lists"),
+        ({"n": 2, "mu": [[0, 0, 0]]}, "/mu", "[3] or [2, 3], got shape [1, 3]"),
+        ({"n": 2, "mu": [[0, 0, 0], [0, 0]]}, "/mu", "lists of different lengths"),
+        ({"n": 2, "mu": [[0, 0, 0], 0]}, "/mu/1", "got 0"),
+        ({"mu": [0, True, 0]}, "/mu/1", "got true"),
+        ({"mu": [0, "1", 0]}, "/mu/1", 'got "1"'),
+        ({"mu": [0, None, 0]}, "/mu/1", "got null"),
+        ({"mu": [0, 1e39, 0]}, "/mu/1", "got 1e+39"),
+        ({"log_var": [0, 0, 1e30]}, "/log_var/2", "less than or equal to 60, got 1e+30"),
+        ({"model": "tiny-gumbel", "logits": [0] * 5}, "/logits", "[4, 5] or [1, 4, 5], got 1 nested lists"),
+    ],
+)  # fmt: skip
+def test_a_bad_field_is_named_with_its_value_and_the_way_out(
+    service: Running, body: dict[str, Any], pointer: str, says: str
+) -> None:
+    document = problem(service.post(body), "invalid-request")
+    assert document["errors"][0]["pointer"] == pointer
+    assert says in document["errors"][0]["detail"]
+    assert document["errors"][0]["detail"] in document["detail"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ['"temperature": {}', '"mu": [0, {}, 0]'])
+def test_numbers_that_are_not_finite_are_refused(service: Running, field: str, number: str) -> None:
+    content = "{" + field.format(number) + "}"
+    document = problem(service.post(content=content, headers={"Content-Type": "application/json"}), "invalid-request")
+    assert "finite" in document["detail"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"3", b"\xff\xfe{}", b'{"model": "\xff"}', b"{}{}", b"n=1"])
+def test_a_body_that_is_no_json_object_is_refused(service: Running, body: bytes) -> None:
+    response = service.post(content=body, headers={"Content-Type": "application/json"})
+    problem(response, "invalid-request")
+
+
+def test_several_faults_are_told_at_once(service: Running) -> None:
+    document = problem(service.post({"n": 0, "seed": -1, "tau": 1}), "invalid-request")
+    assert {error["pointer"] for error in document["errors"]} == {"/n", "/seed", "/tau"}
+
+
+def test_parameters_that_overflow_are_refused_not_sampled(service: Running) -> None:
+    document = problem(service.post({"temperature": 3e38, "log_var": [60, 60, 60]}), "non-finite-sample")
+    assert "lower temperature or mu or log_var" in document["detail"]
+
+
+def test_an_unknown_model_lists_the_known(service: Running) -> None:
+    document = problem(service.post({"model": "mnst"}), "unknown-model")
+    assert document["detail"] == "unknown model 'mnst'; this server has: tiny-gaussian, tiny-gumbel, trouble"
+    assert document["available"] == {"tiny-gaussian": [1], "tiny-gumbel": [1], "trouble": [1]}
+    problem(service.get("/models/mnst"), "unknown-model")
+
+
+def test_an_unknown_version_lists_the_known(service: Running) -> None:
+    document = problem(service.post({"version": 2}), "unknown-model")
+    assert document["detail"] == "model 'tiny-gaussian' has no version 2; this server has: 1"
+
+
+def test_unknown_paths_and_methods(service: Running) -> None:
+    problem(service.get("/smaple"), "unknown-path")
+    problem(service.get("/problems/none"), "unknown-path")
+    response = service.get("/sample")
+    problem(response, "method-not-allowed")
+    assert response.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/webp", "application/json;q=0", "nonsense", ","])
+def test_an_accept_that_cannot_be_met_names_what_can(service: Running, accept: str) -> None:
+    document = problem(service.post({}, headers={"Accept": accept}), "not-acceptable")
+    assert document["available"] == ["application/json", "image/png", "application/x-npy", "application/x-npz"]
+
+
+@pytest.mark.parametrize("accept", ["image/png", "application/x-npy"])
+def test_one_output_types_refuse_several(service: Running, accept: str) -> None:
+    response = service.post({"outputs": ["images", "latents"]}, headers={"Accept": accept})
+    assert "accept application/x-npz or application/json" in problem(response, "invalid-request")["detail"]
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/jsonx", ""])
+def test_a_body_not_declared_as_json_is_refused(service: Running, content_type: str) -> None:
+    response = service.post(content=b"{}", headers={"Content-Type": content_type})
+    assert "Content-Type: application/json" in problem(response, "unsupported-media-type")["detail"]
+
+
+def test_json_may_be_declared_with_a_charset(service: Running) -> None:
+    response = service.post(content=b"{}", headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    assert response.status_code == 200
+
+
+def test_a_body_of_100_mb_is_refused(service: Running) -> None:
+    response = service.post(content=b" " * 100_000_000, headers={"Content-Type": "application/json"})
+    document = problem(response, "too-large")
+    assert (document["limit"], document["got"]) == (2**24, 100_000_000)
+
+
+def test_a_body_that_hides_its_length_is_cut_off_at_the_limit(service: Running) -> None:
+    pieces = (b" " * 2**20 for _ in range(40))
+    response = service.post(content=pieces, headers={"Content-Type": "application/json"})
+    assert problem(response, "too-large")["got"] > 2**24
+
+
+def test_too_many_rows_are_refused_with_the_limit(service: Running, serve: Any) -> None:
+    document = problem(service.post({"n": 2_000_000}), "too-large")
+    assert (document["limit"], document["got"]) == (2**26 // 64, 2_000_000)
+    assert "stream one output as application/x-npy" in document["detail"]
+    small = serve(max_rows=10)
+    assert "the limit is 10 rows" in problem(small.post({"n": 11}), "too-large")["detail"]
+
+
+def test_a_model_that_fails_or_answers_nan_is_an_internal_error(service: Running) -> None:
+    document = problem(service.post({"model": "trouble", "temperature": FAILS}), "model-failed")
+    assert document["detail"] == "model 'trouble' version 1 failed on these rows"
+    assert service.post({"model": "trouble"}).status_code == 200
+
+
+def test_one_failing_request_fails_alone(service: Running) -> None:
+    """All of them wait behind a slow run, so they share the next batch."""
+    body = {"model": "trouble", "seed": 1, "n": 4}
+    expected = service.post(body).json()["images"]
+    with ThreadPoolExecutor(10) as pool:
+        slow = pool.submit(service.post, {"model": "trouble", "temperature": SLOW + 50})
+        wait_until(lambda: service.service.metrics.in_flight._value.get() >= 1)
+        bad = [pool.submit(service.post, {**body, "temperature": value}) for value in (FAILS, NAN)]
+        good = [pool.submit(service.post, body) for _ in range(6)]
+        assert slow.result().status_code == 200
+        problem(bad[0].result(), "model-failed")
+        problem(bad[1].result(), "non-finite-sample")
+        assert [future.result().json()["images"] for future in good] == [expected] * 6
+
+
+def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
+    mu = np.zeros((200, 3))
+    mu[150] = POISON
+    body = {"model": "trouble", "n": 200, "mu": mu.tolist()}
+    with (
+        httpx.stream("POST", f"{service.url}/sample", json=body, headers={"Accept": "application/x-npy"}) as response,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        assert response.status_code == 200
+        for _ in response.iter_raw():
+            pass
+
+
+def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
+    service: Running = serve(max_queue_rows=4, max_batch_rows=4)
+    body = {"model": "trouble", "n": 4, "temperature": SLOW + 100}
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(service.post, body)
+        wait_until(lambda: service.service.batcher.busy)
+        waiting = pool.submit(service.post, body)
+        wait_until(lambda: service.service.batcher.queued_rows == 4)
+        response = service.post({"n": 1})
+        document = problem(response, "queue-full")
+        assert int(response.headers["Retry-After"]) == document["retry_after"] >= 1
+        assert running.result().status_code == waiting.result().status_code == 200
+    assert 'reparam_rejected_total{reason="queue-full"} 1.0' in service.get("/metrics").text
+
+
+def test_a_request_larger_than_the_queue_is_served_piece_by_piece(serve: Any) -> None:
+    service: Running = serve(max_queue_rows=4, max_batch_rows=4)
+    assert len(service.post({"n": 50}).json()["images"]) == 50
+
+
+def test_a_deadline_in_the_model_and_one_in_the_queue(service: Running) -> None:
+    slow = {"model": "trouble", "temperature": SLOW + 150}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(service.post, slow, headers={"Request-Timeout": "0.3"})
+        wait_until(lambda: service.service.batcher.busy)
+        waiting = service.post({}, headers={"Request-Timeout": "0.05"})
+        assert problem(waiting, "deadline-exceeded")["stage"] == "queue"
+        assert problem(running.result(), "deadline-exceeded")["stage"] == "infer"
+    assert service.post({}).status_code == 200
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", ""])
+def test_a_deadline_that_is_no_positive_number_is_refused(service: Running, timeout: str) -> None:
+    document = problem(service.post({}, headers={"Request-Timeout": timeout}), "invalid-request")
+    assert f"got {timeout!r}" in document["detail"]
+
+
+def test_an_api_key_guards_samples_and_models(serve: Any) -> None:
+    service: Running = serve(api_key="secret")
+    refused = service.post({})
+    problem(refused, "unauthorized")
+    assert refused.headers["WWW-Authenticate"] == "Bearer"
+    problem(service.get("/models", headers={"Authorization": "Bearer wrong"}), "unauthorized")
+    assert service.post({}, headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert service.get("/readyz").status_code == 200
+
+
+def test_starting_and_without_models_the_service_is_unavailable(serve: Any, tmp_path: Path) -> None:
+    empty: Running = serve(artifacts=tmp_path, default_model=None)
+    assert empty.get("/livez").status_code == 200
+    assert empty.get("/readyz").status_code == 503
+    response = empty.post({})
+    assert "no model is served" in problem(response, "unavailable")["detail"]
+    assert response.headers["Retry-After"] == "5"
+    empty.service.state = "starting"
+    assert "being loaded" in problem(empty.post({}), "unavailable")["detail"]
+
+
+def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
+    host, port = service.url.removeprefix("http://").split(":")
+    head = f"POST /sample HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    body = json.dumps({"n": 1_000_000})
+    with socket.create_connection((host, int(port))) as hasty:
+        hasty.sendall(f"{head}Accept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        hasty.recv(1000)
+    wait_until(lambda: service.service.metrics.in_flight._value.get() == 0)
+    assert service.post({}).status_code == 200
+    assert 'status="499"' in service.get("/metrics").text
+
+
+def test_what_nobody_foresaw_is_told_without_its_inside(serve: Any) -> None:
+    service: Running = serve()
+    service.service.repository.models["tiny-gaussian"] = None  # type: ignore[assignment]
+    document = problem(service.post({}), "internal")
+    assert "None" not in document["detail"]
+    assert document["instance"].removeprefix("urn:request:") in document["detail"]
+
+

@@ -1,4 +1,4 @@
-"""Images to train on: scikit-learn's digits, a folder of IDX files (the MNIST family), an .npz, or a folder of pictures."""
+"""Images to train on: scikit-learn's digits, IDX files (the MNIST family), an .npz, or a folder of pictures."""
 
 import gzip
 import zipfile
@@ -52,7 +52,7 @@ def load(source: str) -> Dataset:
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits  # noqa: PLC0415  # a second to import, for this source alone
+    from sklearn.datasets import load_digits  # a second to import, for this source alone
 
     images = load_digits().images  # (1797, 8, 8), 0 .. 16
     return _split("digits", np.rint(images * (255 / 16)).astype(np.uint8)[:, None])
@@ -104,16 +104,17 @@ def _npz(path: Path) -> Dataset:
 
 
 def _pixels(array: npt.NDArray[np.generic], where: str) -> Pixels:
+    if array.ndim not in (3, 4) or min(array.shape) < 1 or (array.ndim == 4 and array.shape[1] not in (1, 3)):
+        raise DataError(f"{where} has shape {array.shape}: it should be (n, H, W) or (n, C, H, W), C 1 or 3, n >= 1")
     if array.ndim == 3:
         array = array[:, None]
-    if array.ndim != 4 or min(array.shape) < 1 or array.shape[1] not in (1, 3):
-        raise DataError(f"{where} has shape {array.shape}: it should be (n, H, W) or (n, C, H, W), C 1 or 3, n >= 1")
     if array.dtype == np.uint8:
         return array.astype(np.uint8)
     floats = array.astype(np.float64) if array.dtype.kind in "biuf" else np.array([np.nan])
     if not (floats.min() >= 0 and floats.max() <= 1):
         raise DataError(f"{where} is {array.dtype}: it should be uint8, or floats in [0, 1]")
-    return np.rint(floats * 255).astype(np.uint8)
+    pixels: Pixels = np.rint(floats * 255).astype(np.uint8)
+    return pixels
 
 
 def _picture_folder(folder: Path) -> Dataset:

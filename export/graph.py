@@ -1,6 +1,5 @@
 """From a trained network to ONNX files: the sampler, noise to images, and the encoder."""
 
-import io
 import logging
 import warnings
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ class Sampler(nn.Module):
 
     def forward(self, noise: Tensor, *parameters_and_temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *parameters, temperature = parameters_and_temperature
-        latents = self.model.sample(tuple(parameters), noise, temperature)  # type: ignore[arg-type]  # the model's own
+        latents = self.model.sample(tuple(parameters), noise, temperature)
         images = torch.sigmoid(self.model.decode(latents))
         return latents, images, (images * 255).round().to(torch.uint8)
 
@@ -61,9 +60,9 @@ def export_encoder(model: VAE) -> onnx.ModelProto:
 
 def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
     batch = {0: torch.export.Dim("batch")}
-    shapes = tuple(batch for _ in inputs)
-    if isinstance(module, Sampler):  # its parameters arrive as one variadic argument
-        shapes = (shapes[0], shapes[1:])
+    first, *others = (batch for _ in inputs)
+    # A second argument onwards arrives in one variadic parameter.
+    shapes = (first, tuple(others)) if others else (first,)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
@@ -79,9 +78,7 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str])
             verbose=False,
         )
     assert program is not None  # noqa: S101  # it is only with dynamo=False
-    buffer = io.BytesIO()
-    program.save(buffer)
-    proto = onnx.load_from_string(buffer.getvalue())
+    proto = program.model_proto
     for node in [*proto.graph.node, *proto.graph.value_info]:
         del node.metadata_props[:]  # traces of the source code
     return proto

@@ -4,7 +4,7 @@ from math import cos, exp, log, pi
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from models import GaussianVAE, GumbelVAE
 
@@ -37,7 +37,7 @@ def importance_weighted_bound(model: VAE, images: Tensor, samples: int, generato
 
 def log_likelihood(pixel_logits: Tensor, images: Tensor) -> Tensor:
     """Bernoulli log p(x | z) summed over pixels, (n,) in nats."""
-    return -F.binary_cross_entropy_with_logits(pixel_logits, images, reduction="none").flatten(1).sum(1)
+    return -binary_cross_entropy_with_logits(pixel_logits, images, reduction="none").flatten(1).sum(1)
 
 
 def gumbel_temperature(step: int, start: float, minimum: float, rate: float, every: int) -> float:
@@ -58,4 +58,4 @@ def cosine_decay(step: int, steps: int) -> float:
 
 def _draw(model: VAE, posterior: tuple[Tensor, ...], temperature: float, generator: torch.Generator) -> Tensor:
     noise = model.noise(tuple(posterior[0].shape), generator)
-    return model.sample(posterior, noise, torch.full((len(noise),), temperature, device=noise.device))  # type: ignore[arg-type]  # the parameters are the model's own
+    return model.sample(posterior, noise, torch.full((len(noise),), temperature, device=noise.device))

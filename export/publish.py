@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.evaluate import read_evaluation
 from export.errors import GateError, RunError
+from export.evaluate import read_evaluation
 from export.graph import Encoder, Sampler, export_encoder, export_sampler
 from export.objectives import VAE
 from export.run import Run, write_atomically
@@ -62,7 +62,7 @@ def describe(model: VAE, source: Run) -> Contract:
     """The contract of the artifact, with the reference rows computed by the network itself."""
     config = source.config()
     contract = Contract(
-        kind=model.kind,
+        kind=config.train.kind,
         latent_shape=model.config.latent_shape,
         image_shape=model.config.image_shape,  # type: ignore[arg-type]  # C is 1 or 3: checked here
         prior={
@@ -70,7 +70,7 @@ def describe(model: VAE, source: Run) -> Contract:
             for key, parameter in zip(model.parameter_names, model.prior(), strict=True)
         },
         default_temperature=model.default_temperature,
-        noise_version=NOISE_VERSION,
+        noise_version=NOISE_VERSION,  # type: ignore[arg-type]  # Literal[1], checked here
         trained_on={"data": config.data_name, "sha256": config.data_sha256, "epochs": config.train.epochs},
         evaluation=read_evaluation(source),
         tools={"python": platform.python_version(), "reparam": __version__, **{tool: _version(tool) for tool in TOOLS}},

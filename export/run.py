@@ -37,18 +37,21 @@ class RunConfig(BaseModel):
     image_shape: tuple[int, int, int]
 
     def build(self) -> VAE:
-        """The network with its initial weights."""
+        """The network with its initial weights. Raises RunError for a configuration that fits no network."""
         train = self.train
-        config = VAEConfig(
-            image_shape=self.image_shape,
-            latent_shape=train.latent_shape or LATENT_SHAPES[train.kind],
-            body=train.body,
-            width=train.width or WIDTHS[train.body],
-            dense=train.dense,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(train.seed)
-            return MODELS[train.kind](config)
+        try:
+            config = VAEConfig(
+                image_shape=self.image_shape,
+                latent_shape=train.latent_shape or LATENT_SHAPES[train.kind],
+                body=train.body,
+                width=train.width or WIDTHS[train.body],
+                dense=train.dense,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(train.seed)
+                return MODELS[train.kind](config)
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
 
 class Run:

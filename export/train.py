@@ -26,11 +26,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
     data = load(config.data)
     run, run_config = Run(out), describe(config, data)
+    model = run_config.build()
     if resume and (out / "config.json").exists():
         run.resume(run_config)
     else:
         run.start(run_config)
-    model = run_config.build()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     done = run.restore(model, optimizer)
     run.forget_after(done)
@@ -118,10 +118,10 @@ def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
     noise = model.noise((SHEET_ROWS, *model.config.latent_shape), draws)
     prior = tuple(parameter.expand(noise.shape) for parameter in model.prior())
     temperature = torch.full((SHEET_ROWS,), model.default_temperature)
-    samples = _decode(model, model.sample(prior, noise, temperature))  # type: ignore[arg-type]  # the model's own prior
+    samples = _decode(model, model.sample(prior, noise, temperature))
     posterior = model.encode(images)
     noise = torch.zeros_like(posterior[0])  # the most likely latents
-    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros(len(images))))  # type: ignore[arg-type]
+    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros(len(images))))
     pairs = torch.stack([(images * 255).byte(), reconstructions], 1).flatten(0, 1)
     # Eight columns of pairs read across: originals in the even rows, reconstructions in the odd ones.
     pairs = pairs.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten(0, 2) if len(pairs) % 16 == 0 else pairs

@@ -22,6 +22,7 @@ from service.artifact import (
 )
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-4  # largest difference of two computations of one value
 BATCHES = (1, 2, 3, 64)
@@ -43,8 +44,8 @@ def verify(folder: Path) -> list[str]:
     _check_reference(artifact)
     _check_encoder(folder, contract)
     return [
-        f"the contract holds: {contract.kind}, latent {_shape(contract.latent_shape)}, image {_shape(contract.image_shape)}",
-        f"batches of {_list(BATCHES)} at temperatures {_list(temperatures(contract))} answer the same rows, finite, in range",
+        f"the contract holds: {contract.kind}, latent {contract.latent_shape}, image {contract.image_shape}",
+        f"batches of {_list(BATCHES)} answer the same rows, in range, at {_list(temperatures(contract))} temperature",
         f"{contract.traits.latents} follow the formula within {TOLERANCE}",
         f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, within {TOLERANCE}",
         f"the encoder answers {_list(contract.traits.parameters)} for batches of {_list(BATCHES)}",
@@ -63,16 +64,18 @@ def varied_feeds(contract: Contract, rows: int, seed: int) -> dict[str, Float32]
     return feeds
 
 
-def formula(contract: Contract, feeds: dict[str, Float32]) -> npt.NDArray[np.float64]:
+def formula(contract: Contract, feeds: dict[str, Float32]) -> Float64:
     """The latents for these inputs, in float64."""
     inputs = {name: array.astype(np.float64) for name, array in feeds.items()}
     temperature = inputs["temperature"].reshape(-1, *[1] * len(contract.latent_shape))
     if contract.kind == "gaussian":
-        return inputs["mu"] + temperature * np.exp(0.5 * inputs["log_var"]) * inputs["noise"]  # type: ignore[no-any-return]
+        latents: Float64 = inputs["mu"] + temperature * np.exp(0.5 * inputs["log_var"]) * inputs["noise"]
+        return latents
     scores = inputs["logits"] + inputs["noise"]
     scores = scores - scores.max(-1, keepdims=True)
     relaxed = np.exp(scores / np.where(temperature > 0, temperature, 1))
-    return np.where(temperature > 0, relaxed / relaxed.sum(-1, keepdims=True), scores == 0)
+    codes: Float64 = np.where(temperature > 0, relaxed / relaxed.sum(-1, keepdims=True), scores == 0)
+    return codes
 
 
 def compare(
@@ -170,11 +173,8 @@ def run_encoder(session: ort.InferenceSession, images: Float32) -> list[Float32]
 def _thinned(array: Float32) -> Float32:
     """At most REFERENCE_VALUES values, evenly spaced."""
     flat = array.reshape(-1)
-    return flat[np.linspace(0, flat.size - 1, min(REFERENCE_VALUES, flat.size)).astype(int)]
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    thinned: Float32 = flat[np.linspace(0, flat.size - 1, min(REFERENCE_VALUES, flat.size)).astype(int)]
+    return thinned
 
 
 def _list(values: tuple[Any, ...] | list[Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import prod, sqrt
 from typing import Literal
 
 from torch import nn
@@ -39,12 +39,12 @@ class VAEConfig:
 
 def encoder(config: VAEConfig, features: int) -> nn.Sequential:
     """Images (n, C, H, W) in [0, 1] -> (n, features), unbounded."""
-    return _mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features)
+    return _he_normal(_mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features))
 
 
 def decoder(config: VAEConfig) -> nn.Sequential:
     """Latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
-    return _mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config)
+    return _he_normal(_mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config))
 
 
 def _mlp_encoder(config: VAEConfig, features: int) -> nn.Sequential:
@@ -83,6 +83,23 @@ def _conv_decoder(config: VAEConfig) -> nn.Sequential:
     for (after, before), size in reversed(list(zip(pairwise(channels), sizes, strict=False))):
         layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, _kernel(size), stride=2, padding=1)]
     return nn.Sequential(*layers)
+
+
+def _he_normal(network: nn.Sequential) -> nn.Sequential:
+    """Initial weights that keep the scale of activations through ReLU (He et al., 2015,
+    https://arxiv.org/abs/1502.01852); PyTorch's own shrink it layer by layer, and deep bodies never learn to use the
+    latent."""
+    for layer in network:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        elif isinstance(layer, nn.ConvTranspose2d):
+            inputs = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)  # that meet in one output
+            nn.init.normal_(layer.weight, std=sqrt(2 / inputs))
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return network
 
 
 def _pyramid(config: VAEConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.bodies import VAEConfig, decoder, encoder
 
-Parameters = tuple[Tensor, Tensor]  # mu, log_var: each (n, *latent_shape)
+Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
 
 
 class GaussianVAE(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.bodies import VAEConfig, decoder, encoder
 
-Parameters = tuple[Tensor]  # logits: (n, D, K)
+Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
 
 
 class GumbelVAE(nn.Module):

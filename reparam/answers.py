@@ -113,11 +113,11 @@ class RowReader:
 
     def _take(self, whole: int) -> Samples:
         """The next rows. The buffer becomes their memory; the part of a row behind them moves to a new one."""
+        if whole > self.missing:
+            raise ValueError("more rows than the header says")
         end = whole * self._row_bytes
         rows, self._buffer = self._buffer, self._buffer[end:]
         array = np.frombuffer(rows, DTYPES[self._name], whole * prod(self._row_shape)).reshape(whole, *self._row_shape)
-        if whole > self.missing:
-            raise ValueError("more rows than the header says")
         self.received += whole
         return _samples(self.response, {self._name: array}, self.received - whole)
 
@@ -139,7 +139,7 @@ def _npy_header(data: bytearray, name: str, n: int) -> tuple[tuple[int, ...], in
 
 
 def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], n: int) -> None:
-    if dtype != DTYPES[name] or shape[:1] != (n,):
+    if dtype != DTYPES[name] or shape[:1] != (n,) or 0 in shape:
         raise ValueError(f"{name} are {dtype}{shape}, not {n} rows of {DTYPES[name]}")
 
 

@@ -84,9 +84,8 @@ def _sample(client: Client, options: argparse.Namespace) -> None:
     else:
         samples = client.sample(**drawn, outputs=outputs)
         samples.save(path)
-    start = f" --start {options.start}" if options.start else ""
-    again = f"--model {samples.model} --version {samples.version} --seed {samples.seed}{start}"
-    print(f"{path}: {options.n:,} rows of {samples.model}; the same again: {again}")
+    settled = {**drawn, "model": samples.model, "version": samples.version, "seed": samples.seed}
+    print(f"{path}: {options.n:,} rows of {samples.model}; the same again: {_as_options(settled)}")
 
 
 def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> Samples:
@@ -100,6 +99,12 @@ def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> S
                 npy.write_array_header_1_0(file, header)
             file.write(rows.data)
     return batch
+
+
+def _as_options(drawn: dict[str, Any]) -> str:
+    """As they would be typed; `-n` and what was left to the service are not."""
+    given = [(f"--{name}", value) for name, value in drawn.items() if name != "n" and value is not None]
+    return " ".join(name if value is True else f"{name} {value}" for name, value in given)
 
 
 def _models(client: Client, options: argparse.Namespace) -> None:

@@ -31,9 +31,9 @@ class Progress:
         rate = self.done / max(seconds, 1e-9)
         minutes, left = divmod(round((self.total - self.done) / max(rate, 1e-9)), 60)
         share = self.done / self.total
-        bar = "#" * round(20 * share)
+        bar = "#" * round(10 * share)
         return (
-            f"[{bar:<20}] {share:4.0%}  {self.done:,} of {self.total:,} rows  {rate:,.0f}/s  {minutes}:{left:02} left"
+            f"[{bar:<10}] {share:4.0%}  {self.done:,} of {self.total:,} rows  {rate:,.0f}/s  {minutes}:{left:02} left"
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
             )
         )
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT. Does not record the signal, so that the process ends with 0. A second one hurries."""
         loop = asyncio.get_running_loop() if self.started else None
         if loop is None or self.service.state == "draining":

@@ -121,9 +121,8 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/models", **schema.MODELS)
     async def models() -> JSONResponse:
         service.ready()
-        served = service.served()
-        default = service.repository.find(None, None).name if served else None
-        return JSONResponse({"default": default, "models": [_describe(service, model) for model in served]})
+        served = [_describe(service, model) for model in service.served()]
+        return JSONResponse({"default": service.repository.default_name(), "models": served})
 
     @app.get("/models/{name}", **schema.MODEL)
     async def model(name: str) -> JSONResponse:
@@ -201,7 +200,7 @@ async def _buffered(service: Service, answer: Answer, media_type: str, deadline:
         )
     timing = Timing()
     pieces = [answer.select(piece) async for piece in service.outputs(rows, timing, deadline)]
-    arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in answer.outputs}
+    arrays: Arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in answer.outputs}
     started = time.perf_counter()
     try:
         async with asyncio.timeout_at(deadline):

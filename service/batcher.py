@@ -1,7 +1,7 @@
 """Micro-batching: whatever is queued when the runner becomes free runs together.
 
-The queue lives on the event loop, so it needs no lock; the models run on one thread, where onnxruntime releases the GIL.
-There is no timer: a lone request never waits, and batches grow by themselves while the runner is busy.
+The queue lives on the event loop, so it needs no lock; the models run on one thread, where onnxruntime releases the
+GIL. There is no timer: a lone request never waits, and batches grow by themselves while the runner is busy.
 """
 
 import asyncio

@@ -14,9 +14,9 @@ class Problem(Exception):
     they are; `retry_after`, in seconds, becomes the header too.
     """
 
-    slug: ClassVar = "internal"
-    status: ClassVar = 500
-    meaning: ClassVar = "The service failed; the log has the cause under the request id."
+    slug: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    meaning: ClassVar[str] = "The service failed; the log has the cause under the request id."
 
     def __init__(self, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
         super().__init__(detail)
@@ -117,4 +117,5 @@ class DeadlineExceeded(Problem):
     meaning = "The deadline passed before the rows were ready; `stage` says where."
 
 
-PROBLEMS: dict[str, type[Problem]] = {problem.slug: problem for problem in (Problem, *Problem.__subclasses__())}
+_ALL: list[type[Problem]] = [Problem, *Problem.__subclasses__()]
+PROBLEMS = {problem.slug: problem for problem in _ALL}

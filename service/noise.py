@@ -1,8 +1,8 @@
 """Noise as a pure function of seed and row (`noise_version` 1).
 
-Each row owns its own counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2,
-3"), so a row is the same whatever batch, request or replica draws it. Only raw words are used, the one output that NumPy
-promises never to change (NEP 19); docs/architecture.md specifies every step.
+Each row owns its own counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
+2, 3"), so a row is the same whatever batch, request or replica draws it. Only raw words are used, the one output that
+NumPy promises never to change (NEP 19); docs/architecture.md specifies every step.
 """
 
 from math import prod
@@ -35,8 +35,9 @@ def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = L
 
 
 def uniform(words: Words) -> Float64:
-    """(word + 0.5) * 2**-64 in float64, in [2**-65, 1 - 2**-53]: never 0, never 1, and a small value has all its digits."""
-    return np.minimum((words + 0.5) * 2.0**-64, _BELOW_ONE)
+    """(word + 0.5) * 2**-64 in float64, in [2**-65, 1 - 2**-53]: never 0, never 1, and small values keep all digits."""
+    uniform: Float64 = np.minimum((words + 0.5) * 2.0**-64, _BELOW_ONE)
+    return uniform
 
 
 def normal(words: Words) -> Float32:

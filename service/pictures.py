@@ -29,11 +29,13 @@ def sheet(images: Pixels, columns: int | None = None) -> Pixels:
     """
     n, channels, height, width = images.shape
     if n == 1:
-        return images[0]
+        only: Pixels = images[0]
+        return only
     columns = columns or isqrt(n - 1) + 1
     rows = ceil(n / columns)
     cells = np.full((rows * columns, channels, height + GAP, width + GAP), PAPER, np.uint8)
     cells[:n, :, :height, :width] = images
     tiled = cells.reshape(rows, columns, channels, height + GAP, width + GAP).transpose(2, 0, 3, 1, 4)
     paper = tiled.reshape(channels, rows * (height + GAP), columns * (width + GAP))[:, :-GAP, :-GAP]
-    return np.pad(paper, ((0, 0), (GAP, GAP), (GAP, GAP)), constant_values=PAPER)
+    framed: Pixels = np.pad(paper, ((0, 0), (GAP, GAP), (GAP, GAP)), constant_values=PAPER)
+    return framed

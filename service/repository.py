@@ -50,9 +50,9 @@ class Repository:
         if not self.models:
             raise Unavailable("no model is served: /readyz says why", retry_after=5)
         if name is None:
-            name = self.default or min(self.models)
+            name = self.default_name()
         available = {known: sorted(versions) for known, versions in sorted(self.models.items())}
-        if name not in self.models:
+        if name is None or name not in self.models:
             raise UnknownModel(f"unknown model {name!r}; this server has: {', '.join(available)}", available=available)
         versions = self.models[name]
         if version is None:
@@ -63,6 +63,10 @@ class Repository:
                 available=available,
             )
         return versions[version]
+
+    def default_name(self) -> str | None:
+        """The model of a request that names none: the one that was chosen, else the first by name."""
+        return self.default or min(self.models, default=None)
 
     def load(self, folder: Path, device: Device, threads: int) -> None:
         """Load every version that keeps the contract; the others are noted in `refused` and hurt nobody."""

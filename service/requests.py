@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import Annotated, Any, Literal
@@ -47,7 +48,7 @@ class SampleRequest(BaseModel):
     """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=4)] = ["images"]  # noqa: RUF012  # pydantic copies it
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=4)] = ["images"]  # pydantic copies it
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
@@ -55,8 +56,8 @@ def parse(body: bytes) -> SampleRequest:
     """Raises InvalidRequest. An empty body asks for one row of the default model."""
     try:
         return SampleRequest.model_validate_json(body or b"{}")
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False)
+    except ValidationError as refusal:
+        errors = refusal.errors(include_url=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         raise InvalidRequest(f"the body is not JSON in UTF-8: {errors[0]['msg'].removeprefix('Invalid JSON: ')}")
     for error in errors:
@@ -162,7 +163,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def row_bytes(model: Model, outputs: list[Output]) -> int:
+def row_bytes(model: Model, outputs: Sequence[Output]) -> int:
     """Raw bytes of one row of an answer."""
     latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
     sizes = {

@@ -42,7 +42,7 @@ class Answer:
         }
 
 
-_SELECT: dict[Output, Callable[[Arrays], npt.NDArray[np.generic]]] = {
+_SELECT: dict[str, Callable[[Arrays], npt.NDArray[np.generic]]] = {
     "images": lambda arrays: arrays["pixels"],
     "latents": lambda arrays: arrays["latents"],
     "codes": lambda arrays: arrays["codes"],

@@ -1,7 +1,7 @@
 """What /docs and /openapi.json say of each route: arguments of FastAPI's decorators.
 
-The routes read and write raw bytes themselves, so the schemas are named here; that of the request is made from the model
-that validates it.
+The routes read and write raw bytes themselves, so the schemas are named here; that of the request is made from the
+model that validates it.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every setting of the service: a field here, a flag of `python -m service`, an environment variable REPARAM_<FIELD>."""
+"""Every setting: a field here, a flag of `python -m service`, an environment variable REPARAM_<FIELD>."""
 
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="REPARAM_",
+        env_ignore_empty=True,
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
@@ -54,7 +55,7 @@ class Settings(BaseSettings):
     request_timeout: PositiveFloat = 30.0
     """Seconds a request may take, or a stream until its first rows; a `Request-Timeout` header can only shorten it."""
     drain_delay: NonNegativeFloat = 1.0
-    """Seconds between SIGTERM, when /readyz turns 503, and the closing of the port: time for load balancers to see it."""
+    """Seconds from SIGTERM, when /readyz turns 503, to the closing of the port, so that load balancers see it."""
     drain_timeout: NonNegativeInt = 7
     """Seconds that requests in flight may take after that."""
     log_format: Literal["json", "text"] = "json"

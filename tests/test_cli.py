@@ -31,6 +31,14 @@ def test_png_is_a_contact_sheet_and_the_line_printed_repeats_it(
         assert picture.size == (32, 22)
 
 
+def test_the_line_printed_has_every_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Peer(rows()) as peer:
+        chosen = ["--hard", "--temperature", "0.5", "--start", "4", "--seed", "9"]
+        assert main(["sample", "-o", str(tmp_path / "x.npy"), "--url", peer.url, *chosen]) == 0
+    again = "--model peer --version 3 --temperature 0.5 --hard --seed 9 --start 4"
+    assert capsys.readouterr().out.rstrip().endswith(again)
+
+
 def test_npy_is_streamed_into_an_array(service: Running, tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     options = ["--seed", "3", "--start", "9", "--output", "latents", "--temperature", "0.5", "--version", "1"]

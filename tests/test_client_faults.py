@@ -438,6 +438,16 @@ def test_a_break_behind_the_last_row_is_none() -> None:
     assert len(peer.asked) == 1
 
 
+def test_rows_of_no_bytes_are_an_error() -> None:
+    header = npy_header(1).replace(b"(1, 1, 2, 2)", b"(1, 1, 0, 2)")
+    with (
+        Peer(chunked(header)) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match=r"uint8\(1, 1, 0, 2\)"),
+    ):
+        list(client.iter_samples(1))
+
+
 def test_more_rows_than_asked_for_are_an_error() -> None:
     with (
         Peer(chunked(npy_header(1) + bytes(8))) as peer,
@@ -482,7 +492,7 @@ def test_progress_shows_rows_rate_and_time_left(capsys: pytest.CaptureFixture[st
     with Peer(rows(8), rows()) as peer, Client(peer.url) as client:
         list(client.iter_samples(1234, progress=True))
     shown = capsys.readouterr().err
-    assert "[####################] 100%  1,234 of 1,234 rows" in shown
+    assert "[##########] 100%  1,234 of 1,234 rows" in shown
     assert shown.endswith("\n")
 
 

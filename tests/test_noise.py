@@ -23,8 +23,8 @@ def test_golden_values() -> None:
         "0x8ca73b0adee6a96d",
         "0x576745dd1137cba0",
     ]
-    normal = np.float32([-0.44289517, 1.385873, -0.09079981, 0.12421313, -0.40859196])
-    gumbel = np.float32([0.91912454, -0.9123656, 0.47273338, 0.22660631, 0.87306690])
+    normal = np.array([-0.44289517, 1.385873, -0.09079981, 0.12421313, -0.40859196], np.float32)
+    gumbel = np.array([0.91912454, -0.9123656, 0.47273338, 0.22660631, 0.87306690], np.float32)
     assert np.array_equal(noise.normal(words)[0], normal)
     assert np.array_equal(noise.gumbel(words)[0], gumbel)
 
@@ -87,7 +87,8 @@ def test_the_usual_float32_formula_is_wrong_in_the_tail(p: float) -> None:
     def usual(words: npt.NDArray[np.uint64]) -> Float32:
         u = words.astype(np.float32) * np.float32(2**-24)
         epsilon = np.float32(1e-7)
-        return -np.log(-np.log(u + epsilon) + epsilon)
+        draws: Float32 = -np.log(-np.log(u + epsilon) + epsilon)
+        return draws
 
     others = ((np.arange(100_000) + 0.5) / 100_000 * 2.0**24).astype(np.uint64)
     frequency = _frequency(p, usual(others), usual, low_word_wins=False, words=2**24)

@@ -108,7 +108,9 @@ def test_relaxed_codes_are_what_torch_computes_from_the_same_noise(service: Runn
 
 def test_hard_codes_follow_softmax_of_the_logits(service: Running) -> None:
     """Chi-square on a million draws: 250000 rows of 4 variables."""
-    logits = np.log([[0.5, 0.3, 0.15, 0.04, 0.01], [0.2] * 5, [0.96, 0.01, 0.01, 0.01, 0.01], [1e-3, 0.1, 0.2, 0.3, 0.399]])
+    logits = np.log(
+        [[0.5, 0.3, 0.15, 0.04, 0.01], [0.2] * 5, [0.96, 0.01, 0.01, 0.01, 0.01], [1e-3, 0.1, 0.2, 0.3, 0.399]]
+    )
     indices = draw_one(service, "indices", model="tiny-gumbel", n=250_000, seed=1, logits=logits.tolist())
     assert indices.shape == (250_000, 4)
     for variable in range(4):

@@ -1,0 +1,29 @@
+# The serving image: no torch, no compiler, not root.
+#   docker build -t reparam .                              for the CPU
+#   docker build -t reparam:cuda --build-arg DEVICE=cuda . with CUDA 13 and cuDNN 9 from PyPI
+FROM python:3.11-slim-bookworm AS build
+ARG DEVICE=cpu
+COPY requirements /requirements
+RUN python -m venv /venv \
+    && case "$DEVICE" in \
+        cpu)  set -- -r /requirements/service.txt ;; \
+        cuda) set -- -r /requirements/service.txt -r /requirements/cuda.txt ;; \
+        *)    echo "DEVICE is '$DEVICE'; it must be cpu or cuda" >&2; exit 1 ;; \
+    esac \
+    && /venv/bin/pip install --no-cache-dir --no-compile --require-hashes "$@" \
+    # The runtime is the same for both; what only a GPU can use is three quarters of it.
+    && if [ "$DEVICE" = cpu ]; then rm -f /venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_*; fi \
+    && /venv/bin/pip uninstall -y pip setuptools >/dev/null 2>&1 || true
+
+FROM python:3.11-slim-bookworm
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin reparam
+WORKDIR /app
+COPY --from=build /venv /venv
+COPY service service
+COPY artifacts artifacts
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 REPARAM_HOST=0.0.0.0 REPARAM_PORT=8000
+USER 10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"REPARAM_PORT\"]}/readyz', timeout=2)"]
+CMD ["python", "-m", "service"]

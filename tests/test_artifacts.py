@@ -1,0 +1,126 @@
+"""Files that break the contract are refused at load, each by name, and the others are served."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from service.artifact import ArtifactError, load
+from tests.conftest import Running
+from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
+
+Surgery = Callable[[onnx.ModelProto], object]
+
+FAULTS: list[tuple[Surgery, str]] = [
+    (rename_input("log_var", "logvar"), "inputs noise, mu, log_var, temperature; this file has noise, mu, logvar"),
+    (rename_input("temperature", "tau"), "this file has noise, mu, log_var, tau"),
+    (fix_batch(2), "'noise' has a fixed batch of 2"),
+    (set_metadata("reparam.prior", None), "no key 'reparam.prior'"),
+    (set_metadata("reparam.kind", None), "no key 'reparam.kind'"),
+    (set_metadata("reparam.noise_version", "2"), "'reparam.noise_version' is 2"),
+    (set_metadata("reparam.kind", '"flow"'), "'reparam.kind' is 'flow'"),
+    (set_metadata("reparam.kind", "gaussian"), "'reparam.kind' is not JSON"),
+    (set_metadata("reparam.kind", '"gumbel"'), "the prior has ['log_var', 'mu'], a gumbel has ['logits']"),
+    (set_metadata("reparam.latent_shape", "[0]"), "'reparam.latent_shape.0' is 0"),
+    (set_metadata("reparam.latent_shape", "[4]"), "has shape [3] after the batch axis, not [4]"),
+    (set_metadata("reparam.image_shape", "[2, 8, 8]"), "'reparam.image_shape.0' is 2"),
+    (set_metadata("reparam.default_temperature", "NaN"), "'reparam.default_temperature' is nan"),
+    (set_metadata("reparam.prior", '{"mu": [0, 0], "log_var": 0}'), "the prior does not fit latent shape [3]"),
+    (set_metadata("reparam.prior", '{"mu": "x", "log_var": 0}'), "the prior does not fit latent shape [3]"),
+    (set_metadata("reparam.prior", '{"mu": NaN, "log_var": 0}'), "the prior holds NaN or infinity"),
+    (set_metadata("reparam.prior", '{"mu": 1e30, "log_var": 200}'), "holds NaN or infinity for the prior"),
+    (keep_weights_in("../../../outside.bin"), "keeps weights in another file"),
+    (keep_weights_in("/etc/hostname"), "keeps weights in another file"),
+    (keep_weights_in("beside.bin"), "keeps weights in another file"),
+    (draw_noise, "the graph draws noise"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def good(repository: Path) -> Path:
+    return repository / "tiny-gaussian" / "1" / "model.onnx"
+
+
+@pytest.mark.parametrize(("surgery", "fault"), FAULTS)
+def test_a_broken_contract_is_refused_by_name(good: Path, tmp_path: Path, surgery: Surgery, fault: str) -> None:
+    (tmp_path / "beside.bin").write_bytes(bytes(4096))
+    path = operate(good, tmp_path / "model.onnx", surgery)
+    with pytest.raises(ArtifactError) as refusal:
+        load(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert fault in str(refusal.value)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_truncated_file_is_refused(good: Path, tmp_path: Path, keep: int) -> None:
+    (tmp_path / "model.onnx").write_bytes(good.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=r"model\.onnx: "):
+        load(tmp_path / "model.onnx")
+
+
+def test_a_sampler_of_another_type_or_output_is_refused(repository: Path, tmp_path: Path) -> None:
+    encoder = repository / "tiny-gaussian" / "1" / "encoder.onnx"
+    metadata = onnx.load(repository / "tiny-gaussian" / "1" / "model.onnx").metadata_props
+
+    def dress_up(model: onnx.ModelProto) -> None:
+        model.metadata_props.extend(metadata)
+
+    with pytest.raises(ArtifactError, match="this file has images"):
+        load(operate(encoder, tmp_path / "model.onnx", dress_up))
+
+    def widen(model: onnx.ModelProto) -> None:
+        for value in model.graph.input:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+    with pytest.raises(ArtifactError, match="no ONNX file that onnxruntime can run"):
+        load(operate(repository / "tiny-gaussian" / "1" / "model.onnx", tmp_path / "wide.onnx", widen))
+
+
+def test_pixels_of_the_wrong_type_are_refused(good: Path, tmp_path: Path) -> None:
+    def as_float(model: onnx.ModelProto) -> None:
+        (cast,) = (node for node in model.graph.node if "pixels" in node.output)
+        cast.attribute[0].i = onnx.TensorProto.FLOAT
+        model.graph.output[2].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+    with pytest.raises(ArtifactError, match=r"output 'pixels' is tensor\(float\), not tensor\(uint8\)"):
+        load(operate(good, tmp_path / "model.onnx", as_float))
+
+
+def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    for version in ("1", "3"):
+        (folder / "digits" / version).mkdir(parents=True)
+        shutil.copy(good, folder / "digits" / version)
+    (folder / "digits" / "10").mkdir()
+    (folder / "digits" / "10" / "model.onnx").write_bytes(good.read_bytes()[:1000])
+    operate(good, folder / "unnamed" / "1" / "model.onnx", set_metadata("reparam.kind", None))
+    (folder / "hollow" / "1").mkdir(parents=True)
+    (folder / "digits" / ".partial-x").mkdir()
+    (folder / "digits" / "notes.txt").write_text("not a version")
+    (folder / "outside" / "1").mkdir(parents=True)
+    (folder / "outside" / "1" / "model.onnx").symlink_to(good)
+    (folder / "inside" / "1").mkdir(parents=True)
+    (folder / "inside" / "1" / "model.onnx").symlink_to(folder / "digits" / "1" / "model.onnx")
+
+    service: Running = serve(artifacts=folder, default_model="digits")
+    ready = service.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json()["models"] == {"digits": [1, 3], "inside": [1]}
+    refused = ready.json()["refused"]
+    assert set(refused) == {"digits/10", "unnamed/1", "hollow/1", "outside/1"}
+    assert "truncated" in refused["digits/10"]
+    assert "no key 'reparam.kind'" in refused["unnamed/1"]
+    assert "cannot be read: No such file" in refused["hollow/1"]
+    assert "a link leads out of the repository" in refused["outside/1"]
+    assert service.post({}).json()["version"] == 3
+    assert service.post({"version": 1}).json()["version"] == 1
+    assert "reparam_models_refused 4.0" in service.get("/metrics").text
+
+
+def test_a_default_model_that_is_not_served_is_an_answer_not_a_crash(serve: Any) -> None:
+    service: Running = serve(default_model="gone")
+    assert service.post({}).json()["detail"].startswith("unknown model 'gone'")
+    assert service.get("/models").json()["default"] == "gone"

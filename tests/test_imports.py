@@ -1,0 +1,80 @@
+"""Who may import whom: docs/architecture.md, held."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("models", "export", "service", "reparam")
+MAY_IMPORT = {
+    "models": {"torch"},
+    "export": {
+        "models", "service", "torch", "onnx", "onnxruntime", "safetensors",
+        "numpy", "pydantic", "pydantic_settings", "PIL", "sklearn", "tqdm",
+    },
+    "service": {
+        "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "numpy", "scipy", "onnxruntime",
+        "PIL", "orjson", "mimeparse", "prometheus_client",
+    },
+    "reparam": {"httpx", "numpy", "PIL"},
+}  # fmt: skip
+# Of the service, export shares what the artifact is made of, and the contact sheet.
+SHARED_WITH_EXPORT = {"service", "service.artifact", "service.noise", "service.pictures"}
+
+
+def modules(package: str) -> dict[str, Path]:
+    return {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(Path(package).rglob("*.py"))
+    }
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module a file imports, anywhere in it; for `from a import b` both a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package} | set(sys.stdlib_module_names)
+    for path in modules(package).values():
+        foreign = {name for name in imports(path) if name.split(".")[0] not in allowed}
+        assert not foreign, f"{path} imports {foreign}"
+
+
+def test_export_uses_of_the_service_only_the_artifact() -> None:
+    known = modules("service")
+    for path in modules("export").values():
+        used = {name for name in imports(path) if name in known}
+        assert used <= SHARED_WITH_EXPORT, f"{path} imports {used}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_there_are_no_import_cycles(package: str) -> None:
+    known = modules(package)
+    # A package's __init__ names its parts; that they import the package's name for other parts is no cycle.
+    graph = {
+        name: {used for used in imports(path) if used in known and used not in (name, package)}
+        for name, path in known.items()
+    }
+    tuple(TopologicalSorter(graph).static_order())
+
+
+def test_the_service_runs_without_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None; import service.__main__"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_sdk_imports_neither_torch_nor_onnxruntime() -> None:
+    program = "import sys, reparam; assert not {'torch', 'onnxruntime', 'PIL', 'service'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], check=True)

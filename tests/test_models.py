@@ -1,0 +1,103 @@
+"""The distributions, against values computed another way."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from export.objectives import elbo_terms, importance_weighted_bound, log_likelihood
+from export.train import generator
+from models import MODELS, GaussianVAE, GumbelVAE, VAEConfig
+
+SHAPES = [(1, 28, 28), (1, 8, 8), (3, 7, 10), (1, 5, 1)]
+
+
+@pytest.mark.parametrize("image_shape", SHAPES)
+@pytest.mark.parametrize("body", ["mlp", "conv"])
+@pytest.mark.parametrize(("kind", "latent"), [("gaussian", (4,)), ("gaussian", (2, 3, 3)), ("gumbel", (3, 5))])
+def test_shapes(kind: str, latent: tuple[int, ...], body: str, image_shape: tuple[int, int, int]) -> None:
+    dense = (6,) if body == "conv" else ()
+    model = MODELS[kind](VAEConfig(image_shape, latent, body, (4, 8), dense))  # type: ignore[arg-type]
+    parameters = model.encode(torch.rand(2, *image_shape))
+    assert [tuple(parameter.shape) for parameter in parameters] == [(2, *latent)] * len(model.parameter_names)
+    assert model.decode(parameters[0]).shape == (2, *image_shape)
+
+
+def test_both_kinds_have_the_same_names_in_the_same_order() -> None:
+    def names(kind: type) -> list[str]:
+        return [name for name in vars(kind) if not name.startswith("__") or name == "__init__"]
+
+    assert names(GaussianVAE) == names(GumbelVAE)
+
+
+def test_gaussian_kl_and_density_are_those_of_scipy() -> None:
+    mu, log_var, prior_mu, prior_log_var = (torch.tensor([[value]]) for value in (0.7, -0.4, -0.2, 0.5))
+    q = stats.norm(0.7, math.exp(-0.2))
+    p = stats.norm(-0.2, math.exp(0.25))
+    expected, _ = integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p.logpdf(z)), -12, 12)
+    kl = GaussianVAE.kl((mu, log_var), (prior_mu, prior_log_var))
+    assert kl.item() == pytest.approx(expected, abs=1e-6)
+    density = GaussianVAE.log_prob(torch.tensor([[1.5]]), (mu, log_var))
+    assert density.item() == pytest.approx(q.logpdf(1.5), abs=1e-6)
+
+
+def test_gumbel_kl_and_probability_are_finite_sums() -> None:
+    q, p = torch.randn(1, 2, 3, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
+    codes = torch.eye(3, dtype=torch.float64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
+    log_q = GumbelVAE.log_prob(codes, (q,))
+    assert log_q.exp().sum().item() == pytest.approx(1)
+    expected = (log_q.exp() * (log_q - GumbelVAE.log_prob(codes, (p,)))).sum().item()
+    assert GumbelVAE.kl((q,), (p,)).item() == pytest.approx(expected)
+
+
+def test_the_importance_weighted_bound_reaches_the_exact_likelihood_of_a_tiny_model() -> None:
+    torch.manual_seed(0)
+    model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,))).eval()
+    images = torch.bernoulli(torch.full((3, 1, 2, 2), 0.5))
+    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all nine
+    with torch.inference_mode():
+        prior = model.log_prob(codes, model.prior())
+        decoded = model.decode(codes)
+        exact = torch.stack(
+            [(log_likelihood(decoded, image.expand(9, -1, -1, -1)) + prior).logsumexp(0) for image in images]
+        )
+        bound = importance_weighted_bound(model, images, 4000, generator(0, 0))
+        likelihood, kl = elbo_terms(model, images.repeat(3000, 1, 1, 1), 0.0, generator(1, 0))
+    torch.testing.assert_close(bound.float(), exact, atol=0.03, rtol=0)
+    assert ((likelihood - kl).unflatten(0, (3000, 3)).mean(0) < exact + 0.03).all()
+
+
+def test_temperature_0_is_one_hot_and_passes_no_nan_back() -> None:
+    logits = torch.randn(4, 3, 5, requires_grad=True)
+    noise = GumbelVAE.noise((4, 3, 5), generator(0, 0))
+    temperature = torch.tensor([0.0, 1e-40, 0.5, 2.0])
+    codes = GumbelVAE.sample((logits,), noise, temperature)
+    assert set(codes[:2].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(codes.argmax(-1), (logits + noise).argmax(-1))
+    codes.square().sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_noise_follows_its_law() -> None:
+    for model, law in ((GaussianVAE, stats.norm), (GumbelVAE, stats.gumbel_r)):
+        draws = model.noise((100_000,), generator(0, 0)).numpy()
+        assert draws.dtype == np.float32
+        assert stats.kstest(draws, law.cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": ()}, r"width must hold positive sizes, got \[\]"),
+        ({"latent_shape": (3, 0)}, r"latent_shape must hold positive sizes, got \[3, 0\]"),
+        ({"dense": (4,)}, "dense belongs to the convolutions"),
+    ],
+)
+def test_an_impossible_configuration_is_refused(changes: dict[str, tuple[int, ...]], says: str) -> None:
+    config = {"image_shape": (1, 8, 8), "latent_shape": (3,), "body": "mlp", "width": (4,)}
+    with pytest.raises(ValueError, match=says):
+        VAEConfig(**(config | changes))  # type: ignore[arg-type]

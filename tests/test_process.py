@@ -1,0 +1,176 @@
+"""`python -m service` as a process: settings, device, logs, and the way it ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service import devices
+from service.settings import Settings
+from tests.conftest import wait_until
+from tests.graphs import SLOW
+
+
+def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "service", *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """The one thing it says before it exits with 1."""
+    process = start(*arguments, **environment)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    return said
+
+
+@contextmanager
+def process(repository: Path, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A ready service and its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    running = start(REPARAM_ARTIFACTS=str(repository), REPARAM_PORT=port, **environment)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready)
+        yield running, url
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_0(repository: Path) -> None:
+    slow = {"model": "trouble", "temperature": SLOW + 150, "n": 2}
+    with process(repository, REPARAM_DRAIN_DELAY="0.5") as (running, url), ThreadPoolExecutor(2) as pool:
+        in_flight = [pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60) for _ in range(2)]
+        wait_until(lambda: "reparam_requests_in_flight 3.0" in httpx.get(f"{url}/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
+        assert httpx.get(f"{url}/readyz").json()["status"] == "draining"
+        assert [future.result().status_code for future in in_flight] == [200, 200]
+        _, log = running.communicate(timeout=60)
+        assert running.returncode == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/livez")
+    assert '"message":"draining"' in log
+
+
+def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> None:
+    slow = {"model": "trouble", "temperature": SLOW + 400}
+    with process(repository, REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as (running, url):
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60)
+            wait_until(lambda: "reparam_requests_in_flight 2.0" in httpx.get(f"{url}/metrics").text)
+            second = pool.submit(httpx.post, f"{url}/sample", json={}, timeout=60)
+            wait_until(lambda: "reparam_queue_rows 1.0" in httpx.get(f"{url}/metrics").text)
+            running.send_signal(signal.SIGTERM)
+            assert second.result().json()["type"] == "/problems/unavailable"
+            first.exception()
+        running.communicate(timeout=60)
+        assert running.returncode == 0
+
+
+def test_a_second_signal_hurries(repository: Path) -> None:
+    with process(repository, REPARAM_DRAIN_DELAY="3600") as (running, _):
+        running.send_signal(signal.SIGINT)
+        running.send_signal(signal.SIGTERM)
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=30)
+        assert running.returncode == 0
+
+
+def test_the_log_is_json_and_names_device_and_requests(repository: Path) -> None:
+    with process(repository) as (running, url):
+        httpx.post(f"{url}/sample", headers={"X-Request-ID": "mine"})
+        running.send_signal(signal.SIGTERM)
+        _, log = running.communicate(timeout=60)
+    lines: list[dict[str, Any]] = [json.loads(line) for line in log.splitlines()]
+    loaded = next(line for line in lines if line["message"] == "model loaded" and line["model"] == "tiny-gumbel")
+    assert loaded["provider"].endswith("ExecutionProvider")
+    assert loaded["reason"].startswith("REPARAM_DEVICE=auto")
+    request = next(line for line in lines if line.get("request_id") == "mine")
+    assert (request["path"], request["status"], request["method"]) == ("/sample", 200, "POST")
+    assert {"time", "level", "logger", "seconds"} <= request.keys()
+
+
+def test_the_log_can_be_text(repository: Path) -> None:
+    with process(repository, REPARAM_LOG_FORMAT="text") as (running, url):
+        httpx.post(f"{url}/sample", headers={"X-Request-ID": "mine"})
+        running.send_signal(signal.SIGTERM)
+        _, log = running.communicate(timeout=60)
+    assert re.search(r"INFO    request method=POST path=/sample status=200 request_id=mine seconds=0\.\d+", log)
+
+
+def test_help_lists_every_setting() -> None:
+    process = start("--help")
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text
+    assert "REPARAM_PORT=9000" in text
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    assert "REPARAM_PORT='70000'" in refused("--port", "70000", REPARAM_PORT="1234")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        ((), {"REPARAM_PORT": "http"}, "REPARAM_PORT='http': Input should be a valid integer"),
+        ((), {"REPARAM_DEVICE": "tpu"}, "REPARAM_DEVICE='tpu': Input should be 'auto', 'cpu' or 'cuda'"),
+        ((), {"REPARAM_MAX_BATCH_ROWS": "0"}, "REPARAM_MAX_BATCH_ROWS='0'"),
+    ],
+)
+def test_a_bad_setting_is_named(arguments: tuple[str, ...], environment: dict[str, str], says: str) -> None:
+    said = refused(*arguments, **environment)
+    assert says in said
+    assert "--help" in said
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    process = start("--prot", "1")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--prot" in said
+
+
+def test_auto_takes_what_works_and_says_why() -> None:
+    device = devices.choose("auto")
+    assert device.reason.startswith("REPARAM_DEVICE=auto")
+    assert devices.choose("cpu").providers == ("CPUExecutionProvider",)
+
+
+def test_cuda_works_or_the_service_refuses_to_start_and_says_what_is_missing(repository: Path) -> None:
+    if devices.choose("auto").name == "cuda":
+        with process(repository, REPARAM_DEVICE="cuda") as (_, url):
+            models = httpx.get(f"{url}/models").json()["models"]
+        assert {model["provider"] for model in models} == {"CUDAExecutionProvider"}
+    else:
+        said = refused(REPARAM_DEVICE="cuda")
+        assert re.search(r"REPARAM_DEVICE=cuda, but .*(libcuda|no GPU|no CUDA provider|cannot be loaded)", said)

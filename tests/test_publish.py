@@ -1,0 +1,170 @@
+"""From a run to an artifact: the gate, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import publish as publication
+from export.errors import GateError, RunError
+from export.graph import export_sampler
+from export.inspect import inspect
+from export.objectives import VAE
+from export.publish import describe, gate, publish, write
+from export.run import Run
+from export.verify import verify
+from models import MODELS
+from service.artifact import ArtifactError, load
+from tests.conftest import TINY
+from tests.graphs import fix_batch, fix_batch_inside, nudge_weight, operate, set_metadata
+
+KINDS = list(TINY)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_published_artifact_verifies(repository: Path, name: str) -> None:
+    checks = verify(repository / name / "1")
+    assert len(checks) == 5
+    assert sorted(path.name for path in (repository / name / "1").iterdir()) == ["encoder.onnx", "model.onnx"]
+
+
+def test_the_next_version_is_taken(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "m" / "9").mkdir(parents=True)
+    assert publish(runs["tiny-gaussian"], "m", tmp_path) == tmp_path / "m" / "10"
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["10", "9"]
+
+
+def test_the_artifact_carries_prior_evaluation_and_origin(repository: Path, runs: dict[str, Path]) -> None:
+    contract = load(repository / "tiny-gumbel" / "1" / "model.onnx").contract
+    trained = Run(runs["tiny-gumbel"]).trained()
+    assert isinstance(trained, MODELS["gumbel"])
+    np.testing.assert_array_equal(contract.prior_arrays()["logits"], trained.prior()[0][0].detach().numpy())
+    assert contract.default_temperature == 0
+    assert contract.evaluation["m"] == 2
+    assert contract.trained_on["data"] == "digits"
+    assert contract.tools["torch"] == torch.__version__
+
+
+def test_nothing_of_the_machine_is_in_the_file(repository: Path) -> None:
+    content = (repository / "tiny-gumbel" / "1" / "model.onnx").read_bytes()
+    assert str(Path.cwd()).encode() not in content
+    assert b".py" not in content
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("by", [1.0, 1e-6])
+def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
+    runs: dict[str, Path], tmp_path: Path, name: str, by: float
+) -> None:
+    run = Run(runs[name])
+    model = run.trained()
+    write(model, describe(model, run), tmp_path)
+    gate(model, tmp_path)
+    with torch.no_grad():
+        next(model.decoder.parameters()).view(-1)[0] += by
+    with pytest.raises(GateError, match=r"weight model\.decoder\.\d\.weight is .* instead of"):
+        gate(model, tmp_path)
+
+
+def test_the_gate_refuses_an_altered_encoder_and_a_missing_weight(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(runs["tiny-gaussian"])
+    model = run.trained()
+    write(model, describe(model, run), tmp_path)
+    operate(tmp_path / "encoder.onnx", tmp_path / "encoder.onnx", nudge_weight("model.encoder.0.bias", 1e-3))
+    with pytest.raises(GateError, match=r"weight model\.encoder\.0\.bias"):
+        gate(model, tmp_path)
+    (tmp_path / "encoder.onnx").write_bytes((tmp_path / "model.onnx").read_bytes())
+    with pytest.raises(GateError, match=r"encoder\.onnx has no weight"):
+        gate(model, tmp_path)
+
+
+def test_the_gate_refuses_a_graph_that_only_works_at_one_batch(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(runs["tiny-gaussian"])
+    model = run.trained()
+    write(model, describe(model, run), tmp_path)
+    good = (tmp_path / "model.onnx").read_bytes()
+    operate(tmp_path / "model.onnx", tmp_path / "model.onnx", fix_batch(2))
+    with pytest.raises(ArtifactError, match="fixed batch of 2"):
+        gate(model, tmp_path)
+    (tmp_path / "model.onnx").write_bytes(good)
+    operate(tmp_path / "model.onnx", tmp_path / "model.onnx", fix_batch_inside)
+    with pytest.raises(GateError, match="does not run for 3 rows at temperature 0"):
+        gate(model, tmp_path)
+
+
+def test_what_the_gate_refuses_is_not_written(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(model: VAE) -> onnx.ModelProto:
+        proto = export_sampler(model)
+        nudge_weight("model.decoder.1.weight", 0.5)(proto)
+        return proto
+
+    monkeypatch.setattr(publication, "export_sampler", faulty)
+    with pytest.raises(GateError):
+        publish(runs["tiny-gaussian"], "m", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_refuses_what_differs_from_the_reference(repository: Path, tmp_path: Path) -> None:
+    source = repository / "tiny-gaussian" / "1"
+    (tmp_path / "encoder.onnx").write_bytes((source / "encoder.onnx").read_bytes())
+    operate(source / "model.onnx", tmp_path / "model.onnx", nudge_weight("model.decoder.1.bias", 2.0))
+    with pytest.raises(GateError, match="in the reference rows"):
+        verify(tmp_path)
+    operate(source / "model.onnx", tmp_path / "model.onnx", set_metadata("reparam.reference", "{}"))
+    with pytest.raises(GateError, match="in the reference rows"):
+        verify(tmp_path)
+
+
+def test_verify_refuses_a_missing_or_foreign_encoder(repository: Path, tmp_path: Path) -> None:
+    source = repository / "tiny-gaussian" / "1"
+    (tmp_path / "model.onnx").write_bytes((source / "model.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=r"encoder\.onnx cannot be read"):
+        verify(tmp_path)
+    (tmp_path / "encoder.onnx").write_bytes((source / "model.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match="an encoder maps images to mu, log_var"):
+        verify(tmp_path)
+    (tmp_path / "encoder.onnx").write_bytes((repository / "tiny-gumbel" / "1" / "encoder.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match="an encoder maps images to mu, log_var"):
+        verify(tmp_path)
+
+
+def test_a_run_is_published_with_the_evaluation_of_its_own_weights(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "checkpoint.safetensors"):
+        (copy / name).write_bytes((runs["tiny-gaussian"] / name).read_bytes())
+    with pytest.raises(RunError, match="python -m export evaluate"):
+        publish(copy, "m", tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts" / "m").exists()
+
+
+def test_a_name_that_is_no_folder_name_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"'\.\./m' cannot be a model's name"):
+        publish(runs["tiny-gaussian"], "../m", tmp_path)
+
+
+def test_inspect_tells_the_contract(repository: Path) -> None:
+    text = inspect(repository / "tiny-gumbel" / "1")
+    assert "kind                             gumbel" in text
+    assert "noise float (n, 4, 5), logits float (n, 4, 5), temperature float (n)" in text
+    assert "20 values from" in text
+    assert "0 for every element" in inspect(repository / "tiny-gaussian" / "1")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_inspect_and_verify_run_without_torch(repository: Path, command: str) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'export'; from export.__main__ import main; main()"
+    )
+    artifact = repository / "tiny-gumbel" / "1"
+    result = subprocess.run(
+        [sys.executable, "-c", program, command, str(artifact)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "gumbel" in result.stdout

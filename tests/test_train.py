@@ -1,0 +1,179 @@
+"""Training: killed or not, the same weights; and the schedules that make it so."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from export.config import TrainConfig
+from export.errors import RunError
+from export.evaluate import evaluate
+from export.objectives import cosine_decay, gumbel_temperature, warm_up
+from export.run import Run
+from export.train import train
+from tests.conftest import wait_until
+
+OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
+
+
+def command(kind: str, out: Path, *more: str) -> "subprocess.Popen[bytes]":
+    arguments = [sys.executable, "-m", "export", "train", kind, *OPTIONS, "--out", str(out), *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finished(process: "subprocess.Popen[bytes]") -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path, kind: str) -> None:
+    finished(command(kind, tmp_path / "whole"))
+    killed = command(kind, tmp_path / "killed")
+    wait_until(lambda: (tmp_path / "killed" / "checkpoint.safetensors").exists())
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert finished_epochs(tmp_path / "killed") < 6
+    finished(command(kind, tmp_path / "killed", "--resume"))
+    whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+def finished_epochs(folder: Path) -> int:
+    run = Run(folder)
+    return run.restore(run.config().build())
+
+
+def small(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"kind": "gaussian", "data": "digits", "epochs": 1, "width": (4,), **options})
+
+
+def test_a_run_leaves_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None:
+    (line,) = (runs["tiny-gaussian"] / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert metrics["epoch"] == 1
+    assert metrics["held_out_elbo"] < 0 < metrics["kl"]
+    with Image.open(runs["tiny-gaussian"] / "sheets" / "epoch-0001.png") as sheet:
+        assert sheet.size == (2 * (8 * 10 + 2), 8 * 10 + 2)
+
+
+def test_training_improves_the_bound(tmp_path: Path) -> None:
+    train(small(epochs=8, width=(16, 16), batch_size=32), tmp_path / "r", resume=False, sheet_every=9)
+    bounds = [json.loads(line)["held_out_elbo"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert bounds[-1] > bounds[0] + 3
+
+
+def test_an_mlp_trains_as_well(tmp_path: Path) -> None:
+    run = train(small(body="mlp", width=(16,), latent_shape=(2, 3)), tmp_path / "r", resume=False, sheet_every=9)
+    assert run.trained().config.latent_shape == (2, 3)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
+    train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    with pytest.raises(RunError, match="add --resume"):
+        train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    with pytest.raises(RunError, match=r"started with seed=0, not 1"):
+        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
+
+
+def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> None:
+    train(small(), tmp_path / "r", resume=True, sheet_every=1)
+    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
+    train(small(), tmp_path / "r", resume=True, sheet_every=1)
+    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        Run(tmp_path / "none").trained()
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    whole = run.checkpoint.read_bytes()
+    run.checkpoint.write_bytes(whole[:-10])
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
+        run.trained()
+    run.checkpoint.unlink()
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        run.trained()
+    (run.folder / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        run.trained()
+
+
+def test_evaluation_repeats_itself_and_more_samples_tighten_the_bound(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = runs["tiny-gumbel"]
+    kept = (folder / "evaluation.json").read_bytes()
+    one, again = (evaluate(folder, samples=1, rows=100, seed=1) for _ in range(2))
+    assert one == again
+    assert evaluate(folder, samples=50, rows=100, seed=1)["bound"] > one["bound"]
+    (folder / "evaluation.json").write_bytes(kept)
+
+
+def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
+    import numpy as np
+
+    images = np.random.default_rng(0).random((20, 8, 8))
+    np.savez(tmp_path / "d.npz", images=images)
+    train(small(data=str(tmp_path / "d.npz")), tmp_path / "r", resume=False, sheet_every=1)
+    np.savez(tmp_path / "d.npz", images=1 - images)
+    with pytest.raises(RunError, match="has changed since"):
+        evaluate(tmp_path / "r", samples=1, rows=None, seed=0)
+
+
+def test_the_temperature_is_a_closed_form_of_the_global_step() -> None:
+    def tau(step: int) -> float:
+        return gumbel_temperature(step, start=1.0, minimum=0.5, rate=1e-4, every=500)
+
+    assert tau(0) == tau(499) == 1.0
+    assert tau(500) == tau(999) == math.exp(-0.05)
+    assert tau(1000) == pytest.approx(tau(500) ** 2)  # one factor every 500 steps: nothing compounds
+    assert tau(10**9) == 0.5
+
+
+def test_the_other_schedules_begin_and_end_where_they_should() -> None:
+    assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warm_up(0, 0) == 1
+    assert cosine_decay(0, 10) == 1
+    assert cosine_decay(5, 10) == pytest.approx(0.5)
+    assert 0 < cosine_decay(9, 10) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "gaussian", "--data", "nowhere", "--out", "x"], "no data at 'nowhere'"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--epochs", "0"], "--epochs"),
+        (["train", "flow", "--data", "digits", "--out", "x"], "flow"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--latent-shape", "4"], "D x K, got [4]"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--body", "mlp", "--dense", "8"], "all its layers in"),
+        (["evaluate", "nowhere"], "nowhere holds no run"),
+        (["inspect", "nowhere"], "cannot be read"),
+    ],
+)  # fmt: skip
+def test_the_command_line_says_what_is_wrong_without_a_traceback(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    root = Path.cwd()
+    result = subprocess.run(
+        [sys.executable, "-m", "export", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode in (1, 2)
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr

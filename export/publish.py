@@ -29,7 +29,7 @@ from export.verify import (
     verify,
 )
 from service import __version__
-from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, Contract, load, open_session
+from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, Contract, load, open_session
 from service.noise import NOISE_VERSION
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -143,7 +143,7 @@ def _answer(module: nn.Module, inputs: list[Tensor]) -> list[np.ndarray]:
 def _claim(partial: Path, model: Path) -> Path:
     """Rename to the next free version, also if another publication is faster."""
     while True:
-        taken = [int(path.name) for path in model.iterdir() if path.name.isdecimal()]
+        taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
         target = model / str(max(taken, default=0) + 1)
         try:
             return partial.rename(target)

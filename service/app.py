@@ -46,16 +46,17 @@ class Service:
         self.repository = Repository(settings.default_model)
         self.batcher = Batcher(settings.max_batch_rows, settings.max_queue_rows, self.metrics)
         self.state = "starting"
+        self._tasks: list[asyncio.Task[None]] = []
         self.metrics.queue_rows.set_function(lambda: self.batcher.queued_rows)
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
-        tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.batcher.serve())]
+        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.batcher.serve())]
         yield
         self.drain()
         self.stop()
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
 
     async def _load(self) -> None:
@@ -65,6 +66,11 @@ class Service:
         self.metrics.model_refused.set(len(self.repository.refused))
         if self.state == "starting":
             self.state = "ready" if self.repository.models else "no model"
+
+    def failure(self) -> BaseException | None:
+        """What ended the loading or the batcher, if they did not end as they should: only a restart helps."""
+        ended = (task for task in self._tasks if task.done() and not task.cancelled())
+        return next((task.exception() for task in ended if task.exception()), None)
 
     def served(self) -> list[Model]:
         """The latest version of every model."""
@@ -131,7 +137,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/livez", **schema.LIVEZ)
     async def livez() -> JSONResponse:
-        return JSONResponse({"status": "alive"})
+        failure = service.failure()
+        if failure is None:
+            return JSONResponse({"status": "alive"})
+        return JSONResponse({"status": "failed", "failure": repr(failure)}, 503)
 
     @app.get("/readyz", **schema.READYZ)
     async def readyz() -> JSONResponse:

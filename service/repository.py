@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.artifact import MODEL_FILE, NAME, Arrays, Artifact, ArtifactError, Contract, load
+from service.artifact import MODEL_FILE, NAME, VERSION, Arrays, Artifact, ArtifactError, Contract, load
 from service.devices import Device
 from service.errors import Unavailable, UnknownModel
 
@@ -89,7 +89,7 @@ class Repository:
 def _versions(folder: Path) -> Iterator[tuple[str, int, Path]]:
     for model in sorted(folder.iterdir()) if folder.is_dir() else []:
         if model.is_dir() and NAME.fullmatch(model.name):
-            for version in sorted(path for path in model.iterdir() if path.name.isdecimal()):
+            for version in sorted(path for path in model.iterdir() if VERSION.fullmatch(path.name)):
                 yield model.name, int(version.name), version / MODEL_FILE
 
 

@@ -110,7 +110,11 @@ MODEL: Arguments = {
     "tags": ["models"],
     "responses": {200: {"model": ModelDescription}, **_problems(404)},
 }
-LIVEZ: Arguments = {"summary": "Is the process alive?", "tags": ["health"]}
+LIVEZ: Arguments = {
+    "summary": "Is the process alive?",
+    "tags": ["health"],
+    "responses": {503: {"description": "Something inside has ended that should not; restart it"}},
+}
 READYZ: Arguments = {
     "summary": "Can it answer? Lists the models served, and the files refused with their faults",
     "tags": ["health"],

@@ -100,6 +100,7 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     (folder / "hollow" / "1").mkdir(parents=True)
     (folder / "digits" / ".partial-x").mkdir()
     (folder / "digits" / "notes.txt").write_text("not a version")
+    (folder / "digits" / "03").mkdir()
     (folder / "outside" / "1").mkdir(parents=True)
     (folder / "outside" / "1" / "model.onnx").symlink_to(good)
     (folder / "inside" / "1").mkdir(parents=True)

@@ -273,6 +273,16 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
     assert 'status="499"' in service.get("/metrics").text
 
 
+def test_a_batcher_that_ended_is_no_life(serve: Any) -> None:
+    service: Running = serve()
+    assert service.get("/livez").status_code == 200
+    service.service.metrics.batch_rows = None  # type: ignore[assignment]  # the next batch cannot be counted
+    problem(service.post({}, headers={"Request-Timeout": "0.5"}), "deadline-exceeded")
+    response = service.get("/livez")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
+    assert "NoneType" in response.json()["failure"]
+
+
 def test_what_nobody_foresaw_is_told_without_its_inside(serve: Any) -> None:
     service: Running = serve()
     service.service.repository.models["tiny-gaussian"] = None  # type: ignore[assignment]

@@ -121,11 +121,16 @@ def main() -> None:
     try:
         CliApp.run(Export)
     except ValidationError as error:
-        sys.exit("\n".join(f"--{item['loc'][-1]} {item['input']!r}: {item['msg']}" for item in error.errors()))
-    except (ExportError, ArtifactError, SettingsError) as error:
+        sys.exit("\n".join(f"{_option(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors()))
+    except (ExportError, ArtifactError, SettingsError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted; `train --resume` continues after the last finished epoch")
+
+
+def _option(location: tuple[int | str, ...]) -> str:
+    """The option that a fault of the configuration lies in: the last name on the way to it."""
+    return "--" + [part for part in location if isinstance(part, str)][-1].replace("_", "-")
 
 
 if __name__ == "__main__":

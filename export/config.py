@@ -1,6 +1,6 @@
 """What decides a training, besides the images."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -23,7 +23,7 @@ class TrainConfig(BaseModel):
     """Hidden sizes (mlp) or channels (conv), from the image towards the latent. Default: 512,256 or 32,64,64."""
     dense: tuple[PositiveInt, ...] = ()
     """Hidden sizes between the convolutions and the latent (conv)."""
-    latent_shape: tuple[PositiveInt, ...] | None = None
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(max_length=8)] | None = None
     """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
     binarize: bool = True
     """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the

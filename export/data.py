@@ -122,7 +122,7 @@ def _picture_folder(folder: Path) -> Dataset:
     if not paths:
         raise DataError(f"{folder} holds neither IDX files nor pictures ({', '.join(sorted(PICTURES))})")
     mode, first = "L", _picture(paths[0])
-    if first.mode not in ("1", "L", "LA", "I;16"):
+    if first.mode not in ("1", "L", "LA"):
         mode = "RGB"
     images = np.empty((len(paths), first.height, first.width, len(mode)), np.uint8)
     for row, path in enumerate(tqdm(paths, desc="reading pictures", unit="file", disable=None)):
@@ -140,6 +140,8 @@ def _picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
+            if picture.mode.startswith(("I", "F")):
+                raise DataError(f"{path} has more than 8 bits a pixel: convert it to 8")
             return picture.copy()
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is not a readable picture ({error})") from error

@@ -55,7 +55,10 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
 def read_evaluation(run: Run) -> dict[str, str | int | float]:
     """What `evaluate` found for the weights as they are now. Raises RunError."""
     path = run.folder / "evaluation.json"
-    stamped: dict[str, str | int | float] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        stamped: dict[str, str | int | float] = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        stamped = {}
     if stamped.pop("checkpoint_sha256", None) != run.fingerprint():
         raise RunError(
             f"{run.folder} has no evaluation of its last checkpoint: `python -m export evaluate {run.folder}`"

@@ -1,5 +1,6 @@
 """From a run to an artifact: export, gate, and a rename, so that a reader sees a whole version or none."""
 
+import contextlib
 import platform
 import shutil
 import tempfile
@@ -50,11 +51,12 @@ def publish(folder: Path, name: str, repository: Path) -> Path:
     try:
         write(model, contract, partial)
         gate(model, partial)
-        partial.chmod(0o755)
+        for path, mode in ((partial, 0o755), *((file, 0o644) for file in partial.iterdir())):
+            path.chmod(mode)  # the service may run as another user
         return _claim(partial, repository / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if not any((repository / name).iterdir()):
+        with contextlib.suppress(OSError):  # it holds other versions
             (repository / name).rmdir()
 
 

@@ -63,7 +63,7 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
 
     def start(self, config: RunConfig) -> None:
-        if (self.folder / "config.json").exists():
+        if (self.folder / "config.json").exists() or self.checkpoint.exists():
             raise RunError(f"{self.folder} already holds a run: add --resume to continue it, or choose another --out")
         (self.folder / "sheets").mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
@@ -108,10 +108,14 @@ class Run:
         return epoch
 
     def trained(self) -> VAE:
-        """The network with the weights of the last finished epoch."""
-        model = self.config().build()
-        if not self.restore(model):
-            raise RunError(f"{self.folder} has no checkpoint yet: continue it with `train --resume`")
+        """The network with the weights of the last epoch. Raises RunError before training is finished."""
+        config = self.config()
+        model = config.build()
+        done = self.restore(model)
+        if done < config.train.epochs:
+            raise RunError(
+                f"{self.folder} has finished {done} of {config.train.epochs} epochs: continue it with `train --resume`"
+            )
         return model.eval()
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -120,8 +124,8 @@ class Run:
 
     def forget_after(self, epoch: int) -> None:
         """Drop the metrics of an epoch that was killed before its checkpoint."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= epoch]
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
+        kept = [line for line in lines if 0 < _epoch_of(line) <= epoch]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def fingerprint(self) -> str:
@@ -136,6 +140,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _epoch_of(line: str) -> int:
+    """0 for a line that was cut short."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

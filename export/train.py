@@ -1,6 +1,7 @@
 """Training: Adam on the evidence lower bound, the same weights for the same configuration, killed or not."""
 
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from export.config import TrainConfig
 from export.data import Dataset, load
+from export.errors import RunError
 from export.objectives import VAE, cosine_decay, elbo_terms, gumbel_temperature, warm_up
 from export.run import Run, RunConfig, write_atomically
 from service.pictures import png, sheet
@@ -38,6 +40,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     for epoch in range(done, config.epochs):
         metrics = _train_epoch(model, optimizer, images, config, epoch)
         metrics |= _held_out_metrics(model, held_out, config)
+        if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
+            raise RunError(f"the bound is no number any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"

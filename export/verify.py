@@ -135,7 +135,10 @@ def _check_reference(artifact: Artifact) -> None:
     found = run(artifact, reference_feeds(artifact.contract), "on the reference rows")
     names = {"latents": artifact.contract.traits.latents, "images": "images"}
     for key, name in names.items():
-        values = np.array(expected.get(key, []), np.float64)
+        try:
+            values = np.array(expected.get(key, []), np.float64)
+        except (ValueError, TypeError) as error:
+            raise GateError(f"the reference rows in the metadata are no numbers: {error}") from error
         compare(name, _thinned(found[name]), values, "in the reference rows")
 
 

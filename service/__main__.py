@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
+from pythonjsonlogger.core import RESERVED_ATTRS
 
 from service.app import Service, create_app
 from service.devices import DeviceError
@@ -53,7 +54,8 @@ class Server(uvicorn.Server):
         """On SIGTERM or SIGINT. Does not record the signal, so that the process ends with 0. A second one hurries."""
         loop = asyncio.get_running_loop() if self.started else None
         if loop is None or self.service.state == "draining":
-            self.should_exit = True
+            self.service.stop()
+            self.should_exit = self.force_exit = True
             return
         settings = self.service.settings
         log.info("draining", extra={"signal": sig})
@@ -73,6 +75,7 @@ def log_config(settings: Settings) -> dict[str, Any]:
             "fmt": "{asctime}{levelname}{name}{message}",
             "style": "{",
             "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+            "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
         },
         "text": {"()": "service.logs.TextFormatter"},
     }
@@ -88,10 +91,11 @@ def log_config(settings: Settings) -> dict[str, Any]:
 def _explain(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
         return f"{error}\n`python -m service --help` lists every setting"
-    lines = [
-        f"REPARAM_{'_'.join(str(part) for part in item['loc']).upper()}={item['input']!r}: {item['msg']}"
-        for item in error.errors()
-    ]
+    lines = []
+    for item in error.errors():
+        name = "_".join(str(part) for part in item["loc"])
+        shown = "(secret)" if name == "api_key" else repr(item["input"])
+        lines.append(f"REPARAM_{name.upper()}={shown}: {item['msg']}")
     return "\n".join([*lines, "`python -m service --help` lists every setting"])
 
 

@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service import __version__, schema
 from service.artifact import Arrays
@@ -33,6 +35,8 @@ from service.responses import ENCODERS, NPY, Answer, negotiate, npy_header
 from service.rows import Rows
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
+
 ENCODE_ON_LOOP = 2**16  # raw bytes; more is encoded on a thread, so that other requests go on
 
 
@@ -52,7 +56,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
-        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.batcher.serve())]
+        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._serve())]
         yield
         self.drain()
         self.stop()
@@ -60,12 +64,17 @@ class Service:
             task.cancel()
 
     async def _load(self) -> None:
-        await asyncio.to_thread(self.repository.load, self.settings.artifacts, self.device, self.settings.threads)
+        with _logged("the models could not be loaded"):
+            await asyncio.to_thread(self.repository.load, self.settings.artifacts, self.device, self.settings.threads)
         for model in self.served():
             self.metrics.model_served.labels(model.name, str(model.version), model.artifact.provider).set(1)
         self.metrics.model_refused.set(len(self.repository.refused))
         if self.state == "starting":
             self.state = "ready" if self.repository.models else "no model"
+
+    async def _serve(self) -> None:
+        with _logged("the batcher ended"):
+            await self.batcher.serve()
 
     def failure(self) -> BaseException | None:
         """What ended the loading or the batcher, if they did not end as they should: only a restart helps."""
@@ -82,18 +91,37 @@ class Service:
 
     def stop(self) -> None:
         """Refuse what waits and what comes."""
-        self.batcher.close(Unavailable("the service is draining: ask another replica, or again", retry_after=1))
+        self.batcher.close("the service is draining: ask another replica, or again")
 
     def ready(self) -> None:
         """Raises Unavailable."""
         if self.state == "starting":
             raise Unavailable("the models are being loaded", retry_after=1)
 
+    @contextlib.asynccontextmanager
+    async def within(self, deadline: float, stage: str) -> AsyncIterator[None]:
+        """Raises DeadlineExceeded if what is done inside outlasts the deadline, on the event loop's clock."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                yield
+        except TimeoutError:
+            self.metrics.expired.labels(stage).inc()
+            raise DeadlineExceeded(f"the deadline passed in the stage {stage!r}", stage=stage) from None
+
     async def outputs(self, rows: Rows, timing: Timing, deadline: float | None) -> AsyncGenerator[Arrays, None]:
         """The graph's outputs for the rows, in pieces of at most one batch."""
         size = self.batcher.max_batch_rows
         for lo in range(0, rows.n, size):
             yield await self.batcher.run(rows.part(lo, min(lo + size, rows.n)), timing, deadline)
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        log.exception(what)
+        raise
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -104,6 +132,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description="Samples of trained variational autoencoders, reproducible to the row.",
         lifespan=service.running,
+        redirect_slashes=False,
+        redoc_url=None,
     )
     app.state.service = service
     key = settings.api_key.get_secret_value() if settings.api_key else None
@@ -113,16 +143,19 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post("/sample", **schema.SAMPLE)
     async def sample(request: Request) -> Response:
         service.ready()
+        deadline = asyncio.get_running_loop().time() + _timeout(request, settings.request_timeout)
         _check_content_type(request)
-        asked = parse(await _body(request, settings.max_body_bytes))
+        async with service.within(deadline, "body"):
+            asked = parse(await _body(request, settings.max_body_bytes))
         media_type = negotiate(request.headers.get("accept"), asked.outputs)
         rows = resolve(asked, service.repository, settings.max_rows)
         answer = Answer(rows, asked.outputs)
-        deadline = asyncio.get_running_loop().time() + _timeout(request, settings.request_timeout)
         service.batcher.admit(rows.n)
-        if media_type == NPY and rows.n > service.batcher.max_batch_rows:
+        if rows.n <= service.batcher.max_batch_rows:
+            return await _buffered(service, answer, media_type, deadline)
+        if media_type == NPY:
             return await _stream(service, answer, deadline)
-        return await _buffered(service, answer, media_type, deadline)
+        return await _while_connected(request, _buffered(service, answer, media_type, deadline))
 
     @app.get("/models", **schema.MODELS)
     async def models() -> JSONResponse:
@@ -135,6 +168,7 @@ def create_app(settings: Settings) -> FastAPI:
         service.ready()
         return JSONResponse(_describe(service, service.repository.find(name, None)))
 
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", **schema.LIVEZ)
     async def livez() -> JSONResponse:
         failure = service.failure()
@@ -142,11 +176,13 @@ def create_app(settings: Settings) -> FastAPI:
             return JSONResponse({"status": "alive"})
         return JSONResponse({"status": "failed", "failure": repr(failure)}, 503)
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", **schema.READYZ)
     async def readyz() -> JSONResponse:
         versions = {name: sorted(known) for name, known in sorted(service.repository.models.items())}
-        body = {"status": service.state, "models": versions, "refused": service.repository.refused}
-        return JSONResponse(body, 200 if service.state == "ready" else 503)
+        status = "failed" if service.failure() else service.state
+        body = {"status": status, "models": versions, "refused": service.repository.refused}
+        return JSONResponse(body, 200 if status == "ready" else 503)
 
     @app.get("/metrics", **schema.METRICS)
     async def metrics() -> Response:
@@ -167,6 +203,9 @@ def _check_content_type(request: Request) -> None:
         raise UnsupportedMediaType(
             f"the body is declared as {content_type!r}: send JSON with the header `Content-Type: application/json`"
         )
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"the body is encoded as {encoding!r}: send it as it is")
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -211,17 +250,31 @@ async def _buffered(service: Service, answer: Answer, media_type: str, deadline:
     pieces = [answer.select(piece) async for piece in service.outputs(rows, timing, deadline)]
     arrays: Arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in answer.outputs}
     started = time.perf_counter()
-    try:
-        async with asyncio.timeout_at(deadline):
-            encode = ENCODERS[media_type]
-            small = size <= ENCODE_ON_LOOP
-            body = encode(answer, arrays) if small else await asyncio.to_thread(encode, answer, arrays)
-    except TimeoutError:
-        service.metrics.expired.labels("encode").inc()
-        raise DeadlineExceeded("the deadline passed in the stage 'encode'", stage="encode") from None
+    async with service.within(deadline, "encode"):
+        encode = ENCODERS[media_type]
+        small = size <= ENCODE_ON_LOOP
+        body = encode(answer, arrays) if small else await asyncio.to_thread(encode, answer, arrays)
     encoded = time.perf_counter() - started
     service.metrics.encode.labels(media_type).observe(encoded)
     return Response(body, media_type=media_type, headers=answer.headers() | _headers(timing, encoded))
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response, unless the client leaves first: then the work is cancelled. Raises ClientDisconnect."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_departure(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _departure(request: Request) -> None:
+    """Return when the client has gone; its body was read, so nothing else can come."""
+    await request.receive()
 
 
 async def _stream(service: Service, answer: Answer, deadline: float) -> Response:

@@ -22,7 +22,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-VERSION = re.compile(r"[1-9][0-9]*")
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
 

@@ -48,7 +48,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "runner")
         self._seconds_per_row = 0.0
-        self._closed: Unavailable | None = None
+        self._closed = ""
         self.busy = False
 
     @property
@@ -75,7 +75,7 @@ class Batcher:
         deadline: on the clock of the event loop. Raises Problem.
         """
         if self._closed:
-            raise self._closed
+            raise Unavailable(self._closed, retry_after=1)
         job = _Job(rows, asyncio.get_running_loop().create_future())
         self._queue.append(job)
         self._arrived.set()
@@ -108,12 +108,12 @@ class Batcher:
             self.busy = False
             self._finish(batch, results)
 
-    def close(self, reason: Unavailable) -> None:
+    def close(self, reason: str) -> None:
         """Refuse what waits and what will come."""
         self._closed = reason
         for job in self._queue:
             if not job.answer.done():
-                job.answer.set_exception(reason)
+                job.answer.set_exception(Unavailable(reason, retry_after=1))
         self._queue.clear()
         self._thread.shutdown(wait=False)
 

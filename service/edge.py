@@ -1,13 +1,14 @@
 """The outermost ASGI layer: request ids, the API key, problem documents, the access log and request metrics."""
 
+import asyncio
 import hmac
+import json
 import logging
 import re
 import time
 import uuid
 from http import HTTPStatus
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -47,22 +48,25 @@ class Edge:
             await send(message)
 
         started = time.perf_counter()
-        with self.metrics.in_flight.track_inprogress():
-            try:
+        try:
+            with self.metrics.in_flight.track_inprogress():
                 self._authorize(request)
                 await self.app(scope, receive, send_with_id)
-            except ClientDisconnect:
-                status = CLIENT_CLOSED
-            except Exception as error:  # the last resort: whatever it is, the client gets a problem document
-                if status:  # half an answer is out, and cutting it short is all that can be said
-                    log.exception("broken off", extra={"request_id": request_id})
-                else:
-                    await _answer(_problem(error, request, request_id), request_id, send_with_id)
-        seconds = time.perf_counter() - started
+        except (ClientDisconnect, asyncio.CancelledError):
+            status = CLIENT_CLOSED
+        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+            if status:  # half an answer is out, and cutting it short is all that can be said
+                log.exception("broken off", extra={"request_id": request_id})
+            else:
+                await _answer(_problem(error, request_id), request_id, send_with_id)
+        finally:
+            self._account(scope, status, time.perf_counter() - started, request_id)
+
+    def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         path = scope["route"].path if "route" in scope else "other"
         self.metrics.requests.labels(path, str(status)).inc()
         self.metrics.duration.labels(path).observe(seconds)
-        about = {"method": request.method, "path": request.url.path, "status": status, "request_id": request_id}
+        about = {"method": scope["method"], "path": scope["path"], "status": status, "request_id": request_id}
         log.info("request", extra={**about, "seconds": round(seconds, 6)})
 
     def _authorize(self, request: Request) -> None:
@@ -82,7 +86,7 @@ def _request_id(request: Request) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _problem(error: Exception, request: Request, request_id: str) -> Problem:
+def _problem(error: Exception, request_id: str) -> Problem:
     if isinstance(error, Problem):
         return error
     log.error("unexpected", exc_info=error, extra={"request_id": request_id})
@@ -99,7 +103,7 @@ async def refused_by_router(request: Request, error: Exception) -> Response:
 
 
 async def _answer(problem: Problem, request_id: str, send: Send) -> None:
-    body = orjson.dumps(problem.document(request_id))
+    body = json.dumps(problem.document(request_id)).encode()
     headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), **problem.headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})

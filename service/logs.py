@@ -12,5 +12,11 @@ class TextFormatter(logging.Formatter):
         super().__init__("{asctime} {levelname:<7} {message}", style="{")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        extras = (f" {key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
+        extras = (f" {key}={_plain(value)}" for key, value in vars(record).items() if key not in _STANDARD)
         return super().formatMessage(record) + "".join(extras)
+
+
+def _plain(value: object) -> str:
+    """The value, quoted if it could be taken for more than one or for a terminal's command."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text and "=" not in text else ascii(text)

@@ -70,13 +70,18 @@ class Repository:
 
     def load(self, folder: Path, device: Device, threads: int) -> None:
         """Load every version that keeps the contract; the others are noted in `refused` and hurt nobody."""
+        if not folder.is_dir():
+            self.refused["*"] = f"the model repository {folder.absolute()} is no folder: set REPARAM_ARTIFACTS"
+            log.error("no model repository", extra={"folder": str(folder.absolute())})
+            return
         for name, version, path in _versions(folder):
             started = time.perf_counter()
             try:
                 artifact = load(_inside(path, folder), device.providers, threads)
-            except ArtifactError as error:
-                self.refused[f"{name}/{version}"] = str(error)
-                log.error("model refused", extra={"model": name, "version": version, "fault": str(error)})
+            except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
+                fault = str(error) if isinstance(error, ArtifactError) else f"{path}: {error!r}"
+                self.refused[f"{name}/{version}"] = fault
+                log.error("model refused", extra={"model": name, "version": version, "fault": fault})
                 continue
             self.models.setdefault(name, {})[version] = Model(name, version, artifact)
             about: dict[str, Any] = {"provider": artifact.provider, "reason": device.reason}
@@ -87,7 +92,7 @@ class Repository:
 
 
 def _versions(folder: Path) -> Iterator[tuple[str, int, Path]]:
-    for model in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for model in sorted(folder.iterdir()):
         if model.is_dir() and NAME.fullmatch(model.name):
             for version in sorted(path for path in model.iterdir() if VERSION.fullmatch(path.name)):
                 yield model.name, int(version.name), version / MODEL_FILE
@@ -97,4 +102,6 @@ def _inside(path: Path, folder: Path) -> Path:
     """The path, unless a link on the way leaves the repository."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path}: a link leads out of the repository, to {path.resolve()}")
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path}: it is no regular file")
     return path.resolve()

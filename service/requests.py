@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from service.errors import InvalidRequest, TooLarge
 from service.repository import Model, Repository
@@ -16,10 +17,12 @@ from service.rows import Float32, Rows
 
 SEEDS = 2**64
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+SHORT = 80  # characters of a value that a message repeats
 LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
 
 Output = Literal["images", "latents", "codes", "indices"]
-Count = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, lt=SEEDS)]
+Fault = tuple[tuple[int | str, ...], str, Any]  # where, what, and the value there
 
 
 class SampleRequest(BaseModel):
@@ -38,9 +41,9 @@ class SampleRequest(BaseModel):
     Default: the model's."""
     hard: Annotated[bool, Field(strict=True)] = False
     """Gumbel: one-hot codes at any temperature."""
-    seed: Annotated[Count, Field(ge=0, lt=SEEDS)] | None = None
+    seed: Annotated[Count, Field(ge=0)] | None = None
     """Seed of the noise; default: a fresh one, which the answer names."""
-    start: Annotated[Count, Field(ge=0, lt=SEEDS)] = 0
+    start: Annotated[Count, Field(ge=0)] = 0
     """First row of the seed to return; rows start .. start + n - 1 do not depend on n."""
     mu: list[Any] | None = None
     """Gaussian: means, of the latent shape for every row or (n, *latent_shape). Default: the prior's."""
@@ -48,22 +51,29 @@ class SampleRequest(BaseModel):
     """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=4)] = ["images"]  # pydantic copies it
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=4, fail_fast=True)] = [
+        "images"
+    ]  # pydantic copies it
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
 def parse(body: bytes) -> SampleRequest:
     """Raises InvalidRequest. An empty body asks for one row of the default model."""
     try:
-        return SampleRequest.model_validate_json(body or b"{}")
+        fields = from_json(body or b"{}")
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
+    known = SampleRequest.model_fields
+    unknown = [((name,), f"unknown field; the fields are {', '.join(known)}") for name in fields if name not in known]
+    try:
+        request = SampleRequest.model_validate({name: value for name, value in fields.items() if name in known})
     except ValidationError as refusal:
-        errors = refusal.errors(include_url=False, include_context=False)
-    if errors[0]["type"] == "json_invalid":
-        raise InvalidRequest(f"the body is not JSON in UTF-8: {errors[0]['msg'].removeprefix('Invalid JSON: ')}")
-    for error in errors:
-        if error["type"] == "extra_forbidden":
-            error["msg"] = f"unknown field; the fields are {', '.join(SampleRequest.model_fields)}"
-    raise _invalid([(error["loc"], error["msg"], error["input"]) for error in errors])
+        raise _invalid([*_faults(refusal), *((*fault, fields[fault[0][0]]) for fault in unknown)]) from None
+    if unknown:
+        raise _invalid([(*fault, fields[fault[0][0]]) for fault in unknown])
+    return request
 
 
 def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Rows:
@@ -115,10 +125,12 @@ def _parameter(request: SampleRequest, model: Model, name: str) -> Float32 | Non
     depth = _depth(values)
     if depth not in (len(shape), len(shape) + 1):
         raise _wrong_shape(name, shapes, f"{depth} nested lists")
+    if len(values) != shapes[depth - len(shape)][0]:
+        raise _wrong_shape(name, shapes, f"a list of {len(values)}")
     try:
         checked = _nested(depth, LOG_VAR_MAX if name == "log_var" else FLOAT32_MAX).validate_python(values)
-    except ValidationError as error:
-        raise _invalid([((name, *item["loc"]), item["msg"], item["input"]) for item in error.errors()]) from error
+    except ValidationError as refusal:
+        raise _invalid([((name, *location), message, value) for location, message, value in _faults(refusal)]) from None
     try:
         array = np.array(checked, np.float32)
     except ValueError:
@@ -140,7 +152,7 @@ def _nested(depth: int, at_most: float) -> TypeAdapter[Any]:
     """A validator of numbers in `depth` nested lists."""
     adapter: Any = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-FLOAT32_MAX, le=at_most)]
     for _ in range(depth):
-        adapter = list[adapter]
+        adapter = Annotated[list[adapter], Field(fail_fast=True)]
     return TypeAdapter(adapter)
 
 
@@ -150,7 +162,11 @@ def _wrong_shape(name: str, shapes: tuple[tuple[int, ...], ...], got: str) -> In
     return InvalidRequest(detail, errors=[{"pointer": f"/{name}", "detail": detail}])
 
 
-def _invalid(errors: list[tuple[tuple[int | str, ...], str, Any]]) -> InvalidRequest:
+def _faults(refusal: ValidationError) -> list[Fault]:
+    return [(error["loc"], error["msg"], error["input"]) for error in refusal.errors(include_url=False)]
+
+
+def _invalid(errors: list[Fault]) -> InvalidRequest:
     pointed = [
         {"pointer": "".join(f"/{part}" for part in location), "detail": f"{message}, got {_short(value)}"}
         for location, message, value in errors[:10]
@@ -159,17 +175,15 @@ def _invalid(errors: list[tuple[tuple[int | str, ...], str, Any]]) -> InvalidReq
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """The value as JSON, whatever its size at no cost."""
+    if isinstance(value, list | dict) and len(value) > SHORT:
+        return f"{len(value)} elements"
+    text = json.dumps(value[:SHORT] if isinstance(value, str) else value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 def row_bytes(model: Model, outputs: Sequence[Output]) -> int:
-    """Raw bytes of one row of an answer."""
+    """What one row of a buffered answer counts for: its raw bytes, but at least 1 KiB, for encoding it costs time."""
     latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
-    sizes = {
-        "images": image,
-        "latents": 4 * latent,
-        "codes": 4 * latent,
-        "indices": 4 * latent // model.contract.latent_shape[-1],
-    }
-    return sum(sizes[output] for output in outputs)
+    sizes = {"images": image, "latents": 4 * latent, "codes": 4 * latent, "indices": 4 * latent}
+    return max(1024, sum(sizes[output] for output in outputs))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from service.artifact import Arrays
-from service.errors import InvalidRequest, NotAcceptable
+from service.errors import NotAcceptable
 from service.noise import NOISE_VERSION
 from service.pictures import png, sheet
 from service.requests import Output
@@ -51,20 +51,34 @@ _SELECT: dict[str, Callable[[Arrays], npt.NDArray[np.generic]]] = {
 
 
 def negotiate(accept: str | None, outputs: Sequence[Output]) -> str:
-    """The media type to answer with; JSON where the client does not care. Raises NotAcceptable, InvalidRequest."""
+    """The media type to answer with; JSON where the client does not care. Raises NotAcceptable."""
+    able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
+    best = _best(able, accept)
+    if best:
+        return best
+    if _best(list(_CARRIES), accept):
+        raise NotAcceptable(
+            f"{accept!r} cannot carry {', '.join(outputs)}; {', '.join(able)} can: image/png carries images alone, "
+            f"{NPY} one output",
+            available=able,
+        )
+    raise NotAcceptable(f"cannot send {accept!r}; can send {', '.join(able)}", available=able)
+
+
+_CARRIES: dict[str, Callable[[Sequence[Output]], bool]] = {
+    JSON: lambda _: True,
+    PNG: lambda outputs: list(outputs) == ["images"],
+    NPY: lambda outputs: len(outputs) == 1,
+    NPZ: lambda _: True,
+}
+
+
+def _best(media_types: Sequence[str], accept: str | None) -> str:
+    """The one that the client likes best; of equally good ones the first, and none is ""."""
     try:
-        # Of equally good ones mimeparse takes the last.
-        best = mimeparse.best_match([NPZ, NPY, PNG, JSON], accept or "*/*")
+        return str(mimeparse.best_match(media_types[::-1], (accept or "*/*").lower()))
     except mimeparse.MimeTypeParseException:
-        best = ""
-    if not best:
-        available = [JSON, PNG, NPY, NPZ]
-        raise NotAcceptable(f"cannot send {accept!r}; can send {', '.join(available)}", available=available)
-    if best == PNG and list(outputs) != ["images"]:
-        raise InvalidRequest(f"image/png carries images alone, not {', '.join(outputs)}: accept {NPZ} or {JSON}")
-    if best == NPY and len(outputs) > 1:
-        raise InvalidRequest(f"{NPY} carries one output, not {', '.join(outputs)}: accept {NPZ} or {JSON}")
-    return str(best)
+        return ""
 
 
 def npy_header(answer: Answer, piece: npt.NDArray[np.generic]) -> bytes:

@@ -104,11 +104,15 @@ SAMPLE: Arguments = {
         **_problems(401, 404, 406, 413, 415, 422, 429, 500, 503, 504),
     },
 }
-MODELS: Arguments = {"summary": "The models served", "tags": ["models"], "responses": {200: {"model": ModelList}}}
+MODELS: Arguments = {
+    "summary": "The models served",
+    "tags": ["models"],
+    "responses": {200: {"model": ModelList}, **_problems(401, 503)},
+}
 MODEL: Arguments = {
     "summary": "One model",
     "tags": ["models"],
-    "responses": {200: {"model": ModelDescription}, **_problems(404)},
+    "responses": {200: {"model": ModelDescription}, **_problems(401, 404, 503)},
 }
 LIVEZ: Arguments = {
     "summary": "Is the process alive?",

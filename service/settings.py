@@ -1,12 +1,19 @@
 """Every setting: a field here, a flag of `python -m service`, an environment variable REPARAM_<FIELD>."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEVICES = Literal["auto", "cpu", "cuda"]
+
+
+def _fits_a_header(key: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", key.get_secret_value()):
+        raise ValueError("an API key is made of printable ASCII without blanks")
+    return key
 
 
 class Settings(BaseSettings):
@@ -40,7 +47,7 @@ class Settings(BaseSettings):
     """auto takes CUDA when it works; cuda refuses to start without it."""
     threads: NonNegativeInt = 0
     """Cores one run of a model on the CPU may use; 0 for all."""
-    api_key: SecretStr | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
     max_batch_rows: PositiveInt = 64
     """Rows of one run of a model; longer requests are cut into pieces of this many rows."""
@@ -48,9 +55,9 @@ class Settings(BaseSettings):
     """Rows that may wait; a request beyond them is answered with 429."""
     max_rows: PositiveInt = 100_000_000
     """Rows of one streamed answer (application/x-npy)."""
-    max_buffered_bytes: PositiveInt = 64 * 2**20
-    """Raw bytes of one answer that is not streamed (JSON, PNG, npz)."""
-    max_body_bytes: PositiveInt = 16 * 2**20
+    max_buffered_bytes: PositiveInt = 32 * 2**20
+    """Raw bytes of one answer that is not streamed (JSON, PNG, npz); a row counts for at least 1 KiB."""
+    max_body_bytes: PositiveInt = 8 * 2**20
     """Bytes of a request body."""
     request_timeout: PositiveFloat = 30.0
     """Seconds a request may take, or a stream until its first rows; a `Request-Timeout` header can only shorten it."""

@@ -1,5 +1,6 @@
 """Files that break the contract are refused at load, each by name, and the others are served."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,29 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     assert service.post({}).json()["version"] == 3
     assert service.post({"version": 1}).json()["version"] == 1
     assert "reparam_models_refused 4.0" in service.get("/metrics").text
+
+
+def test_a_file_that_breaks_its_reader_breaks_nothing_else(serve: Any, good: Path, tmp_path: Path) -> None:
+    huge = set_metadata("reparam.prior", '{"mu": 1' + "0" * 400 + ', "log_var": 0}')
+    operate(good, tmp_path / "a-huge" / "1" / "model.onnx", huge)
+    deep = set_metadata("reparam.trained_on", "[" * 100_000)
+    operate(good, tmp_path / "b-deep" / "1" / "model.onnx", deep)
+    (tmp_path / "c-loop").mkdir()
+    (tmp_path / "c-loop" / "1").symlink_to(tmp_path / "c-loop" / "1")
+    (tmp_path / "d-pipe" / "1").mkdir(parents=True)
+    os.mkfifo(tmp_path / "d-pipe" / "1" / "model.onnx")
+    (tmp_path / "z-good" / "1").mkdir(parents=True)
+    shutil.copy(good, tmp_path / "z-good" / "1")
+    service: Running = serve(artifacts=tmp_path, default_model=None)
+    ready = service.get("/readyz").json()
+    assert ready["models"] == {"z-good": [1]}
+    assert set(ready["refused"]) == {"a-huge/1", "b-deep/1", "c-loop/1", "d-pipe/1"}
+    assert service.get("/livez").status_code == service.post().status_code == 200
+
+
+def test_a_repository_that_is_not_there_is_named(serve: Any, tmp_path: Path) -> None:
+    service: Running = serve(artifacts=tmp_path / "none")
+    assert str(tmp_path / "none") in service.get("/readyz").json()["refused"]["*"]
 
 
 def test_a_default_model_that_is_not_served_is_an_answer_not_a_crash(serve: Any) -> None:

@@ -132,6 +132,11 @@ def test_npz_files_that_do_not_fit(tmp_path: Path) -> None:
     assert f"{path} is not a readable .npz" in refusal(path)
 
 
+def test_deep_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(30, dtype=np.uint16).reshape(6, 5) * 1000).save(tmp_path / "deep.png")
+    assert "deep.png has more than 8 bits a pixel" in refusal(tmp_path)
+
+
 def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, some_images(3))
     Image.new("L", (9, 9)).save(folder / "other.png")

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,6 +88,7 @@ def test_every_answer_says_how_to_get_it_again(service: Running, accept: str) ->
         ("application/json;q=0.5, application/x-npy", "application/x-npy"),
         ("application/x-npz;q=0.9, image/png;q=0.1", "application/x-npz"),
         ("application/json;q=0, */*;q=0.1", "image/png"),
+        ("Application/X-NPY", "application/x-npy"),
     ],
 )
 def test_accept_with_weights_and_wildcards(service: Running, accept: str, chosen: str) -> None:
@@ -97,6 +99,16 @@ def test_accept_with_weights_and_wildcards(service: Running, accept: str, chosen
 def test_a_request_id_that_fits_no_log_line_is_replaced(service: Running, given: str | bytes) -> None:
     echoed = service.get("/livez", headers={"X-Request-ID": given}).headers["X-Request-ID"]
     assert len(echoed) == 32
+
+
+def test_accept_chooses_among_what_can_carry_the_outputs(service: Running) -> None:
+    both = {"outputs": ["images", "latents"]}
+    response = service.post(both, headers={"Accept": "application/x-npy, image/png, application/x-npz;q=0.1"})
+    assert response.headers["Content-Type"] == "application/x-npz"
+
+
+def test_probes_may_ask_for_the_head_alone(service: Running) -> None:
+    assert httpx.head(f"{service.url}/readyz").status_code == httpx.head(f"{service.url}/livez").status_code == 200
 
 
 def test_models_describe_themselves(service: Running) -> None:

@@ -96,7 +96,10 @@ def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> No
 
 
 def test_a_second_signal_hurries(repository: Path) -> None:
-    with process(repository, REPARAM_DRAIN_DELAY="3600") as (running, _):
+    slow = {"model": "trouble", "temperature": SLOW + 50, "n": 30_000}
+    with process(repository, REPARAM_DRAIN_DELAY="3600") as (running, url), ThreadPoolExecutor(1) as pool:
+        pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60)
+        wait_until(lambda: "reparam_requests_in_flight 2.0" in httpx.get(f"{url}/metrics").text)
         running.send_signal(signal.SIGINT)
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGTERM)
@@ -121,9 +124,11 @@ def test_the_log_is_json_and_names_device_and_requests(repository: Path) -> None
 def test_the_log_can_be_text(repository: Path) -> None:
     with process(repository, REPARAM_LOG_FORMAT="text") as (running, url):
         httpx.post(f"{url}/sample", headers={"X-Request-ID": "mine"})
+        httpx.get(f"{url}/%1b[31m%20status=200")
         running.send_signal(signal.SIGTERM)
         _, log = running.communicate(timeout=60)
     assert re.search(r"INFO    request method=POST path=/sample status=200 request_id=mine seconds=0\.\d+", log)
+    assert r"path='/\x1b[31m status=200' status=404" in log
 
 
 def test_help_lists_every_setting() -> None:
@@ -145,12 +150,14 @@ def test_the_command_line_wins_over_the_environment() -> None:
         ((), {"REPARAM_PORT": "http"}, "REPARAM_PORT='http': Input should be a valid integer"),
         ((), {"REPARAM_DEVICE": "tpu"}, "REPARAM_DEVICE='tpu': Input should be 'auto', 'cpu' or 'cuda'"),
         ((), {"REPARAM_MAX_BATCH_ROWS": "0"}, "REPARAM_MAX_BATCH_ROWS='0'"),
+        ((), {"REPARAM_API_KEY": "two words"}, "an API key is made of printable ASCII without blanks"),
     ],
 )
 def test_a_bad_setting_is_named(arguments: tuple[str, ...], environment: dict[str, str], says: str) -> None:
     said = refused(*arguments, **environment)
     assert says in said
     assert "--help" in said
+    assert "two words" not in said
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:

@@ -44,6 +44,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: P
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert finished_epochs(tmp_path / "killed") < 6
+    with pytest.raises(RunError, match="continue it with `train --resume`"):
+        Run(tmp_path / "killed").trained()
+    with (tmp_path / "killed" / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'{"epoch": 6, "elbo"\n\xff\n[]\n{"epoch": 99}')
     finished(command(kind, tmp_path / "killed", "--resume"))
     whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
@@ -89,6 +93,18 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None
         train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
 
 
+def test_a_checkpoint_without_its_configuration_is_not_taken_over(tmp_path: Path) -> None:
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    (run.folder / "config.json").unlink()
+    with pytest.raises(RunError, match="already holds a run"):
+        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
+
+
+def test_training_that_diverges_fails(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="lower --learning-rate"):
+        train(small(learning_rate=1e30), tmp_path / "r", resume=False, sheet_every=1)
+
+
 def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> None:
     train(small(), tmp_path / "r", resume=True, sheet_every=1)
     before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
@@ -105,7 +121,7 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
         run.trained()
     run.checkpoint.unlink()
-    with pytest.raises(RunError, match="no checkpoint yet"):
+    with pytest.raises(RunError, match="finished 0 of 1 epochs"):
         run.trained()
     (run.folder / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
@@ -160,6 +176,9 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
         (["train", "gumbel", "--data", "digits", "--out", "x", "--body", "mlp", "--dense", "8"], "all its layers in"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["inspect", "nowhere"], "cannot be read"),
+        (["train", "gaussian", "--data", "digits", "--out", "/dev/null/x"], "Not a directory"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--width", "8,x"], "--width 'x'"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--learning-rate", "0"], "--learning-rate '0'"),
     ],
 )  # fmt: skip
 def test_the_command_line_says_what_is_wrong_without_a_traceback(

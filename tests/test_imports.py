@@ -18,7 +18,7 @@ MAY_IMPORT = {
     },
     "service": {
         "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "numpy", "scipy", "onnxruntime",
-        "PIL", "orjson", "mimeparse", "prometheus_client",
+        "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
     },
     "reparam": {"httpx", "numpy", "PIL"},
 }  # fmt: skip

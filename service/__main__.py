@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 from pythonjsonlogger.core import RESERVED_ATTRS
 
-from service.app import Service, create_app
+from service.app import create_app
 from service.devices import DeviceError
+from service.life import Service
 from service.settings import Settings
 
 log = logging.getLogger("service")

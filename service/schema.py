@@ -85,6 +85,7 @@ def _problems(*statuses: int) -> dict[int | str, Arguments]:
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 SAMPLE: Arguments = {
+    "operation_id": "sample",
     "summary": "Sample a model",
     "description": "Draw rows start .. start + n - 1 of a seed and decode them. The media type of the answer follows "
     "`Accept`; the same request with the same seed gets the same rows, however it is batched.",

@@ -16,7 +16,8 @@ from export.evaluate import evaluate
 from export.publish import publish
 from export.train import train
 from service.__main__ import Server
-from service.app import Service, create_app
+from service.app import create_app
+from service.life import Service
 from service.settings import Settings
 from tests.graphs import make_trouble
 

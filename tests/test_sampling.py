@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 
 from service import noise
-from tests.conftest import Running
+from tests.conftest import Running, wait_until
+from tests.graphs import SLOW
 
 Arrays = dict[str, npt.NDArray[Any]]
 FAR = 2**40
@@ -161,6 +162,24 @@ def test_requests_in_one_batch_keep_their_own_temperature(service: Running) -> N
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda t: draw_one(service, "latents", n=3, seed=6, temperature=t / 4), range(16)))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_models_that_wait_together_do_not_mix(service: Running) -> None:
+    """All wait behind a slow run; each batch takes the rows of one model, as many as fit."""
+    bodies = [
+        {"model": model, "seed": 3, "n": n, "outputs": ["images"]}
+        for n in (1, 40, 64, 30)
+        for model in ("tiny-gaussian", "tiny-gumbel")
+    ]
+    alone = [draw(service, **body)["images"] for body in bodies]
+    with ThreadPoolExecutor(9) as pool:
+        slow = pool.submit(draw, service, model="trouble", temperature=SLOW + 50)
+        wait_until(lambda: service.service.batcher.busy)
+        together = [pool.submit(draw, service, **body) for body in bodies]
+        assert all(
+            np.array_equal(rows, future.result()["images"]) for rows, future in zip(alone, together, strict=True)
+        )
+        slow.result()
 
 
 def test_a_second_server_returns_the_same_rows(service: Running, serve: Any) -> None:

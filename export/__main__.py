@@ -67,6 +67,7 @@ class Publish(Command):
     def cli_cmd(self) -> None:
         from export.publish import publish
 
+        print("exporting both graphs, then comparing them with the network ...", flush=True)
         print(f"published {publish(self.run, self.name, self.artifacts)}")
 
 

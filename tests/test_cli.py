@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from pathlib import Path
@@ -117,6 +118,15 @@ def test_wrong_usage_exits_with_2(options: list[str], said: str, capsys: pytest.
     assert said in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored, as in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_neither_file_nor_traceback(tmp_path: Path) -> None:
     def interrupt(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -24,7 +24,8 @@ from service.artifact import (
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-TOLERANCE = 1e-4  # largest difference of two computations of one value
+TOLERANCE = 1e-4  # largest difference of two computations of one value,
+PIXEL_TOLERANCE = 1  # and of its level between 0 and 255
 BATCHES = (1, 2, 3, 64)
 LARGE_TEMPERATURE = 5.0
 REFERENCE_SEED, REFERENCE_ROWS, REFERENCE_VALUES = 0, 3, 64
@@ -79,9 +80,14 @@ def formula(contract: Contract, feeds: dict[str, Float32]) -> Float64:
 
 
 def compare(
-    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str, tolerance: float = TOLERANCE
+    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str, tolerance: float | None = None
 ) -> None:
-    """Raises GateError if any two values differ by more than the tolerance, or are not numbers."""
+    """Raises GateError if any two values differ by more than the tolerance, or are not numbers.
+
+    tolerance: default: PIXEL_TOLERANCE for pixels, TOLERANCE for all else.
+    """
+    if tolerance is None:
+        tolerance = PIXEL_TOLERANCE if name == "pixels" else TOLERANCE
     if found.shape != expected.shape:
         raise GateError(f"{name} has shape {found.shape} instead of {expected.shape} {where}")
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
@@ -121,13 +127,11 @@ def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: f
     where = f"at temperature {temperature:g}"
     compare(latents, whole[latents], formula(artifact.contract, feeds), where)
     compare("images", whole["images"], whole["images"].clip(0, 1), f"{where}, out of [0, 1]", tolerance=0)
-    compare("pixels", whole["pixels"], np.rint(whole["images"] * 255), where, tolerance=1)
+    compare("pixels", whole["pixels"], np.rint(whole["images"] * 255), where)
     for rows in BATCHES:
         part = run(artifact, {name: array[:rows] for name, array in feeds.items()}, f"on {rows} rows")
         for name, array in part.items():
-            compare(
-                name, array, whole[name][:rows], f"{where} in a batch of {rows}", 1 if name == "pixels" else TOLERANCE
-            )
+            compare(name, array, whole[name][:rows], f"{where} in a batch of {rows}")
 
 
 def _check_reference(artifact: Artifact) -> None:

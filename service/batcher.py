@@ -84,12 +84,16 @@ class Batcher:
                 outputs = await job.answer
         except TimeoutError:
             stage = "queue" if job.started_at is None else "infer"
-            self._metrics.expired.labels(stage).inc()
-            raise DeadlineExceeded(f"the deadline passed in the stage {stage!r}", stage=stage) from None
+            raise self.expired(stage) from None
         assert job.started_at is not None  # noqa: S101  # answered, so it was started
         timing.queue += job.started_at - job.queued_at
         timing.infer += job.finished_at - job.started_at
         return outputs
+
+    def expired(self, stage: str) -> DeadlineExceeded:
+        """Count a deadline that passed in this stage, and tell it."""
+        self._metrics.expired.labels(stage).inc()
+        return DeadlineExceeded(f"the deadline passed in the stage {stage!r}", stage=stage)
 
     async def serve(self) -> None:
         """Run batches until cancelled."""

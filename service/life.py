@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from service.artifact import Arrays
 from service.batcher import Batcher, Timing
 from service.devices import choose
-from service.errors import DeadlineExceeded, Unavailable
+from service.errors import Unavailable
 from service.metrics import Metrics
 from service.repository import Model, Repository
 from service.rows import Rows
@@ -84,8 +84,7 @@ class Service:
             async with asyncio.timeout_at(deadline):
                 yield
         except TimeoutError:
-            self.metrics.expired.labels(stage).inc()
-            raise DeadlineExceeded(f"the deadline passed in the stage {stage!r}", stage=stage) from None
+            raise self.batcher.expired(stage) from None
 
     async def outputs(self, rows: Rows, timing: Timing, deadline: float | None) -> AsyncGenerator[Arrays, None]:
         """The graph's outputs for the rows, in pieces of at most one batch."""

@@ -51,9 +51,7 @@ class SampleRequest(BaseModel):
     """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=4, fail_fast=True)] = [
-        "images"
-    ]  # pydantic copies it
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=4, fail_fast=True)] = ["images"]
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
@@ -65,14 +63,15 @@ def parse(body: bytes) -> SampleRequest:
         raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
-    known = SampleRequest.model_fields
-    unknown = [((name,), f"unknown field; the fields are {', '.join(known)}") for name in fields if name not in known]
+    known = {name: fields[name] for name in SampleRequest.model_fields if name in fields}
+    message = f"unknown field; the fields are {', '.join(SampleRequest.model_fields)}"
+    unknown: list[Fault] = [((name,), message, value) for name, value in fields.items() if name not in known]
     try:
-        request = SampleRequest.model_validate({name: value for name, value in fields.items() if name in known})
+        request = SampleRequest.model_validate(known)
     except ValidationError as refusal:
-        raise _invalid([*_faults(refusal), *((*fault, fields[fault[0][0]]) for fault in unknown)]) from None
+        raise _invalid([*_faults(refusal), *unknown]) from None
     if unknown:
-        raise _invalid([(*fault, fields[fault[0][0]]) for fault in unknown])
+        raise _invalid(unknown)
     return request
 
 

@@ -79,9 +79,9 @@ def _timeout(request: Request, limit: float) -> float:
 
 async def _buffered(service: Service, answer: Answer, media_type: str, deadline: float) -> Response:
     rows, limit = answer.rows, service.settings.max_buffered_bytes
-    size = rows.n * row_bytes(rows.model, answer.outputs)
+    row = row_bytes(rows.model, answer.outputs)
+    size, most = rows.n * row, limit // row
     if size > limit:
-        most = limit // row_bytes(rows.model, answer.outputs)
         raise TooLarge(
             f"{rows.n} rows are {size} raw bytes; {media_type} answers hold at most {limit}, here {most} rows: "
             f"ask for fewer, or stream one output as {NPY}",

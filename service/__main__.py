@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import logging.config
+import os
 import sys
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from service.app import create_app
 from service.devices import DeviceError
 from service.life import Service
+from service.protocol import Protocol
 from service.settings import Settings
 
 log = logging.getLogger("service")
@@ -31,7 +33,12 @@ def main() -> None:
         app = create_app(settings)
     except DeviceError as error:
         sys.exit(str(error))
-    Server(app, settings).run()
+    server = Server(app, settings)
+    server.run()
+    if server.service.engine.busy:
+        # A run cannot be interrupted, nor the interpreter taken down around it.
+        logging.shutdown()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):
@@ -44,7 +51,10 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=Protocol,
+                interface="asgi3",
                 log_config=None,
+                proxy_headers=False,
                 access_log=False,  # the application logs each request itself
                 server_header=False,
                 timeout_graceful_shutdown=settings.drain_timeout + 1,  # the last resort

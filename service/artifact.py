@@ -3,11 +3,13 @@
 A file carries its contract in ONNX metadata properties, one `reparam.<field of Contract>` each, in JSON.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from service import noise
 
 Arrays = dict[str, npt.NDArray[Any]]
+Providers = Sequence[Any]  # each a name, or a name and options
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,6 +41,11 @@ class Kind:
     parameters: tuple[str, ...]
     latents: str
     noise: Callable[[noise.Words], noise.Float32]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of a request, those that only this kind has."""
+        return (*self.parameters, *(("hard",) if self.latents == "codes" else ()))
 
 
 KINDS = {
@@ -86,6 +94,11 @@ class Contract(BaseModel):
                 f"metadata key {KEY_PREFIX + key!r} is {first['input']!r}: {first['msg'].lower()}"
             ) from error
         return contract
+
+    @property
+    def elements(self) -> int:
+        """Numbers of one row's latent."""
+        return prod(self.latent_shape)
 
     @property
     def traits(self) -> Kind:
@@ -137,19 +150,22 @@ class Artifact:
     def run(self, feeds: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
         """Run the graph on the inputs of `contract.inputs()`, each (n, ...). Returns all its outputs by name."""
         names = list(self.contract.outputs())
-        return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1")  # no CUDA graph: these arrays do not stay
+        return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))
 
 
-def load(path: Path, providers: Sequence[Any] = ("CPUExecutionProvider",), threads: int = 0) -> Artifact:
+def load(path: Path, attempts: Sequence[Providers] = (("CPUExecutionProvider",),), threads: int = 0) -> Artifact:
     """Load a sampler and check that it keeps the contract.
 
-    providers: for onnxruntime, the first preferred. threads: for one run on the CPU, 0 for one a core.
+    attempts: providers for onnxruntime, the first preferred; of several attempts the first that takes the graph counts.
+    threads: for one run on the CPU, 0 for one a core.
 
     Raises ArtifactError naming the file and the fault.
     """
     try:
         content = path.read_bytes()
-        session = open_session(content, providers, threads)
+        session = _open_first(content, attempts, threads)
         contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         _check_signature(session, contract)
         artifact = Artifact(contract, session, len(content))
@@ -161,7 +177,15 @@ def load(path: Path, providers: Sequence[Any] = ("CPUExecutionProvider",), threa
     return artifact
 
 
-def open_session(content: bytes, providers: Sequence[Any], threads: int = 0) -> ort.InferenceSession:
+def _open_first(content: bytes, attempts: Sequence[Providers], threads: int) -> ort.InferenceSession:
+    *others, last = attempts
+    for providers in others:
+        with contextlib.suppress(ArtifactError):
+            return open_session(content, providers, threads)
+    return open_session(content, last, threads)
+
+
+def open_session(content: bytes, providers: Providers, threads: int = 0) -> ort.InferenceSession:
     """An onnxruntime session for a self-contained file. Raises ArtifactError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

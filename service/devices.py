@@ -9,8 +9,8 @@ import onnxruntime as ort
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-# Full float32, and algorithms by rule rather than by timing: the same rows on every start.
-CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+# Algorithms by rule rather than by timing: the same rows on every start.
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
 
 class DeviceError(Exception):
@@ -19,21 +19,29 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class Device:
+    """attempts: lists of providers; a model is opened with the first that takes its graph."""
+
     name: Literal["cpu", "cuda"]
-    providers: tuple[Any, ...]
+    attempts: tuple[tuple[Any, ...], ...]
     reason: str
 
 
-def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-    """Raises DeviceError if `wanted` is cuda and CUDA does not work."""
+def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False) -> Device:
+    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed.
+
+    Raises DeviceError if `wanted` is cuda and CUDA does not work.
+    """
     if wanted == "cpu":
-        return Device("cpu", (CPU,), "REPARAM_DEVICE=cpu")
+        return Device("cpu", ((CPU,),), "REPARAM_DEVICE=cpu")
     missing = _missing_for_cuda()
     if missing is None:
-        return Device("cuda", ((CUDA, CUDA_OPTIONS), CPU), f"REPARAM_DEVICE={wanted} and CUDA works")
+        options = {**CUDA_OPTIONS, "use_tf32": str(int(tf32))}
+        # Some graphs cannot be captured as a CUDA graph: those of which a part runs on the CPU.
+        attempts = (((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU))
+        return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works")
     if wanted == "cuda":
         raise DeviceError(f"REPARAM_DEVICE=cuda, but {missing}; REPARAM_DEVICE=auto would run on the CPU")
-    return Device("cpu", (CPU,), f"REPARAM_DEVICE=auto, and {missing}")
+    return Device("cpu", ((CPU,),), f"REPARAM_DEVICE=auto, and {missing}")
 
 
 def _missing_for_cuda() -> str | None:

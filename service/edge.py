@@ -2,77 +2,84 @@
 
 import asyncio
 import hmac
+import itertools
 import json
 import logging
 import re
+import secrets
 import time
-import uuid
+from collections.abc import Awaitable
 from http import HTTPStatus
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import MEDIA_TYPE, MethodNotAllowed, Problem, Unauthorized, UnknownPath
+from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, UnknownPath
+from service.logs import AccessLog
 from service.metrics import Metrics
 
-log = logging.getLogger("service.access")
+log = logging.getLogger("service")
 
 OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
 CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_PROCESS = secrets.token_hex(10).encode()  # of 32 digits of a request's id the first 20; the others count
+_COUNT = itertools.count()
 
 
 class Edge:
-    """Wraps the application, so that whatever it raises is answered, counted and logged once."""
+    """Wraps an application, so that whatever it raises is answered, counted and logged once."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, access_log: AccessLog) -> None:
         self.app = app
         self.metrics = metrics
         self.api_key = api_key
+        self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
-        request_id = _request_id(request)
+        started = time.perf_counter()
+        request_id = _request_id(scope)
         status = 0
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
+                message["headers"].append((b"x-request-id", request_id))
+            return send(message)
 
-        started = time.perf_counter()
+        self.metrics.in_flight += 1
         try:
-            with self.metrics.in_flight.track_inprogress():
-                self._authorize(request)
-                await self.app(scope, receive, send_with_id)
-        except (ClientDisconnect, asyncio.CancelledError):
+            if self.api_key is not None:
+                self._authorize(scope)
+            await self.app(scope, receive, send_with_id)
+        except (ClientLeft, asyncio.CancelledError):
             status = CLIENT_CLOSED
         except Exception as error:  # the last resort: whatever it is, the client gets a problem document
             if status:  # half an answer is out, and cutting it short is all that can be said
-                log.exception("broken off", extra={"request_id": request_id})
+                log.exception("broken off", extra={"request_id": request_id.decode()})
             else:
-                await _answer(_problem(error, request_id), request_id, send_with_id)
+                await _answer(_problem(error, request_id.decode()), request_id.decode(), send_with_id)
         finally:
+            self.metrics.in_flight -= 1
             self._account(scope, status, time.perf_counter() - started, request_id)
 
-    def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _account(self, scope: Scope, status: int, seconds: float, request_id: bytes) -> None:
         path = scope["route"].path if "route" in scope else "other"
-        self.metrics.requests.labels(path, str(status)).inc()
-        self.metrics.duration.labels(path).observe(seconds)
-        about = {"method": scope["method"], "path": scope["path"], "status": status, "request_id": request_id}
-        log.info("request", extra={**about, "seconds": round(seconds, 6)})
+        self.metrics.answered(path, status, seconds)
+        if self.access_log.enabled:
+            self.access_log.write(scope["method"], scope["path"], status, request_id.decode(), seconds)
 
-    def _authorize(self, request: Request) -> None:
-        if self.api_key is None or request.url.path.startswith(OPEN):
+    def _authorize(self, scope: Scope) -> None:
+        if scope["path"].startswith(OPEN):
             return
-        given = request.headers.get("authorization", "")
+        given = Headers(scope=scope).get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise Unauthorized(
                 "this service asks for its key: send the header `Authorization: Bearer <key>`",
@@ -80,10 +87,12 @@ class Edge:
             )
 
 
-def _request_id(request: Request) -> str:
+def _request_id(scope: Scope) -> bytes:
     """The client's, if it can stand in a header and a log line; else a fresh one."""
-    given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return b"%s%012x" % (_PROCESS, next(_COUNT))
 
 
 def _problem(error: Exception, request_id: str) -> Problem:

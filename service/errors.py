@@ -117,5 +117,9 @@ class DeadlineExceeded(Problem):
     meaning = "The deadline passed before the rows were ready; `stage` says where."
 
 
+class ClientLeft(Exception):
+    """The client closed the connection: nobody is left to answer."""
+
+
 _ALL: list[type[Problem]] = [Problem, *Problem.__subclasses__()]
 PROBLEMS = {problem.slug: problem for problem in _ALL}

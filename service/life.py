@@ -2,63 +2,75 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from service.artifact import Arrays
-from service.batcher import Batcher, Timing
 from service.devices import choose
+from service.engine import Engine
 from service.errors import Unavailable
+from service.logs import AccessLog
 from service.metrics import Metrics
 from service.repository import Model, Repository
-from service.rows import Rows
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 class Service:
-    """What the routes share: the models, the batcher, and whether requests are taken."""
+    """What the routes share: the models, the engine, and whether requests are taken."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.device = choose(settings.device)
+        self.device = choose(settings.device, settings.tf32)
         self.metrics = Metrics()
         self.repository = Repository(settings.default_model)
-        self.batcher = Batcher(settings.max_batch_rows, settings.max_queue_rows, self.metrics)
+        self.engine = Engine(settings.max_queue_rows, settings.max_held_bytes, self.metrics)
+        self.access_log = AccessLog(settings.log_format)
         self.state = "starting"
-        self._tasks: list[asyncio.Task[None]] = []
-        self.metrics.queue_rows.set_function(lambda: self.batcher.queued_rows)
+        self._loading: asyncio.Task[None] | None = None
+        self.metrics.queue_rows.set_function(lambda: self.engine.queued_rows)
+        self.metrics.queue_oldest.set_function(self.engine.oldest)
+        self.metrics.held_bytes.set_function(lambda: self.engine.held_bytes)
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
-        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._serve())]
+        self.engine.start(asyncio.get_running_loop())
+        self._loading = asyncio.create_task(self._load())
         yield
         self.drain()
         self.stop()
-        for task in self._tasks:
-            task.cancel()
+        self._loading.cancel()
+        self.access_log.flush()
 
     async def _load(self) -> None:
-        with _logged("the models could not be loaded"):
-            await asyncio.to_thread(self.repository.load, self.settings.artifacts, self.device, self.settings.threads)
+        settings = self.settings
+        try:
+            await asyncio.to_thread(
+                self.repository.load, settings.artifacts, self.device, settings.threads, settings.max_batch_rows
+            )
+        except Exception:
+            log.exception("the models could not be loaded")
+            raise
         for model in self.served():
             self.metrics.model_served.labels(model.name, str(model.version), model.artifact.provider).set(1)
         self.metrics.model_refused.set(len(self.repository.refused))
+        # What is loaded now stays: the garbage collector need not look at it again, nor after every 700 objects.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
         if self.state == "starting":
             self.state = "ready" if self.repository.models else "no model"
 
-    async def _serve(self) -> None:
-        with _logged("the batcher ended"):
-            await self.batcher.serve()
-
-    def failure(self) -> BaseException | None:
-        """What ended the loading or the batcher, if they did not end as they should: only a restart helps."""
-        ended = (task for task in self._tasks if task.done() and not task.cancelled())
-        return next((task.exception() for task in ended if task.exception()), None)
+    def failure(self) -> str | None:
+        """What has ended that should not, or does not end that should: only a restart helps."""
+        loading = self._loading
+        if loading is not None and loading.done() and not loading.cancelled() and loading.exception():
+            return f"the models could not be loaded: {loading.exception()!r}"
+        return self.engine.failure(self.settings.hang_timeout)
 
     def served(self) -> list[Model]:
         """The latest version of every model."""
@@ -70,33 +82,9 @@ class Service:
 
     def stop(self) -> None:
         """Refuse what waits and what comes."""
-        self.batcher.close("the service is draining: ask another replica, or again")
+        self.engine.close("the service is draining: ask another replica, or again")
 
     def ready(self) -> None:
         """Raises Unavailable."""
         if self.state == "starting":
             raise Unavailable("the models are being loaded", retry_after=1)
-
-    @contextlib.asynccontextmanager
-    async def within(self, deadline: float, stage: str) -> AsyncIterator[None]:
-        """Raises DeadlineExceeded if what is done inside outlasts the deadline, on the event loop's clock."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                yield
-        except TimeoutError:
-            raise self.batcher.expired(stage) from None
-
-    async def outputs(self, rows: Rows, timing: Timing, deadline: float | None) -> AsyncGenerator[Arrays, None]:
-        """The graph's outputs for the rows, in pieces of at most one batch."""
-        size = self.batcher.max_batch_rows
-        for lo in range(0, rows.n, size):
-            yield await self.batcher.run(rows.part(lo, min(lo + size, rows.n)), timing, deadline)
-
-
-@contextlib.contextmanager
-def _logged(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        log.exception(what)
-        raise

@@ -8,28 +8,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.artifact import MODEL_FILE, NAME, VERSION, Arrays, Artifact, ArtifactError, Contract, load
+from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, ArtifactError, Contract, load
+from service.buckets import Buckets
 from service.devices import Device
 from service.errors import Unavailable, UnknownModel
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """One version of a model, loaded."""
 
     name: str
     version: int
     artifact: Artifact
+    buckets: Buckets
 
     @property
     def contract(self) -> Contract:
         return self.artifact.contract
-
-    @cached_property
-    def prior(self) -> Arrays:
-        return self.contract.prior_arrays()
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
@@ -44,32 +42,42 @@ class Repository:
     default: str | None = None
     models: dict[str, dict[int, Model]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    _found: dict[tuple[str | None, int | None], Model] = field(default_factory=dict)  # what was asked for before
 
     def find(self, name: str | None, version: int | None) -> Model:
         """Raises UnknownModel, Unavailable."""
+        found = self._found.get((name, version))
+        if found is None:
+            found = self._found[name, version] = self._find(name, version)
+        return found
+
+    def _find(self, name: str | None, version: int | None) -> Model:
         if not self.models:
             raise Unavailable("no model is served: /readyz says why", retry_after=5)
         if name is None:
             name = self.default_name()
-        available = {known: sorted(versions) for known, versions in sorted(self.models.items())}
-        if name is None or name not in self.models:
+        versions = self.models.get(name or "")
+        if versions is None:
+            available = self._available()
             raise UnknownModel(f"unknown model {name!r}; this server has: {', '.join(available)}", available=available)
-        versions = self.models[name]
         if version is None:
             return versions[max(versions)]
         if version not in versions:
             raise UnknownModel(
                 f"model {name!r} has no version {version}; this server has: {', '.join(map(str, sorted(versions)))}",
-                available=available,
+                available=self._available(),
             )
         return versions[version]
+
+    def _available(self) -> dict[str, list[int]]:
+        return {name: sorted(versions) for name, versions in sorted(self.models.items())}
 
     def default_name(self) -> str | None:
         """The model of a request that names none: the one that was chosen, else the first by name."""
         return self.default or min(self.models, default=None)
 
-    def load(self, folder: Path, device: Device, threads: int) -> None:
-        """Load every version that keeps the contract; the others are noted in `refused` and hurt nobody."""
+    def load(self, folder: Path, device: Device, threads: int, max_rows: int) -> None:
+        """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody."""
         if not folder.is_dir():
             self.refused["*"] = f"the model repository {folder.absolute()} is no folder: set REPARAM_ARTIFACTS"
             log.error("no model repository", extra={"folder": str(folder.absolute())})
@@ -77,13 +85,16 @@ class Repository:
         for name, version, path in _versions(folder):
             started = time.perf_counter()
             try:
-                artifact = load(_inside(path, folder), device.providers, threads)
+                artifact = load(_inside(path, folder), device.attempts, threads)
+                buckets = Buckets(artifact, max_rows)
+                buckets.warm_up()
             except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
                 fault = str(error) if isinstance(error, ArtifactError) else f"{path}: {error!r}"
                 self.refused[f"{name}/{version}"] = fault
                 log.error("model refused", extra={"model": name, "version": version, "fault": fault})
                 continue
-            self.models.setdefault(name, {})[version] = Model(name, version, artifact)
+            self._found.clear()
+            self.models.setdefault(name, {})[version] = Model(name, version, artifact, buckets)
             about: dict[str, Any] = {"provider": artifact.provider, "reason": device.reason}
             about["load_seconds"] = round(time.perf_counter() - started, 3)
             log.info("model loaded", extra={"model": name, "version": version, **about})

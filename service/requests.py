@@ -2,10 +2,9 @@
 
 import json
 import secrets
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -13,14 +12,13 @@ from pydantic_core import from_json
 
 from service.errors import InvalidRequest, TooLarge
 from service.repository import Model, Repository
-from service.rows import Float32, Rows
+from service.rows import Float32, Output, Rows
 
 SEEDS = 2**64
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SHORT = 80  # characters of a value that a message repeats
 LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
 
-Output = Literal["images", "latents", "codes", "indices"]
 Count = Annotated[int, Field(strict=True, lt=SEEDS)]
 Fault = tuple[tuple[int | str, ...], str, Any]  # where, what, and the value there
 
@@ -51,76 +49,96 @@ class SampleRequest(BaseModel):
     """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=4, fail_fast=True)] = ["images"]
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
 def parse(body: bytes) -> SampleRequest:
     """Raises InvalidRequest. An empty body asks for one row of the default model."""
     try:
-        fields = from_json(body or b"{}")
+        request: SampleRequest = _REQUEST.validator.validate_json(body or b"{}")
+    except ValidationError:
+        raise _explained(body) from None
+    return request
+
+
+_REQUEST = TypeAdapter(SampleRequest)
+
+
+def _explained(body: bytes) -> InvalidRequest:
+    """What is wrong with it. Looked for a second time and in two steps, for a body may hold a million faults."""
+    try:
+        fields = from_json(body)
     except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from None
+        return InvalidRequest(f"the body is not JSON in UTF-8: {error}")
     if not isinstance(fields, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
+        return InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
     known = {name: fields[name] for name in SampleRequest.model_fields if name in fields}
     message = f"unknown field; the fields are {', '.join(SampleRequest.model_fields)}"
-    unknown: list[Fault] = [((name,), message, value) for name, value in fields.items() if name not in known]
+    faults: list[Fault] = [((name,), message, value) for name, value in fields.items() if name not in known]
     try:
-        request = SampleRequest.model_validate(known)
+        SampleRequest.model_validate(known)
     except ValidationError as refusal:
-        raise _invalid([*_faults(refusal), *unknown]) from None
-    if unknown:
-        raise _invalid(unknown)
-    return request
+        faults = [*_faults(refusal), *faults]
+    return _invalid(faults)
 
 
 def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Rows:
     """The rows a request asks for. Raises UnknownModel, InvalidRequest, TooLarge."""
     model = repository.find(request.model, request.version)
-    _check_kind(request, model)
+    _check_outputs(model, request.outputs)
     if request.n > max_rows:
         raise TooLarge(f"n is {request.n}, the limit is {max_rows} rows", limit=max_rows, got=request.n)
     if request.start + request.n > SEEDS:
         raise _invalid([(("start",), f"start + n must be at most 2**64 = {SEEDS}", request.start)])
-    given = {name: _parameter(request, model, name) for name in model.contract.traits.parameters}
-    temperature = model.contract.default_temperature if request.temperature is None else request.temperature
+    parameters: dict[str, Float32] = {}
+    if not request.model_fields_set <= _OF_EVERY_KIND:
+        _check_kind(request, model)
+        given = {name: getattr(request, name) for name in model.contract.traits.parameters}
+        parameters = {
+            name: _parameter(name, values, request.n, model) for name, values in given.items() if values is not None
+        }
     return Rows(
         model=model,
         # Below 2**53, so that any reader of JSON can hand it back.
         seed=secrets.randbelow(2**53) if request.seed is None else request.seed,
         start=request.start,
         n=request.n,
-        parameters={name: model.prior[name] if array is None else array for name, array in given.items()},
-        temperature=temperature,
+        parameters=parameters,
+        temperature=model.contract.default_temperature if request.temperature is None else request.temperature,
         hard=request.hard,
-        given=request.temperature is not None or any(array is not None for array in given.values()),
+        given=bool(parameters) or request.temperature is not None,
+        outputs=request.outputs,
     )
+
+
+_OF_EVERY_KIND = {"model", "version", "n", "temperature", "seed", "start", "outputs"}
 
 
 def _check_kind(request: SampleRequest, model: Model) -> None:
     """Refuse what only the other kind of model has."""
-    contract = model.contract
-    known = {"hard"} if contract.kind == "gumbel" else set()
-    known |= set(contract.traits.parameters)
+    known = model.contract.traits.fields
     for name in ("hard", "mu", "log_var", "logits"):
-        if name not in known and getattr(request, name) not in (None, False):
-            problem = f"model {model.name!r} is {contract.kind} and has no {name}; it has: {', '.join(sorted(known))}"
-            raise _invalid([((name,), problem, getattr(request, name))])
-    for index, output in enumerate(request.outputs):
+        value = getattr(request, name)
+        if name not in known and value is not None and value is not False:
+            problem = f"model {model.name!r} is {model.contract.kind} and has no {name}; it has: {', '.join(known)}"
+            raise _invalid([((name,), problem, value)])
+
+
+@lru_cache(1024)
+def _check_outputs(model: Model, outputs: tuple[Output, ...]) -> None:
+    for index, output in enumerate(outputs):
         if output not in model.outputs:
-            problem = f"model {model.name!r} is {contract.kind} and has no {output}; it has: {', '.join(model.outputs)}"
+            kind, has = model.contract.kind, ", ".join(model.outputs)
+            problem = f"model {model.name!r} is {kind} and has no {output}; it has: {has}"
             raise _invalid([(("outputs", index), problem, output)])
-    if len(set(request.outputs)) < len(request.outputs):
-        raise _invalid([(("outputs",), "an output is named twice", request.outputs)])
+    if len(set(outputs)) < len(outputs):
+        raise _invalid([(("outputs",), "an output is named twice", outputs)])
 
 
-def _parameter(request: SampleRequest, model: Model, name: str) -> Float32 | None:
-    values: list[Any] | None = getattr(request, name)
-    if values is None:
-        return None
+def _parameter(name: str, values: list[Any], n: int, model: Model) -> Float32:
     shape = model.contract.latent_shape
-    shapes = (shape, (request.n, *shape))
+    shapes = (shape, (n, *shape))
     depth = _depth(values)
     if depth not in (len(shape), len(shape) + 1):
         raise _wrong_shape(name, shapes, f"{depth} nested lists")
@@ -181,7 +199,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
-def row_bytes(model: Model, outputs: Sequence[Output]) -> int:
+@lru_cache(1024)
+def row_bytes(model: Model, outputs: tuple[Output, ...]) -> int:
     """What one row of a buffered answer counts for: its raw bytes, but at least 1 KiB, for encoding it costs time."""
     latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
     sizes = {"images": image, "latents": 4 * latent, "codes": 4 * latent, "indices": 4 * latent}

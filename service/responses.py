@@ -3,55 +3,31 @@
 import base64
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
 
 import mimeparse
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from service.artifact import Arrays
 from service.errors import NotAcceptable
 from service.noise import NOISE_VERSION
 from service.pictures import png, sheet
-from service.requests import Output
-from service.rows import Rows
+from service.repository import Model
+from service.rows import Output, Rows
 
-JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Rows, and the outputs of them that were asked for."""
-
-    rows: Rows
-    outputs: Sequence[Output]
-
-    def select(self, arrays: Arrays) -> Arrays:
-        """From the graph's outputs to those of the answer: images are uint8 pixels, indices int32."""
-        return {name: _SELECT[name](arrays) for name in self.outputs}
-
-    def headers(self) -> dict[str, str]:
-        model = self.rows.model
-        return {
-            "Model-Name": model.name,
-            "Model-Version": str(model.version),
-            "Sample-Seed": str(self.rows.seed),
-            "Sample-Start": str(self.rows.start),
-            "Noise-Version": str(NOISE_VERSION),
-        }
+MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
-_SELECT: dict[str, Callable[[Arrays], npt.NDArray[np.generic]]] = {
-    "images": lambda arrays: arrays["pixels"],
-    "latents": lambda arrays: arrays["latents"],
-    "codes": lambda arrays: arrays["codes"],
-    "indices": lambda arrays: arrays["codes"].argmax(-1).astype(np.int32),
-}
+Headers = list[tuple[bytes, bytes]]
 
 
-def negotiate(accept: str | None, outputs: Sequence[Output]) -> str:
-    """The media type to answer with; JSON where the client does not care. Raises NotAcceptable."""
+@lru_cache(256)
+def negotiate(header: bytes, outputs: tuple[Output, ...]) -> str:
+    """The media type that the header `Accept` likes best; JSON where it does not care. Raises NotAcceptable."""
+    accept = header.decode("latin-1")
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
     if best:
@@ -73,7 +49,7 @@ _CARRIES: dict[str, Callable[[Sequence[Output]], bool]] = {
 }
 
 
-def _best(media_types: Sequence[str], accept: str | None) -> str:
+def _best(media_types: Sequence[str], accept: str) -> str:
     """The one that the client likes best; of equally good ones the first, and none is ""."""
     try:
         return str(mimeparse.best_match(media_types[::-1], (accept or "*/*").lower()))
@@ -81,20 +57,53 @@ def _best(media_types: Sequence[str], accept: str | None) -> str:
         return ""
 
 
-def npy_header(answer: Answer, piece: npt.NDArray[np.generic]) -> bytes:
-    """The header of the .npy file that `piece`, the first rows of the answer, begins."""
+def headers(rows: Rows, media_type: str) -> Headers:
+    """Of an answer: what it is, and how to get it again."""
+    return [
+        (b"sample-seed", b"%d" % rows.seed),
+        (b"sample-start", b"%d" % rows.start),
+        *_headers(rows.model, media_type),
+    ]
+
+
+@lru_cache(1024)
+def _headers(model: Model, media_type: str) -> Headers:
+    return [
+        (b"content-type", media_type.encode()),
+        (b"model-name", model.name.encode()),
+        (b"model-version", b"%d" % model.version),
+        (b"noise-version", b"%d" % NOISE_VERSION),
+    ]
+
+
+def npy_header(rows: Rows, piece: Arrays) -> tuple[bytes, int]:
+    """The header of the .npy file that `piece`, the first of the rows, begins, and the bytes of the whole file."""
+    (array,) = piece.values()
+    return _npy_header(rows.n, array.shape[1:], array.dtype)
+
+
+@lru_cache(256)
+def _npy_header(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, int]:
     buffer = io.BytesIO()
-    shape = (answer.rows.n, *piece.shape[1:])
-    header = {"descr": np.lib.format.dtype_to_descr(piece.dtype), "fortran_order": False, "shape": shape}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n, *shape)}
     np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
+    return buffer.getvalue(), len(buffer.getvalue()) + n * dtype.itemsize * prod(shape)
 
 
-def _json(answer: Answer, arrays: Arrays) -> bytes:
-    rows, model = answer.rows, answer.rows.model
+def npy_body(pieces: Sequence[Arrays]) -> bytes:
+    """The bytes of pieces of one output."""
+    return b"".join(array.tobytes() for piece in pieces for array in piece.values())
+
+
+def buffers(pieces: Sequence[Arrays]) -> list[bytes | memoryview]:
+    """And not copied."""
+    return [array.reshape(-1).view(np.uint8).data for piece in pieces for array in piece.values()]
+
+
+def _json(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
     about = {
-        "model": model.name,
-        "version": model.version,
+        "model": rows.model.name,
+        "version": rows.model.version,
         "seed": rows.seed,
         "start": rows.start,
         "n": rows.n,
@@ -103,27 +112,25 @@ def _json(answer: Answer, arrays: Arrays) -> bytes:
         "noise_version": NOISE_VERSION,
     }
     values = {
-        name: [base64.b64encode(png(image)).decode() for image in array]
-        if name == "images"
-        else np.ascontiguousarray(array)
-        for name, array in arrays.items()
+        name: [base64.b64encode(png(image)).decode() for image in array] if name == "images" else array
+        for name, array in _joined(pieces).items()
     }
     return orjson.dumps({**about, **values}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _png(_: Answer, arrays: Arrays) -> bytes:
-    return png(sheet(arrays["images"]))
+def _png(_: Rows, pieces: Sequence[Arrays]) -> bytes:
+    return png(sheet(_joined(pieces)["images"]))
 
 
-def _npy(answer: Answer, arrays: Arrays) -> bytes:
-    (array,) = arrays.values()
-    return npy_header(answer, array) + array.tobytes()
-
-
-def _npz(_: Answer, arrays: Arrays) -> bytes:
+def _npz(_: Rows, pieces: Sequence[Arrays]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, allow_pickle=False, **_joined(pieces))
     return buffer.getvalue()
 
 
-ENCODERS: dict[str, Callable[[Answer, Arrays], bytes]] = {JSON: _json, PNG: _png, NPY: _npy, NPZ: _npz}
+def _joined(pieces: Sequence[Arrays]) -> Arrays:
+    first, *others = pieces
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in first} if others else first
+
+
+ENCODERS: dict[str, Callable[[Rows, Sequence[Arrays]], bytes]] = {JSON: _json, PNG: _png, NPZ: _npz}

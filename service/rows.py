@@ -1,26 +1,29 @@
 """Rows of a request, and the one way to compute them: batches of rows of any requests for one model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from service import noise
 from service.artifact import Arrays
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
 
 Float32 = npt.NDArray[np.float32]
+Output = Literal["images", "latents", "codes", "indices"]
+Share = tuple["Rows", int, int]  # rows lo .. hi - 1 of a request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Rows:
     """Rows start .. start + n - 1 of a seed, with their parameters.
 
-    parameters: every parameter of the model's kind, float32, (*latent_shape) for all rows or (n, *latent_shape).
+    parameters: those given, float32, (*latent_shape) for all rows or (n, *latent_shape); the others are the prior's.
     temperature: for all rows. hard: draw at temperature 0, where a Gumbel code is one-hot. given: whether the caller
-        chose any of these.
+        chose any of these. outputs: what of the rows is asked for.
     """
 
     model: Model
@@ -31,45 +34,75 @@ class Rows:
     temperature: float
     hard: bool
     given: bool
-
-    def part(self, lo: int, hi: int) -> "Rows":
-        """Rows lo .. hi - 1 of these."""
-        depth = len(self.model.contract.latent_shape)
-        cut = {name: array[lo:hi] if array.ndim > depth else array for name, array in self.parameters.items()}
-        return replace(self, start=self.start + lo, n=hi - lo, parameters=cut)
-
-    def feeds(self) -> dict[str, Float32]:
-        """The graph's inputs for these rows."""
-        contract = self.model.contract
-        shape = (self.n, *contract.latent_shape)
-        return {
-            "noise": contract.traits.noise(noise.words(self.seed, self.start, self.n, contract.latent_shape)),
-            **{name: np.broadcast_to(array, shape) for name, array in self.parameters.items()},
-            "temperature": np.full(self.n, 0 if self.hard else self.temperature, np.float32),
-        }
+    outputs: tuple[Output, ...]
 
 
-def run(batch: Sequence[Rows]) -> list[Arrays | Problem]:
-    """Compute a batch of rows of one model. Returns for each member its outputs, or what went wrong with it alone."""
-    members = [rows.feeds() for rows in batch]
-    feeds = {name: np.concatenate([member[name] for member in members]) for name in members[0]}
-    outputs = batch[0].model.artifact.run(feeds)
+def compute(batch: Sequence[Share]) -> list[Arrays | Problem]:
+    """Compute a batch of rows of one model, at most as many as its buckets hold; on the thread of the runner.
+
+    Returns for each share the outputs it asked for, or what went wrong with it alone. Raises what onnxruntime raises.
+    """
+    model = batch[0][0].model
+    outputs = model.buckets.run(_fill(model, batch))
+    finite = _finite(model, outputs)
+    selected: Arrays = {}
     results: list[Arrays | Problem] = []
     end = 0
-    for rows in batch:
-        begin, end = end, end + rows.n
-        results.append(_checked(rows, {name: array[begin:end] for name, array in outputs.items()}))
+    for rows, lo, hi in batch:
+        begin, end = end, end + hi - lo
+        if not finite and not _finite(model, {name: array[begin:end] for name, array in outputs.items()}):
+            results.append(_not_finite(rows))
+            continue
+        result: Arrays = {}
+        for name in rows.outputs:
+            if name not in selected:
+                selected[name] = _SELECT[name](outputs)
+            result[name] = selected[name][begin:end]
+        results.append(result)
     return results
 
 
-def _checked(rows: Rows, outputs: Arrays) -> Arrays | Problem:
+def _fill(model: Model, batch: Sequence[Share]) -> int:
+    """Write the graph's inputs for the batch. Returns its rows."""
+    buckets = model.buckets
+    inputs, words, draw = buckets.inputs, buckets.words, buckets.source.draw
+    for name, array in buckets.prior.items():
+        inputs[name][:] = array
+    temperatures, counts = [], []
+    end = 0
+    for rows, lo, hi in batch:
+        begin, end = end, end + hi - lo
+        draw(words[begin:end], rows.seed, rows.start + lo)
+        temperatures.append(0.0 if rows.hard else rows.temperature)
+        counts.append(hi - lo)
+        for name, array in rows.parameters.items():
+            inputs[name][begin:end] = array[lo:hi] if array.ndim == inputs[name].ndim else array
+    inputs["temperature"][:end] = np.repeat(temperatures, counts)
+    shape = inputs["noise"].shape[1:]
+    inputs["noise"][:end] = buckets.noise(words[:end, : prod(shape)]).reshape(end, *shape)
+    return end
+
+
+def _finite(model: Model, outputs: Arrays) -> bool:
     """NaN and infinity never leave the service as a sample."""
-    latents = rows.model.contract.traits.latents
-    if np.isfinite(outputs[latents]).all() and np.isfinite(outputs["images"]).all():
-        return outputs
+    latents = outputs[model.contract.traits.latents]
+    return bool(np.isfinite(latents).all() and np.isfinite(outputs["images"]).all())
+
+
+def _not_finite(rows: Rows) -> Problem:
     if rows.given:
         return NonFiniteSample(
             f"the parameters given overflow float32 at temperature {rows.temperature:g}: "
-            f"lower temperature or {' or '.join(rows.parameters)}"
+            f"lower temperature or {' or '.join(rows.model.contract.traits.parameters)}"
         )
     return ModelFailed(f"model {rows.model.name!r} version {rows.model.version} answered NaN or infinity")
+
+
+# From the graph's outputs to those of an answer: images are uint8 pixels, indices int32. Copies, for the next batch
+# overwrites the graph's outputs.
+_SELECT: dict[str, Callable[[Arrays], npt.NDArray[Any]]] = {
+    "images": lambda outputs: outputs["pixels"].copy(),
+    "latents": lambda outputs: outputs["latents"].copy(),
+    "codes": lambda outputs: outputs["codes"].copy(),
+    "indices": lambda outputs: outputs["codes"].argmax(-1).astype(np.int32),
+}

@@ -1,71 +1,134 @@
-"""`POST /sample`, from the raw body to the response."""
+"""`POST /sample`, from the raw body to the response: an ASGI application of its own, so that a request, one among ten
+thousand a second, does not pay for what it does not use."""
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
 
-import numpy as np
-from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from service.artifact import Arrays
-from service.batcher import Timing
-from service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from service.engine import Within
+from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
+from service.job import Job
 from service.life import Service
 from service.requests import parse, resolve, row_bytes
-from service.responses import ENCODERS, NPY, Answer, negotiate, npy_header
+from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, headers, negotiate, npy_body, npy_header
+from service.rows import Rows
 
-ENCODE_ON_LOOP = 2**16  # raw bytes; more is encoded on a thread, so that other requests go on
+LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on meanwhile
+LARGE_ANSWER = 2**13  # raw bytes; from here on PNG, JSON and npz are encoded on a thread
+STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
+LARGE_MESSAGE = 2**16  # bytes; from here on arrays are sent as they are, not copied into one message
 
-
-async def sample(service: Service, request: Request) -> Response:
-    """Answer one request. Raises Problem, and ClientDisconnect if the client leaves first."""
-    service.ready()
-    deadline = asyncio.get_running_loop().time() + _timeout(request, service.settings.request_timeout)
-    _check_content_type(request)
-    async with service.within(deadline, "body"):
-        asked = parse(await _body(request, service.settings.max_body_bytes))
-    media_type = negotiate(request.headers.get("accept"), asked.outputs)
-    rows = resolve(asked, service.repository, service.settings.max_rows)
-    answer = Answer(rows, asked.outputs)
-    service.batcher.admit(rows.n)
-    if rows.n <= service.batcher.max_batch_rows:
-        return await _buffered(service, answer, media_type, deadline)
-    if media_type == NPY:
-        return await _stream(service, answer, deadline)
-    return await _while_connected(request, _buffered(service, answer, media_type, deadline))
+Given = dict[bytes, bytes]
 
 
-def _check_content_type(request: Request) -> None:
-    content_type = request.headers.get("content-type", "application/json")
-    if content_type.split(";")[0].strip().lower() != "application/json":
+class Sampling:
+    """Answers `POST /sample`. Raises Problem, and ClientLeft."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.settings = service.settings
+        self.engine = service.engine
+        self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.service.ready()
+        given: Given = dict(scope["headers"])
+        deadline = self.engine.loop.time() + _timeout(given, self.settings.request_timeout)
+        _check_content_type(given)
+        with Within(self.engine, deadline, "body"):
+            body = await _body(given, receive, self.settings.max_body_bytes)
+        asked = parse(body) if len(body) < LARGE_BODY else await asyncio.to_thread(parse, body)
+        media_type = negotiate(given.get(b"accept", b"*/*"), asked.outputs)
+        rows = resolve(asked, self.service.repository, self.settings.max_rows)
+        job = self.engine.submit(rows, len(body) + self._held(rows, media_type), deadline, receive)
+        try:
+            if media_type == NPY:
+                await self._send_npy(job, send)
+            else:
+                await self._send_encoded(job, media_type, deadline, send)
+        except ClientLeft:
+            self.service.metrics.cancelled.labels(job.stage).inc()
+            raise
+        finally:
+            job.close()
+
+    def _held(self, rows: Rows, media_type: str) -> int:
+        """Raw bytes that the answer holds at a time. Raises TooLarge."""
+        row, limit = row_bytes(rows.model, rows.outputs), self.settings.max_buffered_bytes
+        if media_type == NPY:
+            return row * min(rows.n, 2 * self.engine.window(rows.model))
+        if rows.n * row > limit:
+            raise TooLarge(
+                f"{rows.n} rows are {rows.n * row} raw bytes; {media_type} answers hold at most {limit}, here "
+                f"{limit // row} rows: ask for fewer, or stream one output as {NPY}",
+                limit=limit // row,
+                got=rows.n,
+            )
+        return row * rows.n
+
+    async def _send_npy(self, job: Job, send: Send) -> None:
+        """Rows as they are computed, many without a copy. A slow reader holds back the computing, not the memory. What
+        fails before the first rows gets a status; later, the connection breaks."""
+        pieces = await job.pieces()
+        header, size = npy_header(job.request, pieces[0])
+        if size < STREAMED:
+            while not job.exhausted:
+                pieces += await job.pieces()
+        else:
+            job.lift_deadline()
+        started = time.perf_counter()
+        small = size < LARGE_MESSAGE
+        messages = [header + npy_body(pieces)] if small else [header, *buffers(pieces)]
+        encoded = time.perf_counter() - started
+        self.encode[NPY].observe(encoded)
+        await _start(send, job, NPY, size, encoded)
+        if small:
+            await send({"type": "http.response.body", "body": messages[0]})
+            return
+        while True:
+            for message in messages:
+                await send({"type": "http.response.body", "body": message, "more_body": True})
+            if job.exhausted:
+                break
+            messages = buffers(await job.pieces())
+        await send({"type": "http.response.body"})
+
+    async def _send_encoded(self, job: Job, media_type: str, deadline: float, send: Send) -> None:
+        pieces: list[Arrays] = []
+        while not job.exhausted:
+            pieces += await job.pieces()
+        started = time.perf_counter()
+        encode = ENCODERS[media_type]
+        if job.size < LARGE_ANSWER:
+            body = encode(job.request, pieces)
+        else:
+            with Within(self.engine, deadline, "encode"):
+                body = await asyncio.to_thread(encode, job.request, pieces)
+        encoded = time.perf_counter() - started
+        self.encode[media_type].observe(encoded)
+        await _start(send, job, media_type, len(body), encoded)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
+
+
+def _check_content_type(given: Given) -> None:
+    content_type = given.get(b"content-type", b"application/json")
+    if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() != b"application/json":
         raise UnsupportedMediaType(
-            f"the body is declared as {content_type!r}: send JSON with the header `Content-Type: application/json`"
+            f"the body is declared as {content_type.decode('latin-1')!r}: send JSON with the header "
+            "`Content-Type: application/json`"
         )
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaType(f"the body is encoded as {encoding!r}: send it as it is")
+    encoding = given.get(b"content-encoding", b"identity")
+    if encoding.lower() != b"identity":
+        raise UnsupportedMediaType(f"the body is encoded as {encoding.decode('latin-1')!r}: send it as it is")
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Raises TooLarge, before the body is read where its length is announced."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes, the limit is {limit}", limit=limit, got=int(announced))
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes", limit=limit, got=len(body))
-    return bytes(body)
-
-
-def _timeout(request: Request, limit: float) -> float:
+def _timeout(given: Given, limit: float) -> float:
     """Seconds from the `Request-Timeout` header, at most the limit. Raises InvalidRequest."""
-    header = request.headers.get("request-timeout")
+    header = given.get(b"request-timeout")
     if header is None:
         return limit
     try:
@@ -73,72 +136,38 @@ def _timeout(request: Request, limit: float) -> float:
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise InvalidRequest(f"the header Request-Timeout must be a positive number of seconds, got {header!r}")
+        raise InvalidRequest(
+            f"the header Request-Timeout must be a positive number of seconds, got {header.decode('latin-1')!r}"
+        )
     return min(seconds, limit)
 
 
-async def _buffered(service: Service, answer: Answer, media_type: str, deadline: float) -> Response:
-    rows, limit = answer.rows, service.settings.max_buffered_bytes
-    row = row_bytes(rows.model, answer.outputs)
-    size, most = rows.n * row, limit // row
-    if size > limit:
-        raise TooLarge(
-            f"{rows.n} rows are {size} raw bytes; {media_type} answers hold at most {limit}, here {most} rows: "
-            f"ask for fewer, or stream one output as {NPY}",
-            limit=most,
-            got=rows.n,
-        )
-    timing = Timing()
-    pieces = [answer.select(piece) async for piece in service.outputs(rows, timing, deadline)]
-    arrays: Arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in answer.outputs}
-    started = time.perf_counter()
-    async with service.within(deadline, "encode"):
-        encode = ENCODERS[media_type]
-        small = size <= ENCODE_ON_LOOP
-        body = encode(answer, arrays) if small else await asyncio.to_thread(encode, answer, arrays)
-    encoded = time.perf_counter() - started
-    service.metrics.encode.labels(media_type).observe(encoded)
-    return Response(body, media_type=media_type, headers=answer.headers() | _headers(timing, encoded))
+async def _body(given: Given, receive: Receive, limit: int) -> bytes:
+    """Raises TooLarge, before the body is read where its length is announced, and ClientLeft."""
+    announced = given.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit:
+        raise TooLarge(f"the body has {int(announced)} bytes, the limit is {limit}", limit=limit, got=int(announced))
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        if len(body) + len(piece) > limit:
+            raise TooLarge(f"the body has more than {limit} bytes", limit=limit, got=len(body) + len(piece))
+        if not more and not body:
+            return bytes(piece)  # it came in one piece, as most do
+        body += piece
+        if not more:
+            return bytes(body)
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response, unless the client leaves first: then the work is cancelled. Raises ClientDisconnect."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_departure(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _departure(request: Request) -> None:
-    """Return when the client has gone; its body was read, so nothing else can come."""
-    await request.receive()
-
-
-async def _stream(service: Service, answer: Answer, deadline: float) -> Response:
-    """Rows as they are computed. A slow reader holds back the computing, not the memory: no piece is computed before
-    the one before it was taken. What fails before the first rows gets a status; later, the connection breaks."""
-    timing, size = Timing(), service.batcher.max_batch_rows
-    (first,) = answer.select(await service.batcher.run(answer.rows.part(0, size), timing, deadline)).values()
-    rest = answer.rows.part(size, answer.rows.n)
-    header = npy_header(answer, first)
-
-    async def body() -> AsyncIterator[bytes]:
-        yield header + first.tobytes()
-        async for piece in service.outputs(rest, timing, None):
-            (array,) = answer.select(piece).values()
-            yield array.tobytes()
-
-    length = len(header) + answer.rows.n * first[0].nbytes
-    headers = {"Content-Length": str(length), **answer.headers(), **_headers(timing, 0)}
-    return StreamingResponse(body(), media_type=NPY, headers=headers)
-
-
-def _headers(timing: Timing, encode: float) -> dict[str, str]:
-    stages = {"queue": timing.queue, "infer": timing.infer, "encode": encode}
-    milliseconds = ", ".join(f"{stage};dur={1000 * seconds:.3f}" for stage, seconds in stages.items())
-    return {"Server-Timing": milliseconds, "Vary": "Accept"}
+async def _start(send: Send, job: Job, media_type: str, size: int, encode: float) -> None:
+    own = [
+        (b"content-length", b"%d" % size),
+        (
+            b"server-timing",
+            b"queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f" % (1e3 * job.queue, 1e3 * job.infer, 1e3 * encode),
+        ),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": own + headers(job.request, media_type)})

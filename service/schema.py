@@ -1,12 +1,9 @@
-"""What /docs and /openapi.json say of each route: arguments of FastAPI's decorators.
-
-The routes read and write raw bytes themselves, so the schemas are named here; that of the request is made from the
-model that validates it.
-"""
+"""What /docs and /openapi.json say of each route: of `/sample` the OpenAPI operation itself, for it reads and writes
+raw bytes, with the schema of the model that validates it; of the others arguments of FastAPI's decorators."""
 
 from typing import Any
 
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
 from service.errors import MEDIA_TYPE, PROBLEMS
@@ -85,15 +82,14 @@ def _problems(*statuses: int) -> dict[int | str, Arguments]:
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 SAMPLE: Arguments = {
-    "operation_id": "sample",
+    "operationId": "sample",
     "summary": "Sample a model",
     "description": "Draw rows start .. start + n - 1 of a seed and decode them. The media type of the answer follows "
     "`Accept`; the same request with the same seed gets the same rows, however it is batched.",
     "tags": ["sampling"],
-    "openapi_extra": {"requestBody": {"content": {JSON: {"schema": SampleRequest.model_json_schema()}}}},
-    "response_class": Response,
+    "requestBody": {"content": {JSON: {"schema": SampleRequest.model_json_schema()}}},
     "responses": {
-        200: {
+        "200": {
             "description": "The rows",
             "content": {
                 JSON: {"schema": SampleAnswer.model_json_schema()},
@@ -102,7 +98,7 @@ SAMPLE: Arguments = {
                 NPZ: _BINARY,
             },
         },
-        **_problems(401, 404, 406, 413, 415, 422, 429, 500, 503, 504),
+        **{str(status): said for status, said in _problems(401, 404, 406, 413, 415, 422, 429, 500, 503, 504).items()},
     },
 }
 MODELS: Arguments = {

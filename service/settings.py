@@ -45,14 +45,18 @@ class Settings(BaseSettings):
     """Model of a request that names none; else the first by name."""
     device: DEVICES = "auto"
     """auto takes CUDA when it works; cuda refuses to start without it."""
+    tf32: bool = False
+    """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
     threads: NonNegativeInt = 0
     """Cores one run of a model on the CPU may use; 0 for all."""
     api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
-    max_batch_rows: PositiveInt = 64
-    """Rows of one run of a model; longer requests are cut into pieces of this many rows."""
+    max_batch_rows: PositiveInt = 1024
+    """Rows of one run of a model; the service takes fewer of a slow one, so that nobody waits long for others."""
     max_queue_rows: PositiveInt = 16384
     """Rows that may wait; a request beyond them is answered with 429."""
+    max_held_bytes: PositiveInt = 512 * 2**20
+    """Bytes that the answers being made may hold together; a request beyond them is answered with 429."""
     max_rows: PositiveInt = 100_000_000
     """Rows of one streamed answer (application/x-npy)."""
     max_buffered_bytes: PositiveInt = 32 * 2**20
@@ -61,6 +65,8 @@ class Settings(BaseSettings):
     """Bytes of a request body."""
     request_timeout: PositiveFloat = 30.0
     """Seconds a request may take, or a stream until its first rows; a `Request-Timeout` header can only shorten it."""
+    hang_timeout: PositiveFloat = 60.0
+    """Seconds after which a batch that does not end makes /livez fail."""
     drain_delay: NonNegativeFloat = 1.0
     """Seconds from SIGTERM, when /readyz turns 503, to the closing of the port, so that load balancers see it."""
     drain_timeout: NonNegativeInt = 7

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 # Temperatures at which the `trouble` model misbehaves.
 NAN, FAILS, SLOW = 3.0, 11.0, 20.0  # above SLOW: about (temperature - SLOW) * 10 ms on one core
 POISON = 666.0  # a row with this mu fails as well
+GREEDY, MODEST = 7.0, 4  # at GREEDY more than MODEST rows together need more memory than any machine has
 
 
 def operate(source: Path, target: Path, surgery: Callable[[onnx.ModelProto], object]) -> Path:
@@ -22,7 +23,8 @@ def operate(source: Path, target: Path, surgery: Callable[[onnx.ModelProto], obj
 
 
 def make_trouble(source: Path, target: Path) -> Path:
-    """A sampler whose row is NaN at temperature NAN, that raises at FAILS, and that is slow above SLOW."""
+    """A sampler whose row is NaN at temperature NAN, that raises at FAILS, wants all memory at GREEDY and is slow above
+    SLOW."""
 
     def surgery(model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -37,9 +39,9 @@ def make_trouble(source: Path, target: Path) -> Path:
         graph.node.extend(_nan_nodes())
         graph.node.extend(_fail_nodes())
         graph.node.extend(_slow_nodes())
-        graph.node.append(
-            helper.make_node("Sum", ["latents_before", "nan_part", "fail_part", "slow_part"], ["latents"])
-        )
+        graph.node.extend(_greedy_nodes())
+        parts = ["latents_before", "nan_part", "fail_part", "slow_part", "greedy_part"]
+        graph.node.append(helper.make_node("Sum", parts, ["latents"]))
 
     return operate(source, target, surgery)
 
@@ -137,6 +139,10 @@ def _constants() -> list[onnx.TensorProto]:
         "c_fails": np.float32(FAILS),
         "c_poison": np.float32(POISON),
         "c_slow": np.float32(SLOW),
+        "c_greedy": np.float32(GREEDY),
+        "c_modest": np.array([MODEST]),
+        "c_much": np.array([2**44]),
+        "c_none": np.array([0]),
         "c_zero": np.float32(0),
         "c_ten": np.float32(10),
         "c_axis": np.array([1]),
@@ -166,6 +172,20 @@ def _fail_nodes() -> list[onnx.NodeProto]:
         helper.make_node("Cast", ["is_either"], ["failing"], to=TensorProto.INT64),
         helper.make_node("ReduceMax", ["failing"], ["index"], keepdims=0),
         helper.make_node("Gather", ["c_table", "index"], ["fail_part"]),
+    ]
+
+
+def _greedy_nodes() -> list[onnx.NodeProto]:
+    """The sum of 2**44 zeros for each row at GREEDY beyond the first few."""
+    return [
+        helper.make_node("Equal", ["temperature", "c_greedy"], ["is_greedy"]),
+        helper.make_node("Cast", ["is_greedy"], ["greedy"], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", ["greedy"], ["greedy_rows"], keepdims=1),
+        helper.make_node("Sub", ["greedy_rows", "c_modest"], ["greedy_beyond"]),
+        helper.make_node("Max", ["greedy_beyond", "c_none"], ["greedy_many"]),
+        helper.make_node("Mul", ["greedy_many", "c_much"], ["greedy_shape"]),
+        helper.make_node("ConstantOfShape", ["greedy_shape"], ["greedy_zeros"]),
+        helper.make_node("ReduceSum", ["greedy_zeros"], ["greedy_part"], keepdims=0),
     ]
 
 

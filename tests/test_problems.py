@@ -55,7 +55,7 @@ def problem(response: httpx.Response, slug: str) -> dict[str, Any]:
         ({"tempreature": 1}, "/tempreature", "the fields are model, version, n, temperature"),
         ({"model": 3}, "/model", "got 3"),
         ({"version": "1"}, "/version", 'got "1"'),
-        ({"hard": True}, "/hard", "is gaussian and has no hard; it has: log_var, mu"),
+        ({"hard": True}, "/hard", "is gaussian and has no hard; it has: mu, log_var"),
         ({"model": "tiny-gumbel", "hard": 1}, "/hard", "got 1"),
         ({"logits": [[0] * 5] * 4}, "/logits", "is gaussian and has no logits"),
         ({"model": "tiny-gumbel", "mu": [0, 0, 0]}, "/mu", "is gumbel and has no mu"),
@@ -188,7 +188,7 @@ def test_one_failing_request_fails_alone(service: Running) -> None:
     expected = service.post(body).json()["images"]
     with ThreadPoolExecutor(10) as pool:
         slow = pool.submit(service.post, {"model": "trouble", "temperature": SLOW + 50})
-        wait_until(lambda: service.service.metrics.in_flight._value.get() >= 1)
+        wait_until(lambda: service.service.metrics.in_flight >= 1)
         bad = [pool.submit(service.post, {**body, "temperature": value}) for value in (FAILS, NAN)]
         good = [pool.submit(service.post, body) for _ in range(6)]
         assert slow.result().status_code == 200
@@ -198,9 +198,9 @@ def test_one_failing_request_fails_alone(service: Running) -> None:
 
 
 def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
-    mu = np.zeros((200, 3))
-    mu[150] = POISON
-    body = {"model": "trouble", "n": 200, "mu": mu.tolist()}
+    mu = np.zeros((30_000, 3), int)
+    mu[20_000] = POISON
+    body = {"model": "trouble", "n": len(mu), "mu": mu.tolist()}
     with httpx.stream("POST", f"{service.url}/sample", json=body, headers={"Accept": "application/x-npy"}) as response:
         assert response.status_code == 200
         with pytest.raises(httpx.RemoteProtocolError):
@@ -208,13 +208,13 @@ def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
-    service: Running = serve(max_queue_rows=4, max_batch_rows=4)
-    body = {"model": "trouble", "n": 4, "temperature": SLOW + 100}
+    service: Running = serve(max_queue_rows=4, max_batch_rows=1)
+    slow = {"model": "trouble", "temperature": SLOW + 100}
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(service.post, body)
-        wait_until(lambda: service.service.batcher.busy)
-        waiting = pool.submit(service.post, body)
-        wait_until(lambda: service.service.batcher.queued_rows == 4)
+        running = pool.submit(service.post, slow)
+        wait_until(lambda: service.service.engine.busy)
+        waiting = pool.submit(service.post, {"n": 4})
+        wait_until(lambda: service.service.engine.queued_rows == 4)
         response = service.post({"n": 1})
         document = problem(response, "queue-full")
         assert int(response.headers["Retry-After"]) == document["retry_after"] >= 1
@@ -223,7 +223,7 @@ def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
 
 
 def test_a_request_larger_than_the_queue_is_served_piece_by_piece(serve: Any) -> None:
-    service: Running = serve(max_queue_rows=4, max_batch_rows=4)
+    service: Running = serve(max_queue_rows=4, max_batch_rows=1)
     assert len(service.post({"n": 50}).json()["images"]) == 50
 
 
@@ -231,7 +231,7 @@ def test_a_deadline_in_the_model_and_one_in_the_queue(service: Running) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 150}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(service.post, slow, headers={"Request-Timeout": "0.3"})
-        wait_until(lambda: service.service.batcher.busy)
+        wait_until(lambda: service.service.engine.busy)
         waiting = service.post({}, headers={"Request-Timeout": "0.05"})
         assert problem(waiting, "deadline-exceeded")["stage"] == "queue"
         assert problem(running.result(), "deadline-exceeded")["stage"] == "infer"
@@ -274,19 +274,30 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
     with socket.create_connection((host, int(port))) as hasty:
         hasty.sendall(f"{head}Accept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         hasty.recv(1000)
-    wait_until(lambda: service.service.metrics.in_flight._value.get() == 0)
+    wait_until(lambda: service.service.metrics.in_flight == 0)
     assert service.post({}).status_code == 200
     assert 'status="499"' in service.get("/metrics").text
 
 
-def test_a_batcher_that_ended_is_no_life(serve: Any) -> None:
+def test_a_runner_that_died_is_no_life(serve: Any) -> None:
     service: Running = serve()
     assert service.get("/livez").status_code == 200
-    service.service.metrics.batch_rows = None  # type: ignore[assignment]  # the next batch cannot be counted
-    problem(service.post({}, headers={"Request-Timeout": "0.5"}), "deadline-exceeded")
+    service.service.engine._scheduler.take = None  # type: ignore[method-assign,assignment]
+    problem(service.post({}), "unavailable")
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
     assert "NoneType" in response.json()["failure"]
+    problem(service.post({}), "unavailable")
+
+
+def test_a_batch_that_does_not_end_is_no_life_until_it_ends(serve: Any) -> None:
+    service: Running = serve(hang_timeout=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(service.post, {"model": "trouble", "temperature": SLOW + 100})
+        wait_until(lambda: service.get("/livez").status_code == 503)
+        assert "a batch has been running for" in service.get("/livez").json()["failure"]
+        assert slow.result().status_code == 200
+    assert service.get("/livez").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -313,10 +324,10 @@ def test_a_buffered_request_whose_client_has_left_is_dropped(service: Running) -
     head = f"POST /sample HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection((host, int(port))) as hasty:
         hasty.sendall(f"{head}\r\n\r\n{body}".encode())
-        wait_until(lambda: service.service.batcher.busy)
-    wait_until(lambda: service.service.metrics.in_flight._value.get() == 0)
-    wait_until(lambda: not service.service.batcher.busy)
-    assert service.service.batcher.queued_rows == 0
+        wait_until(lambda: service.service.engine.busy)
+    wait_until(lambda: service.service.metrics.in_flight == 0)
+    wait_until(lambda: not service.service.engine.busy)
+    assert service.service.engine.queued_rows == 0
 
 
 def test_a_body_that_trickles_in_runs_into_the_deadline(service: Running) -> None:
@@ -336,7 +347,7 @@ def test_a_compressed_body_is_refused(service: Running) -> None:
 
 def test_what_nobody_foresaw_is_told_without_its_inside(serve: Any) -> None:
     service: Running = serve()
-    service.service.repository.models["tiny-gaussian"] = None  # type: ignore[assignment]
+    service.service.repository.find = None  # type: ignore[method-assign,assignment]
     document = problem(service.post({}), "internal")
     assert "None" not in document["detail"]
     assert document["instance"].removeprefix("urn:request:") in document["detail"]

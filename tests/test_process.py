@@ -170,7 +170,7 @@ def test_an_unknown_option_is_a_usage_error() -> None:
 def test_auto_takes_what_works_and_says_why() -> None:
     device = devices.choose("auto")
     assert device.reason.startswith("REPARAM_DEVICE=auto")
-    assert devices.choose("cpu").providers == ("CPUExecutionProvider",)
+    assert devices.choose("cpu").attempts == (("CPUExecutionProvider",),)
 
 
 def test_cuda_works_or_the_service_refuses_to_start_and_says_what_is_missing(repository: Path) -> None:

@@ -1,0 +1,1 @@
+"""Reparam beside other servers and beside its own limits: `python -m benchmarks --help`."""

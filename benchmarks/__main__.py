@@ -1,0 +1,49 @@
+"""python -m benchmarks throughput|latency|fairness|memory|scaling|all [--help]"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import fairness, latency, memory, scaling, throughput
+from benchmarks.options import Options
+from benchmarks.report import Report, record
+from benchmarks.servers import SERVERS
+
+BENCHMARKS: dict[str, Callable[[Options], Report]] = {
+    "throughput": throughput.measure,
+    "latency": latency.measure,
+    "fairness": fairness.measure,
+    "memory": memory.measure,
+    "scaling": scaling.measure,
+}
+RESULTS = Path(__file__).with_name("results")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Reparam and its peers.")
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--only", type=_servers, default=list(SERVERS), help=f"some of {','.join(SERVERS)}")
+    parser.add_argument("--seconds", type=int, default=5, help="of each measured point (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these (default: 3)")
+    parser.add_argument("--rows", type=int, help="of the large requests (default: each benchmark's own)")
+    parser.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/NAME.json")
+    arguments = parser.parse_args()
+    options = Options(arguments.only, arguments.seconds, arguments.rounds, arguments.rows)
+    for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
+        report = BENCHMARKS[name](options)
+        line = record(name, report)
+        print(f"{report}\n\n{line}", flush=True)
+        if arguments.save:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(f"{line}\n")
+
+
+def _servers(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - SERVERS.keys():
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(SERVERS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What one greedy client does to everybody else: python -m benchmarks fairness"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+from benchmarks.alone import alone
+from benchmarks.latency import percentile
+from benchmarks.load import load
+from benchmarks.options import Options
+from benchmarks.report import Report
+from benchmarks.servers import Running, seeded, serving
+from benchmarks.stream import reader, seen
+
+ROWS = 1_000_000
+RATE = 50  # one-row requests a second
+PROBERS = 32  # threads that ask them; a connection each
+GREEDY_CONNECTIONS = 8
+
+
+def measure(options: Options) -> Report:
+    """One-row requests at a fixed rate, while nothing else is asked and while one client takes all it can get."""
+    batch = alone(64, 1, options.seconds)["p50"]
+    cases: dict[str, dict[str, float]] = {}
+    for name in options.only:
+        with serving(name) as running:
+            probe(running, _after(1))
+            cases[f"{name}, nothing else"] = quiet = _percentiles(probe(running, _after(options.seconds)))
+            bound = {"bound": quiet["p99"] + 2 * batch}
+            if name == "reparam":
+                rows = options.rows or ROWS
+                cases[f"{name}, one request for {rows} rows"] = _beside_a_stream(running, rows) | bound
+            beside = _beside_many(running, options.seconds)
+            cases[f"{name}, 64-row requests over {GREEDY_CONNECTIONS}"] = beside | bound
+    return _report(cases, batch)
+
+
+def _beside_a_stream(running: Running, rows: int) -> dict[str, float]:
+    stream = reader(running, rows)
+    times = probe(running, lambda: stream.poll() is not None)
+    return _percentiles(times) | {"greedy_rows_per_second": rows / seen(stream)["seconds"]}
+
+
+def _beside_many(running: Running, seconds: int) -> dict[str, float]:
+    with ThreadPoolExecutor(1) as pool:
+        greedy = pool.submit(load, running, 64, GREEDY_CONNECTIONS, seconds)
+        times = probe(running, greedy.done)
+        return _percentiles(times) | {"greedy_rows_per_second": 64 * greedy.result().per_second}
+
+
+def probe(running: Running, done: Callable[[], bool]) -> list[float]:
+    """Seconds that one-row requests took since they were due: a late answer does not keep the next from being asked."""
+    request, begin, number = running.request(1), time.perf_counter(), count()
+
+    def ask() -> list[float]:
+        times = []
+        with running.connect() as connection:
+            while not done():
+                turn = next(number)
+                due = begin + turn / RATE
+                if (early := due - time.perf_counter()) > 0:
+                    time.sleep(early)
+                    due = time.perf_counter()  # that this thread woke late is not the server's doing
+                connection.ask(seeded(request, turn))
+                times.append(time.perf_counter() - due)
+        return times
+
+    with ThreadPoolExecutor(PROBERS) as pool:
+        return [seconds for asked in [pool.submit(ask) for _ in range(PROBERS)] for seconds in asked.result()]
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() > end
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    return {"requests": len(times), "p50": percentile(times, 50), "p99": percentile(times, 99)}
+
+
+def _report(cases: dict[str, dict[str, float]], batch: float) -> Report:
+    rows = []
+    for name, case in cases.items():
+        cells = [name, f"{case['requests']:.0f}", f"{1e3 * case['p50']:.2f}", f"{1e3 * case['p99']:.2f}"]
+        if "bound" in case:
+            verdict = "held" if case["p99"] < case["bound"] else "missed"
+            cells += [f"{1e3 * case['bound']:.2f}", verdict, f"{case['greedy_rows_per_second']:.0f}"]
+        rows.append([*cells, *[""] * (7 - len(cells))])
+    return Report(
+        title=f"Latency of one-row requests at {RATE}/s, beside a greedy client",
+        columns=["", "requests", "p50 ms", "p99 ms", "bound ms", "", "greedy rows/s"],
+        rows=rows,
+        results={"cases": cases, "batch_seconds": batch},
+        notes=(
+            f"The bound on p99: that beside nothing else, and two batches of 64 rows at {1e3 * batch:.2f} ms each.",
+            "Only Reparam streams a request of any length; of every server one client also asks for 64 rows back to "
+            f"back over {GREEDY_CONNECTIONS} connections, as long as the point lasts.",
+        ),
+    )

@@ -1,0 +1,86 @@
+"""What a lone request waits, and what an idle server costs: python -m benchmarks latency"""
+
+import os
+import time
+from statistics import median
+
+from benchmarks.alone import alone
+from benchmarks.options import Options
+from benchmarks.processes import below, cpu_seconds
+from benchmarks.report import Report, ratio
+from benchmarks.servers import Running, seeded, serving
+
+WARM_UP = 1  # seconds
+IDLE = 10  # seconds
+
+
+def measure(options: Options) -> Report:
+    """One connection, one row a request, each asked when the one before is answered."""
+    times: dict[str, list[list[float]]] = {name: [] for name in options.only}
+    idle: dict[str, float] = {}
+    runs = []
+    for turn in range(options.rounds):
+        for name in options.only:
+            with serving(name) as running:
+                ask(running, WARM_UP)
+                times[name].append(ask(running, options.seconds))
+                if turn == 0:
+                    idle[name] = _idle_share()
+        runs.append(alone(1, 1, options.seconds)["p50"])
+    servers = {
+        name: {
+            "p50_seconds": median(percentile(turn, 50) for turn in turns),
+            "p99_seconds": median(percentile(turn, 99) for turn in turns),
+            "idle_cpu_share": idle[name],
+        }
+        for name, turns in times.items()
+    }
+    return _report(servers, median(runs))
+
+
+def ask(running: Running, seconds: float) -> list[float]:
+    """Seconds that one-row requests took, one after another over one connection."""
+    request = running.request(1)
+    times: list[float] = []
+    with running.connect() as connection:
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            connection.ask(seeded(request, len(times)))
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def percentile(times: list[float], percent: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(len(times) * percent / 100))]
+
+
+def _idle_share() -> float:
+    """CPU that a server nobody asks anything uses, of one core."""
+    time.sleep(1)
+    servers = below(os.getpid())[1:]
+    used = cpu_seconds(servers)
+    time.sleep(IDLE)
+    return (cpu_seconds(servers) - used) / IDLE
+
+
+def _report(servers: dict[str, dict[str, float]], run: float) -> Report:
+    floor = servers["noop"]["p50_seconds"] + run if "noop" in servers else 0
+    rows = [
+        [
+            name,
+            f"{1e6 * seen['p50_seconds']:.0f}",
+            f"{1e6 * seen['p99_seconds']:.0f}",
+            ratio(seen["p50_seconds"], floor),
+            f"{100 * seen['idle_cpu_share']:.1f} %",
+        ]
+        for name, seen in servers.items()
+    ]
+    return Report(
+        title="Latency of a lone one-row request, over one connection",
+        columns=["", "p50 us", "p99 us", "p50 / floor", "CPU while idle"],
+        rows=[*rows, ["one run of the model", f"{1e6 * run:.0f}", "", "", ""]],
+        results={"servers": servers, "model_run_seconds": run, "floor_seconds": floor},
+        notes=(
+            "The floor is noop's p50 and one run of the model on one row. The client's own share is in every line.",
+        ),
+    )

@@ -1,0 +1,53 @@
+"""How much memory one large answer takes while it is streamed: python -m benchmarks memory"""
+
+import subprocess
+import time
+
+from benchmarks.latency import ask
+from benchmarks.options import Options
+from benchmarks.processes import below, resident_bytes
+from benchmarks.report import Report
+from benchmarks.servers import Running, serving
+from benchmarks.stream import reader, seen
+
+ROWS = 10_000_000
+SLOW = 1_000_000  # bytes per second
+MB = 1e6
+
+
+def measure(options: Options) -> Report:
+    """A reader as fast as it can be, then one that takes 1 MB/s of the same answer for a while; of Reparam only."""
+    rows = options.rows or ROWS
+    with serving("reparam") as running:
+        ask(running, 1)
+        idle = resident_bytes(below(running.process.pid))
+        fast = reader(running, rows)
+        fast_peak = _peak(running, fast, float("inf"))
+        seconds = seen(fast)["seconds"]
+        slow = reader(running, rows, SLOW)
+        slow_peak = _peak(running, slow, 2 * options.seconds)
+        slow.kill()
+        slow.wait()
+    peaks = {"fast reader": fast_peak, "slow reader": slow_peak}
+    return Report(
+        title=f"Memory of Reparam while it streams {rows} rows, {rows * 784 / 1e9:.2f} GB",
+        columns=["", "resident MB", "above idle MB"],
+        rows=[
+            ["idle", f"{idle / MB:.1f}", ""],
+            *([name, f"{peak / MB:.1f}", f"{(peak - idle) / MB:.1f}"] for name, peak in peaks.items()),
+        ],
+        results={"rows": rows, "idle_bytes": idle, "peak_bytes": peaks, "fast_reader_seconds": seconds},
+        notes=(
+            f"The fast reader took {seconds:.1f} s, {rows / seconds:.0f} rows/s; the slow one takes 1 MB/s and was "
+            f"watched for {2 * options.seconds} s. Resident memory was sampled 50 times a second.",
+        ),
+    )
+
+
+def _peak(running: Running, process: subprocess.Popen[str], seconds: float) -> int:
+    """The most memory the server held until the reader ended, or for so long."""
+    end, peak = time.monotonic() + seconds, 0
+    while process.poll() is None and time.monotonic() < end:
+        peak = max(peak, resident_bytes(below(running.process.pid)))
+        time.sleep(0.02)
+    return peak

@@ -1,0 +1,25 @@
+"""The decoder that every server loads: a Gaussian VAE, MLP 20-400-784, made as a user makes one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def model(root: Path, scratch: Path) -> Path:
+    """The artifact's model.onnx below `scratch`, the only one there; trained and published if it is missing."""
+    path = scratch / "artifacts" / "decoder" / "1" / "model.onnx"
+    if not path.exists():
+        images, run = scratch / "images.npz", scratch / "run"
+        scratch.mkdir(exist_ok=True)
+        np.savez(images, images=np.random.default_rng(0).integers(0, 256, (640, 28, 28), np.uint8))
+        shape = ["--body", "mlp", "--width", "400", "--latent-shape", "20"]
+        _export(root, "train", "gaussian", "--data", images, *shape, "--epochs", "1", "--out", run)
+        _export(root, "evaluate", run, "--samples", "1")
+        _export(root, "publish", run, "--name", "decoder", "--artifacts", scratch / "artifacts")
+    return path
+
+
+def _export(root: Path, *arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "export", *arguments], cwd=root, check=True)

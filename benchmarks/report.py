@@ -1,0 +1,65 @@
+"""What a benchmark hands over: a table for people, and a record that says where its numbers come from."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    results: dict[str, Any]  # the same and more, in base units
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        table = [
+            f"{name:{widths[0]}}  "
+            + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            for name, *cells in lines
+        ]
+        return "\n".join([self.title, "", *table, "", *self.notes])
+
+
+def ratio(value: float, to: float) -> str:
+    """For a table; nothing if what it is compared with was not measured."""
+    return f"{value / to:.2f}" if to else ""
+
+
+def record(name: str, report: Report) -> str:
+    """One line of JSON: the results, and the command, commit, machine and time they were measured with."""
+    return json.dumps(
+        {
+            "benchmark": name,
+            "measured": report.title,
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "commit": _git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+            "python": platform.python_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "notes": report.notes,
+            "results": report.results,
+        }
+    )
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,53 @@
+"""How the cost of a row depends on how many are asked, and how many ask: python -m benchmarks scaling"""
+
+from statistics import median
+
+from benchmarks.load import load
+from benchmarks.options import Options
+from benchmarks.report import Report, ratio
+from benchmarks.servers import serving
+from benchmarks.stream import reader, seen
+
+ROWS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+CONNECTIONS = (1, 4, 16, 64, 256, 1000)
+
+
+def measure(options: Options) -> Report:
+    """Requests for 1e3 to 1e7 rows, one at a time; then one-row requests over 1 to 1000 connections; Reparam only."""
+    with serving("reparam") as running:
+        lengths = {
+            rows: median(
+                seen(reader(running, rows))["seconds"] for _ in range(options.rounds if rows <= 100_000 else 1)
+            )
+            for rows in ROWS
+            if rows <= (options.rows or max(ROWS))
+        }
+        loads = {connections: load(running, 1, connections, options.seconds) for connections in CONNECTIONS}
+    shortest, slowest = lengths[min(ROWS)] / min(ROWS), loads[1].per_second
+    return Report(
+        title="Cost of a row by the length of a request; throughput by the number of connections",
+        columns=["", "us per row", "requests/s", "p99 ms", "relative to the first"],
+        rows=[
+            *(
+                [f"{rows} rows", f"{1e6 * seconds / rows:.2f}", "", "", ratio(seconds / rows, shortest)]
+                for rows, seconds in lengths.items()
+            ),
+            *(
+                [
+                    f"{connections} connections",
+                    "",
+                    f"{seen.per_second:.0f}",
+                    f"{1e3 * seen.p99:.1f}",
+                    ratio(seen.per_second, slowest),
+                ]
+                for connections, seen in loads.items()
+            ),
+        ],
+        results={
+            "seconds_by_rows": lengths,
+            "by_connections": {
+                connections: {"requests_per_second": seen.per_second, "p50_seconds": seen.p50, "p99_seconds": seen.p99}
+                for connections, seen in loads.items()
+            },
+        },
+    )

@@ -1,0 +1,147 @@
+"""The servers compared: how each is started, and how it is asked for rows of a seed."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import create_server
+from subprocess import Popen
+
+from benchmarks.connection import Connection
+from benchmarks.environments import environment
+from benchmarks.model import model
+from benchmarks.processes import running
+
+ROOT = Path(__file__).parents[1]
+SCRATCH = ROOT / ".bench"  # everything made here: the model, environments, logs
+SEED = "SEED"  # stands for the seed in a request
+PIXELS = 28 * 28
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    command: tuple[str, ...]  # the first word is a program of its environment
+    path: str
+    body: str  # SEED and ROWS stand for numbers
+    accept: str = "*/*"
+    peer: bool = True  # has an environment of its own
+    draws: bool = True  # answers differ by seed
+
+
+def _peer(name: str, path: str, body: str, command: tuple[str, ...] = ()) -> Server:
+    return Server(name, command or ("python", "-m", f"benchmarks.peers.{name}.server"), path, body)
+
+
+OURS = '{"n":ROWS,"seed":SEED}'
+PLAIN = '{"seed":SEED,"rows":ROWS}'
+BENTOML = ("bentoml", "serve", "benchmarks.peers.bentoml.server:Decoder")
+# The binary tensor data extension: the answer is a short JSON, then the pixels as they are.
+TRITON = (
+    '{"inputs":[{"name":"REQUEST","datatype":"UINT64","shape":[1,2],"data":[SEED,ROWS]}],'
+    '"parameters":{"binary_data_output":true}}'
+)
+SERVERS = {
+    server.name: server
+    for server in (
+        Server("reparam", ("python", "-m", "service"), "/sample", OURS, accept="application/x-npy", peer=False),
+        _peer("triton", "/v2/models/decoder/infer", TRITON),
+        _peer("litserve", "/predict", PLAIN),
+        _peer("bentoml", "/sample", '{"requests":[[SEED,ROWS]]}', BENTOML),
+        _peer("ray", "/", PLAIN),
+        Server("noop", ("python", "-m", "benchmarks.peers.noop"), "/", OURS, peer=False, draws=False),
+    )
+}
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    server: Server
+    process: Popen[bytes]
+    port: int
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.server.path}"
+
+    def request(self, rows: int) -> str:
+        """A whole HTTP request, with SEED where a seed of ten digits belongs."""
+        body = self.server.body.replace("ROWS", str(rows))
+        length = len(body.replace(SEED, "0" * 10))
+        head = (
+            f"POST {self.server.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAccept: {self.server.accept}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        )
+        return head + body
+
+    def connect(self) -> Connection:
+        return Connection(self.port)
+
+    def answer_bytes(self, rows: int) -> int:
+        """Length of a whole answer's body; every answer has the same. Looks, once, whether it can be one."""
+        if rows not in self.sizes:
+            with self.connect() as connection:
+                one, again, other = (connection.ask(seeded(self.request(rows), seed)) for seed in (1, 1, 2))
+            if len(one) < rows * PIXELS or one != again or (one == other) == self.server.draws:
+                raise RuntimeError(f"{self.server.name} does not answer {rows} rows that follow from the seed")
+            self.sizes[rows] = len(one)
+        return self.sizes[rows]
+
+
+def seeded(request: str, seed: int) -> bytes:
+    return request.replace(SEED, str(1_000_000_000 + seed)).encode()
+
+
+@contextmanager
+def serving(name: str) -> Iterator[Running]:
+    """Start a server, wait until it answers, stop it at the end of the block."""
+    server = SERVERS[name]
+    programs = Path(sys.executable).parent
+    if server.peer:
+        programs = environment(ROOT / "benchmarks" / "peers" / name / "requirements.txt", SCRATCH / name)
+    with create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    variables = {
+        "PORT": str(port),
+        "BENTOML_PORT": str(port),
+        "BENTOML_HOST": "127.0.0.1",
+        "MODEL": str(model_path()),
+        "SCRATCH": str(SCRATCH),
+        "PYTHONPATH": str(ROOT),
+        "REPARAM_PORT": str(port),
+        "REPARAM_ARTIFACTS": str(SCRATCH / "artifacts"),
+    }
+    program, *arguments = server.command
+    log = SCRATCH / "logs" / f"{name}.log"
+    with running([str(programs / program), *arguments], variables, ROOT, log) as process:
+        started = Running(server, process, port)
+        _wait_until_it_answers(started, log)
+        yield started
+
+
+def model_path() -> Path:
+    return model(ROOT, SCRATCH)
+
+
+def _wait_until_it_answers(started: Running, log: Path) -> None:
+    """Over one connection, for a second without a fault: Ray Serve's proxy restarts soon after its first answers."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            started.answer_bytes(1)
+            with started.connect() as connection:
+                settled = time.monotonic() + 1
+                while time.monotonic() < settled:
+                    connection.ask(seeded(started.request(1), 0))
+        except (OSError, EOFError) as error:
+            if time.monotonic() > end or started.process.poll() is not None:
+                raise RuntimeError(f"{started.server.name} does not answer; see {log}") from error
+            time.sleep(0.2)
+        else:
+            return

@@ -1,0 +1,94 @@
+"""The one thread that runs the models."""
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+import numpy as np
+
+from service.artifact import Arrays
+from service.errors import ModelFailed, Problem, Unavailable
+from service.job import Job
+from service.repository import Model
+from service.rows import compute
+from service.scheduler import Batch, Piece
+
+log = logging.getLogger(__name__)
+
+
+class Work(Protocol):
+    """Where batches come from and results go; every method is called on the thread."""
+
+    def next_batch(self) -> Batch[Job] | None:
+        """Waits for the next batch; None ends the thread."""
+
+    def deliver(self, batch: Batch[Job], results: list[Arrays | Problem], started: float, ended: float) -> None:
+        """Takes the result of each piece; the times are of time.perf_counter."""
+
+    def out_of_memory(self, model: Model, rows: int) -> None:
+        """Is told that the device had no memory for so many rows."""
+
+    def died(self) -> None:
+        """Is told that the thread ends for a reason that nobody foresaw: `failure`."""
+
+
+class Runner(threading.Thread):
+    """Runs one batch after the other. busy_since: when the batch that runs was started, on time.perf_counter."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(name="runner", daemon=True)  # a run that hangs must not keep the process from ending
+        self._work = work
+        self.failure: BaseException | None = None
+        self.busy_since: float | None = None
+
+    def run(self) -> None:
+        try:
+            while (batch := self._work.next_batch()) is not None:
+                self.busy_since = started = time.perf_counter()
+                results = self._attempt(batch.pieces)
+                self.busy_since = None
+                self._work.deliver(batch, results, started, time.perf_counter())
+        except BaseException as error:  # whatever it was, /livez tells
+            log.exception("the runner died")
+            self.failure = error
+            self._work.died()
+
+    def _attempt(self, pieces: list[Piece[Job]]) -> list[Arrays | Problem]:
+        """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone."""
+        try:
+            return compute([(piece.ticket.request, piece.lo, piece.hi) for piece in pieces])
+        except Exception as error:  # onnxruntime's errors have no common base but this
+            no_memory = _is_out_of_memory(error)
+            rows = sum(piece.hi - piece.lo for piece in pieces)
+            model = pieces[0].ticket.request.model
+            if no_memory:
+                self._work.out_of_memory(model, rows)
+            if len(pieces) > 1:
+                middle = len(pieces) // 2
+                return self._attempt(pieces[:middle]) + self._attempt(pieces[middle:])
+            (piece,) = pieces
+            if no_memory and rows > 1:
+                middle = piece.lo + rows // 2
+                return [_joined(self._attempt([piece._replace(hi=middle)]), self._attempt([piece._replace(lo=middle)]))]
+            log.exception("a run failed", extra={"model": model.name, "version": model.version})
+            if no_memory:
+                return [Unavailable(f"the device has no memory for a row of model {model.name!r}", retry_after=1)]
+            return [ModelFailed(f"model {model.name!r} version {model.version} failed on these rows")]
+
+
+def _joined(first: list[Arrays | Problem], second: list[Arrays | Problem]) -> Arrays | Problem:
+    """The result of one piece that ran in two halves."""
+    (left,), (right,) = first, second
+    if isinstance(left, Problem):
+        return left
+    if isinstance(right, Problem):
+        return right
+    return {name: np.concatenate([left[name], right[name]]) for name in left}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """onnxruntime has no type for it. Its arenas say `Failed to allocate memory`, CUDA `out of memory`, the CPU
+    `bad_alloc`."""
+    text = str(error)
+    return any(sign in text for sign in ("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation"))

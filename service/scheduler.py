@@ -1,0 +1,137 @@
+"""Which rows run next: deficit round robin between requests (Shreedhar and Varghese, 1996). No thread, no clock.
+
+Requests are divisible, so a deficit is what a request has left of its turn when a batch is full. A request that has
+had no turn yet goes before those that have (as new flows do in FQ-CoDel, RFC 8290), but half of each batch is kept for
+the latter: a stream of a million rows delays a single row by one batch, and single rows never starve the stream.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """The rows 0 .. rows - 1 of one request, computed in order. Only rows of the same model share a batch."""
+
+    model: Any
+    rows: int
+    granted: int = 0  # rows that may be computed by now; more are granted as the client takes what is done
+    taken: int = 0  # rows that went into a batch
+    deficit: int = 0  # rows left of its turn
+    queued: bool = False
+
+    @property
+    def waiting(self) -> int:
+        return self.granted - self.taken
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class Piece(NamedTuple, Generic[T]):
+    """Rows lo .. hi - 1 of a ticket."""
+
+    ticket: T
+    lo: int
+    hi: int
+
+
+class Batch(NamedTuple, Generic[T]):
+    model: Any
+    pieces: list[Piece[T]]
+    rows: int
+    closed: Literal["full", "drained"]  # no more rows fit; no more rows of the model wait
+
+
+@dataclass(slots=True)
+class _Queue(Generic[T]):
+    """What waits for one model."""
+
+    limit: int  # rows of a batch
+    fresh: deque[T] = field(default_factory=deque)  # no turn yet
+    turned: deque[T] = field(default_factory=deque)
+
+
+class Scheduler(Generic[T]):
+    """The one queue: tickets go in, batches come out.
+
+    limit: rows of a batch, until `set_limit` says otherwise of a model. waiting: rows that wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.waiting = 0
+        self._limit = limit
+        self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()  # by model, the next one first
+        self._limits: dict[Hashable, int] = {}
+
+    def grant(self, ticket: T, rows: int) -> None:
+        """Let `rows` more rows of the ticket be computed, at most as many as it has."""
+        rows = max(0, min(rows, ticket.rows - ticket.granted))
+        ticket.granted += rows
+        self.waiting += rows
+        if rows and not ticket.queued:
+            queue = self._queues.get(ticket.model)
+            if queue is None:
+                queue = self._queues[ticket.model] = _Queue(self.limit(ticket.model))
+            (queue.turned if ticket.taken else queue.fresh).append(ticket)
+            ticket.queued = True
+
+    def drop(self, ticket: T) -> None:
+        """Forget the rows of the ticket that wait; nothing can be granted to it any more."""
+        self.waiting -= ticket.waiting
+        ticket.rows = ticket.granted = ticket.taken
+
+    def take(self) -> Batch[T] | None:
+        """The next batch: of the model whose turn it is, as many rows as wait and fit. None if nothing waits."""
+        while self._queues:
+            model, queue = self._queues.popitem(last=False)
+            pieces: dict[T, int] = {}  # and the first row taken of each
+            kept = queue.limit // 2 if queue.turned else 0
+            room = kept + self._serve(queue.fresh, queue, queue.limit - kept, pieces)
+            room = self._serve(queue.turned, queue, room, pieces)
+            room = self._serve(queue.fresh, queue, room, pieces)
+            if queue.fresh or queue.turned:
+                self._queues[model] = queue
+            if pieces:
+                rows = queue.limit - room
+                self.waiting -= rows
+                cut = [Piece(ticket, lo, ticket.taken) for ticket, lo in pieces.items()]
+                return Batch(model, cut, rows, "drained" if room else "full")
+        return None
+
+    @property
+    def full(self) -> bool:
+        """The next batch cannot grow any more."""
+        return bool(self._queues) and self.waiting >= next(iter(self._queues.values())).limit
+
+    def limit(self, model: Hashable) -> int:
+        """Rows of a batch of this model."""
+        return self._limits.get(model, self._limit)
+
+    def set_limit(self, model: Hashable, rows: int) -> None:
+        """From now on."""
+        self._limits[model] = rows
+        if model in self._queues:
+            self._queues[model].limit = rows
+
+    def _serve(self, line: deque[T], queue: _Queue[T], room: int, pieces: dict[T, int]) -> int:
+        """Give the tickets in the line their turns until there is no room. Returns the room left."""
+        while line and room:
+            ticket = line[0]
+            ticket.deficit = ticket.deficit or queue.limit
+            rows = min(ticket.waiting, ticket.deficit, room)
+            if rows:
+                pieces.setdefault(ticket, ticket.taken)
+                ticket.taken += rows
+                ticket.deficit -= rows
+                room -= rows
+            if not ticket.waiting:
+                ticket.deficit = 0
+                ticket.queued = False
+                line.popleft()
+            elif not ticket.deficit or line is queue.fresh:
+                line.popleft()
+                queue.turned.append(ticket)
+        return room

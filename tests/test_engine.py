@@ -1,0 +1,377 @@
+"""Faults, each through a real server: nobody else's request fails or changes by one bit, counters are right, memory
+returns, and the engine goes on."""
+
+import asyncio
+import contextlib
+import io
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from service import noise
+from service.artifact import Artifact, load, prior_feeds
+from service.buckets import Buckets
+from tests.conftest import Running, wait_until
+from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
+from tests.raw import connect, request
+
+NPY = {"Accept": "application/x-npy"}
+
+
+def rows_of(response: httpx.Response) -> npt.NDArray[Any]:
+    assert response.status_code == 200, response.text
+    return np.load(io.BytesIO(response.content), allow_pickle=False)  # type: ignore[no-any-return]
+
+
+def count(service: Running, name: str, **labels: str) -> float:
+    """The value of a metric; 0 if it was never counted."""
+    wanted = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    for line in service.get("/metrics").text.splitlines():
+        if re.match(rf"reparam_{name}({{{wanted}}})? ", line):
+            return float(line.split()[-1])
+    return 0.0
+
+
+@contextlib.contextmanager
+def bystanders(service: Running, clients: int = 3) -> Iterator[None]:
+    """Clients who sample the same rows again and again meanwhile, and notice whatever is different."""
+    body = {"model": "tiny-gaussian", "seed": 5, "n": 3}
+    expected = service.post(body, headers=NPY).content
+    done = threading.Event()
+
+    def sample() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not done.is_set():
+                response = client.post(f"{service.url}/sample", json=body, headers=NPY)
+                assert (response.status_code, response.content) == (200, expected)
+
+    with ThreadPoolExecutor(clients) as pool:
+        sampling = [pool.submit(sample) for _ in range(clients)]
+        try:
+            yield
+        finally:
+            done.set()
+        for future in sampling:
+            future.result()
+
+
+def at_rest(service: Running) -> bool:
+    engine = service.service.engine
+    return not (engine.jobs or engine.queued_rows or engine.held_bytes or engine.busy)
+
+
+@pytest.fixture
+def engine(serve: Callable[..., Running]) -> Iterator[Running]:
+    """A server of its own, which must be at rest in the end and go on."""
+    service = serve()
+    yield service
+    wait_until(lambda: at_rest(service))
+    assert service.get("/livez").status_code == 200
+    assert service.post({}).status_code == 200
+
+
+def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 100})
+        wait_until(lambda: engine.service.engine.busy)
+        with connect(engine) as hasty:
+            hasty.sendall(request({"n": 500}))
+            wait_until(lambda: engine.service.engine.queued_rows)
+        wait_until(lambda: not engine.service.engine.queued_rows)
+        assert engine.service.engine.busy
+        assert slow.result().status_code == 200
+    assert count(engine, "cancelled_total", stage="queue") == 1
+
+
+def test_a_client_that_leaves_during_its_batch(engine: Running) -> None:
+    with connect(engine) as hasty:
+        hasty.sendall(request({"model": "trouble", "temperature": SLOW + 100}))
+        wait_until(lambda: engine.service.engine.busy)
+    wait_until(lambda: count(engine, "cancelled_total", stage="infer") == 1)
+
+
+def test_a_client_that_leaves_after_its_batch(engine: Running) -> None:
+    with bystanders(engine):
+        with connect(engine, receive_buffer=4096) as hasty:
+            hasty.sendall(request({"n": 1_000_000}))
+            hasty.recv(1000)
+        wait_until(lambda: not engine.service.engine.queued_rows)
+    assert count(engine, "requests_total", path="/sample", status="499") == 1
+    assert sum(count(engine, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send")) == 1
+
+
+def test_a_thousand_clients_that_leave_together(engine: Running) -> None:
+    with bystanders(engine), contextlib.ExitStack() as crowd:
+        for _ in range(1000):
+            connection = crowd.enter_context(connect(engine))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(request({"model": "trouble", "temperature": SLOW + 20, "n": 10}))
+        wait_until(lambda: engine.service.engine.busy)
+        crowd.close()
+        wait_until(lambda: not engine.service.engine.queued_rows)
+    wait_until(lambda: at_rest(engine))
+    left = sum(count(engine, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send"))
+    answered = count(engine, "requests_total", path="/sample", status="499")
+    assert left == answered > 900
+
+
+def test_a_client_that_reads_slowly_holds_back_the_computing(engine: Running) -> None:
+    with bystanders(engine), connect(engine, receive_buffer=4096) as slow:
+        slow.sendall(request({"n": 1_000_000}))
+        for _ in range(5):
+            slow.recv(200)  # 1 KB a second
+            time.sleep(0.2)
+        service = engine.service
+        computed = count(engine, "rows_total", model="tiny-gaussian", version="1")
+        window = service.engine.window(service.repository.find("tiny-gaussian", None))
+        assert max(job.taken for job in service.engine.jobs) < 3 * window + 4 * 2**20 / 64  # and what the sockets hold
+        assert computed < 500_000
+        assert count(engine, "held_bytes") > 0
+
+
+def test_a_body_of_one_byte_a_second_runs_into_its_deadline(engine: Running) -> None:
+    with bystanders(engine), connect(engine) as slow:
+        head, body = request({"n": 2}, Request_Timeout="0.4").split(b"\r\n\r\n")
+        slow.sendall(head + b"\r\n\r\n")
+        for byte in body:
+            slow.sendall(bytes([byte]))
+            time.sleep(0.15)
+            if count(engine, "expired_total", stage="body"):
+                break
+        assert b"HTTP/1.1 504" in slow.recv(1000)
+    assert count(engine, "expired_total", stage="body") == 1
+
+
+def test_a_deadline_shorter_than_one_batch(engine: Running) -> None:
+    with bystanders(engine):
+        body = {"model": "trouble", "temperature": SLOW + 60}
+        response = engine.post(body, headers={"Request-Timeout": "0.05"})
+        assert (response.status_code, response.json()["stage"]) == (504, "infer")
+    assert count(engine, "expired_total", stage="infer") == 1
+
+
+def test_a_model_that_raises_answers_nan_or_sleeps_beside_others(engine: Running) -> None:
+    with bystanders(engine), ThreadPoolExecutor(12) as pool:
+        asked = [
+            (temperature, pool.submit(engine.post, {"model": "trouble", "temperature": temperature, "seed": 1}))
+            for temperature in (FAILS, NAN, SLOW + 5, 1.0) * 3
+        ]
+        statuses = {temperature: future.result().status_code for temperature, future in asked}
+    assert statuses == {FAILS: 500, NAN: 422, SLOW + 5: 200, 1.0: 200}
+
+
+def test_a_poisonous_row_fails_alone_in_a_full_batch(engine: Running) -> None:
+    """And in no more runs than halving takes."""
+    with ThreadPoolExecutor(40) as pool:
+        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 100})
+        wait_until(lambda: engine.service.engine.busy)
+        temperatures = [FAILS if index == 17 else 1.0 for index in range(32)]
+        asked = [pool.submit(engine.post, {"model": "trouble", "temperature": t, "seed": 2}) for t in temperatures]
+        wait_until(lambda: engine.service.engine.queued_rows == 32)
+        assert [future.result().status_code for future in asked] == [500 if t == FAILS else 200 for t in temperatures]
+        images = {future.result().json()["images"][0] for future in asked if future.result().status_code == 200}
+        assert len(images) == 1
+        assert slow.result().status_code == 200
+
+
+def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
+    """The trouble model needs more memory than there is for more than a few rows at temperature GREEDY."""
+    expected = rows_of(engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": 1.0}, headers=NPY))
+    response = engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": GREEDY, "outputs": ["latents"]})
+    assert response.status_code == 200
+    assert len(response.json()["latents"]) == 50
+    assert count(engine, "out_of_memory_total") >= 1
+    model = engine.service.repository.find("trouble", None)
+    assert engine.service.engine._scheduler.limit(model) <= MODEST
+    again = rows_of(engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": 1.0}, headers=NPY))
+    assert np.array_equal(again, expected)
+
+
+def test_a_burst_of_ten_thousand_tiny_requests(engine: Running) -> None:
+    expected = engine.post({"seed": 1}, headers=NPY).content
+
+    async def client(host: str, port: str) -> int:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        good = 0
+        for _ in range(50):
+            writer.write(request({"seed": 1}))
+            head = await reader.readuntil(b"\r\n\r\n")
+            good += head.startswith(b"HTTP/1.1 200") and await reader.readexactly(len(expected)) == expected
+        writer.close()
+        return good
+
+    async def burst() -> int:
+        host, port = engine.url.removeprefix("http://").split(":")
+        return sum(await asyncio.gather(*(client(host, port) for _ in range(200))))
+
+    assert asyncio.run(burst()) == 10_000
+    assert count(engine, "requests_total", path="/sample", status="200") == 10_001
+    assert count(engine, "rows_total", model="tiny-gaussian", version="1") == 10_001
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 31, 32, 33, 50])
+@pytest.mark.parametrize("powers", [False, True])
+def test_rows_are_the_same_at_and_beside_the_edge_of_a_bucket(repository: Path, powers: bool, n: int) -> None:
+    """The code that a GPU runs with buckets of powers of two, on the CPU."""
+    artifact = load(repository / "tiny-gumbel" / "1" / "model.onnx")
+    buckets = Buckets(artifact, 50, powers)
+    buckets.warm_up()
+    words = noise.words(4, 0, n, (4, 5))
+    feeds = prior_feeds(artifact.contract, words, 0.5)
+    for name, array in feeds.items():
+        buckets.inputs[name][:n] = array
+    outputs = buckets.run(n)
+    assert buckets.size(n) == (min(1 << (n - 1).bit_length(), 50) if powers else n)
+    for name, array in artifact.run(feeds).items():
+        assert np.array_equal(outputs[name], array)
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 1023, 1024, 1025])
+def test_a_request_exactly_as_large_as_a_batch(engine: Running, n: int) -> None:
+    with bystanders(engine, 1):
+        whole = rows_of(engine.post({"seed": 8, "n": n}, headers=NPY))
+    halves = [
+        rows_of(engine.post({"seed": 8, "start": lo, "n": hi - lo}, headers=NPY))
+        for lo, hi in ((0, n // 2), (n // 2, n))
+    ]
+    assert np.array_equal(whole, np.concatenate(halves))
+
+
+def test_a_giant_request_beside_tiny_ones(engine: Running) -> None:
+    with bystanders(engine), connect(engine) as giant:
+        giant.sendall(request({"n": 200_000, "seed": 6}))
+        stream = giant.makefile("rb")
+        while stream.readline() != b"\r\n":
+            pass
+        whole = np.frombuffer(stream.read(128 + 200_000 * 64)[128:], np.uint8).reshape(-1, 1, 8, 8)
+    for start in (0, 99_999, 199_000):
+        part = rows_of(engine.post({"n": 1000, "seed": 6, "start": start}, headers=NPY))
+        assert np.array_equal(whole[start : start + 1000], part)
+
+
+def test_answers_are_bounded_in_bytes(serve: Callable[..., Running]) -> None:
+    service = serve(max_held_bytes=100_000)
+    with connect(service, receive_buffer=4096) as slow:
+        slow.sendall(request({"n": 1_000_000}))
+        slow.recv(1000)
+        refused = service.post({"n": 100}, headers=NPY)
+        assert (refused.status_code, refused.json()["type"]) == (429, "/problems/queue-full")
+        assert "the limit is 100000" in refused.json()["detail"]
+    wait_until(lambda: at_rest(service))
+    assert service.post({"n": 100}, headers=NPY).status_code == 200
+
+
+def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
+    assert rows_of(engine.post({"n": 300}, headers=NPY)).shape[0] == 300
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 50})
+        wait_until(lambda: engine.service.engine.busy)
+        waiting = connect(engine)
+        waiting.sendall(request({"n": 7}))
+        wait_until(lambda: count(engine, "queue_rows") == 7)
+        assert count(engine, "queue_oldest_seconds") > 0
+        assert count(engine, "held_bytes") > 0
+        assert slow.result().status_code == 200
+        assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+        waiting.close()
+    tiny = {"model": "tiny-gaussian", "version": "1"}
+    assert count(engine, "batches_total", closed="full", **tiny) >= 1
+    assert count(engine, "batches_total", closed="drained", **tiny) >= 1
+    assert count(engine, "rows_total", **tiny) == 307
+    assert count(engine, "batch_rows_sum", **tiny) == 307
+    assert count(engine, "batch_rows_count", **tiny) == sum(
+        count(engine, "batches_total", closed=closed, **tiny) for closed in ("full", "drained")
+    )
+    assert count(engine, "queue_duration_seconds_sum", **tiny) > 0
+
+
+class Oracle:
+    """Rows computed one by one, past the engine."""
+
+    def __init__(self, repository: Path) -> None:
+        names = {"tiny-gaussian": "latents", "tiny-gumbel": "codes"}
+        self.latents = names
+        self.artifacts: dict[str, Artifact] = {name: load(repository / name / "1" / "model.onnx") for name in names}
+
+    def row(self, model: str, seed: int, row: int, temperature: float) -> npt.NDArray[np.uint8]:
+        artifact = self.artifacts[model]
+        words = noise.words(seed, row, 1, artifact.contract.latent_shape)
+        pixels: npt.NDArray[np.uint8] = artifact.run(prior_feeds(artifact.contract, words, temperature))["pixels"][0]
+        return pixels
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_rows_are_those_computed_alone_while_others_leave_expire_and_are_cut(
+    engine: Running, repository: Path, seed: int
+) -> None:
+    """Eight clients at random: they ask for few rows or many, leave at once or midway, or have no time."""
+    oracle = Oracle(repository)
+
+    def client(number: int) -> int:
+        chance = random.Random(seed * 100 + number)
+        checked = 0
+        for _ in range(25):
+            model = chance.choice(list(oracle.artifacts))
+            n = chance.choice([1, 1, 2, 5, 63, 64, 65, 200, 3000])
+            body: dict[str, Any] = {
+                "model": model,
+                "seed": chance.randrange(5),
+                "start": chance.randrange(1000),
+                "n": n,
+                "temperature": chance.choice([0.0, 0.5, 1.0]),
+            }
+            fate = chance.choice(["stay", "stay", "stay", "leave", "midway", "expire"])
+            with connect(engine) as connection:
+                timeout = {"Request_Timeout": "0.002"} if fate == "expire" else {}
+                connection.sendall(request(body, **timeout))
+                if fate == "leave":
+                    continue
+                if fate == "midway":
+                    connection.recv(chance.randrange(1, 5000))
+                    continue
+                stream = connection.makefile("rb")
+                status = int(stream.readline().split()[1])
+                length = 0
+                while (line := stream.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                content = stream.read(length)
+            if status == 504:
+                assert fate == "expire", content
+                continue
+            assert status == 200, content
+            rows = np.load(io.BytesIO(content), allow_pickle=False)
+            for index in {0, n - 1, *chance.sample(range(n), min(n, 5))}:
+                expected = oracle.row(model, body["seed"], body["start"] + index, body["temperature"])
+                assert np.array_equal(rows[index], expected), (body, index)
+                checked += 1
+        return checked
+
+    slow = json.dumps({"model": "trouble", "temperature": SLOW + 3})
+    done = threading.Event()
+
+    def hinder() -> None:
+        while not done.is_set():
+            assert engine.post(json.loads(slow)).status_code == 200
+
+    with ThreadPoolExecutor(9) as pool:
+        hindering = pool.submit(hinder)
+        clients = [pool.submit(client, number) for number in range(8)]
+        try:
+            assert sum(future.result() for future in clients) > 200
+        finally:
+            done.set()
+        hindering.result()

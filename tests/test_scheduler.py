@@ -1,0 +1,169 @@
+"""The order in which rows run, without threads and clocks."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from service.scheduler import Batch, Scheduler, Ticket
+
+LIMIT = 8
+
+
+def added(scheduler: Scheduler[Ticket], rows: int, granted: int | None = None, model: str = "m") -> Ticket:
+    ticket = Ticket(model, rows)
+    scheduler.grant(ticket, rows if granted is None else granted)
+    return ticket
+
+
+def taken(scheduler: Scheduler[Ticket]) -> dict[Ticket, int]:
+    """Rows of each ticket in the next batch."""
+    batch = scheduler.take()
+    return {piece.ticket: piece.hi - piece.lo for piece in batch.pieces} if batch else {}
+
+
+def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    assert scheduler.take() is None
+    first, second = added(scheduler, 2), added(scheduler, 3)
+    batch = scheduler.take()
+    assert batch is not None
+    assert [(piece.ticket, piece.lo, piece.hi) for piece in batch.pieces] == [(first, 0, 2), (second, 0, 3)]
+    assert (batch.rows, batch.closed) == (5, "drained")
+    added(scheduler, LIMIT)
+    full = scheduler.take()
+    assert full is not None
+    assert full.closed == "full"
+
+
+def test_requests_that_fit_are_not_cut() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    tickets = [added(scheduler, LIMIT) for _ in range(3)]
+    assert [taken(scheduler) for _ in range(3)] == [{ticket: LIMIT} for ticket in tickets]
+
+
+def test_a_new_request_goes_into_the_next_batch_beside_a_long_one() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    long = added(scheduler, 1000)
+    assert taken(scheduler) == {long: LIMIT}
+    single = added(scheduler, 1)
+    assert taken(scheduler) == {single: 1, long: LIMIT - 1}
+
+
+def test_a_long_request_keeps_half_of_each_batch_beside_any_number_of_new_ones() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    long = added(scheduler, 1000)
+    taken(scheduler)
+    for _ in range(20):
+        for _ in range(LIMIT):
+            added(scheduler, 1)
+        assert taken(scheduler)[long] == LIMIT // 2
+
+
+def test_long_requests_take_turns() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    tickets = [added(scheduler, 1000) for _ in range(3)]
+    for _ in range(30):
+        taken(scheduler)
+    shares = [ticket.taken for ticket in tickets]
+    assert sum(shares) == 30 * LIMIT
+    assert max(shares) - min(shares) <= 2 * LIMIT
+
+
+def test_models_take_turns_and_never_mix() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    for model in "ab":
+        added(scheduler, 20, model=model)
+    batches = [scheduler.take() for _ in range(6)]
+    assert [batch.model for batch in batches if batch] == list("ababab")
+
+
+def test_no_more_rows_are_taken_than_granted() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    ticket = added(scheduler, 100, granted=3)
+    assert taken(scheduler) == {ticket: 3}
+    assert scheduler.take() is None
+    scheduler.grant(ticket, 2)
+    assert taken(scheduler) == {ticket: 2}
+
+
+def test_dropped_rows_do_not_run() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    ticket, other = added(scheduler, 5), added(scheduler, 1)
+    scheduler.drop(ticket)
+    assert scheduler.waiting == 1
+    assert taken(scheduler) == {other: 1}
+    scheduler.grant(ticket, 3)
+    assert scheduler.take() is None
+
+
+def test_a_limit_holds_from_the_next_batch_on() -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    ticket = added(scheduler, 100)
+    scheduler.set_limit("m", 3)
+    assert taken(scheduler) == {ticket: 3}
+    assert (scheduler.limit("m"), scheduler.limit("other")) == (3, LIMIT)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
+def test_batches_are_full_while_rows_wait(sizes: list[int]) -> None:
+    scheduler = Scheduler[Ticket](LIMIT)
+    tickets = [added(scheduler, size) for size in sizes]
+    batches = 0
+    while scheduler.waiting:
+        assert taken(scheduler)
+        batches += 1
+    assert batches == -(-sum(sizes) // LIMIT)
+    assert all(ticket.taken == size for ticket, size in zip(tickets, sizes, strict=True))
+
+
+class Rows(RuleBasedStateMachine):
+    """Whatever is granted, dropped and taken: each row runs once, in order, with its own model, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler[Ticket](LIMIT)
+        self.tickets: list[Ticket] = []
+        self.dropped: set[Ticket] = set()
+        self.seen: dict[Ticket, int] = {}
+
+    @rule(rows=st.integers(1, 30), granted=st.integers(0, 30), model=st.sampled_from("ab"))
+    def submit(self, rows: int, granted: int, model: str) -> None:
+        self.tickets.append(added(self.scheduler, rows, granted, model))
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), rows=st.integers(0, 10))
+    def grant(self, data: st.DataObject, rows: int) -> None:
+        self.scheduler.grant(data.draw(st.sampled_from(self.tickets)), rows)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.tickets))
+        self.dropped.add(ticket)
+        self.scheduler.drop(ticket)
+
+    @rule(model=st.sampled_from("ab"), rows=st.integers(1, LIMIT))
+    def limit(self, model: str, rows: int) -> None:
+        self.scheduler.set_limit(model, rows)
+
+    @rule()
+    def take(self) -> None:
+        batch: Batch[Ticket] | None = self.scheduler.take()
+        if batch is None:
+            assert self.scheduler.waiting == 0
+            return
+        assert 0 < batch.rows == sum(hi - lo for _, lo, hi in batch.pieces) <= self.scheduler.limit(batch.model)
+        for ticket, lo, hi in batch.pieces:
+            assert ticket.model == batch.model
+            assert ticket not in self.dropped
+            assert self.seen.get(ticket, 0) == lo < hi <= ticket.granted <= ticket.rows
+            self.seen[ticket] = hi
+
+    @invariant()
+    def waiting_is_what_was_granted_and_not_taken(self) -> None:
+        live = [ticket for ticket in self.tickets if ticket not in self.dropped]
+        assert self.scheduler.waiting == sum(ticket.granted - self.seen.get(ticket, 0) for ticket in live)
+
+
+TestRows = Rows.TestCase
+TestRows.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --python-version 3.11 --no-annotate --no-header
 
-.PHONY: serve test check fix train export lock clean
+.PHONY: serve test check fix train export bench gpu-check lock clean
 
 serve: .venv/service ## serve the models in artifacts/ on port 8000
 	$(BIN)/python -m service
@@ -26,12 +26,19 @@ train: .venv/all ## train a VAE: make train ARGS="gaussian --data digits --out r
 export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publish runs/digits --name digits"
 	$(BIN)/python -m export $(ARGS)
 
+bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
+	$(BIN)/python -m benchmarks $(or $(ARGS),all)
+
+gpu-check: ## tests of the CUDA path, then its benchmark; on a machine with a GPU
+	$(BIN)/python -m pytest -q tests/test_buckets.py tests/test_noise.py
+	$(BIN)/python -m benchmarks gpu $(ARGS)
+
 lock: .venv/all ## pin what the service runs on, with hashes, after a change of the dependency groups
 	$(COMPILE) --group service -o requirements/service.txt
 	$(COMPILE) --group cuda -c requirements/service.txt -o requirements/cuda.txt
 
 clean: ## remove the environment and what tools left behind
-	rm -rf .venv build dist .*_cache .hypothesis .coverage* *.egg-info
+	rm -rf .venv .bench build dist .*_cache .hypothesis .coverage* *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The serving set comes from the lock: the same versions as in the image, each checked against its hash.

@@ -23,7 +23,6 @@ import pytest
 
 from service import noise
 from service.artifact import Artifact, load, prior_feeds
-from service.buckets import Buckets
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import connect, request
@@ -220,23 +219,6 @@ def test_a_burst_of_ten_thousand_tiny_requests(engine: Running) -> None:
     assert asyncio.run(burst()) == 10_000
     assert count(engine, "requests_total", path="/sample", status="200") == 10_001
     assert count(engine, "rows_total", model="tiny-gaussian", version="1") == 10_001
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 31, 32, 33, 50])
-@pytest.mark.parametrize("powers", [False, True])
-def test_rows_are_the_same_at_and_beside_the_edge_of_a_bucket(repository: Path, powers: bool, n: int) -> None:
-    """The code that a GPU runs with buckets of powers of two, on the CPU."""
-    artifact = load(repository / "tiny-gumbel" / "1" / "model.onnx")
-    buckets = Buckets(artifact, 50, powers)
-    buckets.warm_up()
-    words = noise.words(4, 0, n, (4, 5))
-    feeds = prior_feeds(artifact.contract, words, 0.5)
-    for name, array in feeds.items():
-        buckets.inputs[name][:n] = array
-    outputs = buckets.run(n)
-    assert buckets.size(n) == (min(1 << (n - 1).bit_length(), 50) if powers else n)
-    for name, array in artifact.run(feeds).items():
-        assert np.array_equal(outputs[name], array)
 
 
 @pytest.mark.parametrize("n", [63, 64, 65, 1023, 1024, 1025])

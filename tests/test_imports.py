@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("models", "export", "service", "reparam")
+PACKAGES = ("models", "export", "service", "reparam", "benchmarks")
 MAY_IMPORT = {
     "models": {"torch"},
     "export": {
@@ -21,15 +21,20 @@ MAY_IMPORT = {
         "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
     },
     "reparam": {"httpx", "numpy", "PIL"},
+    "benchmarks": {"reparam", "numpy"},
 }  # fmt: skip
 # Of the service, export shares what the artifact is made of, and the contact sheet.
 SHARED_WITH_EXPORT = {"service", "service.artifact", "service.noise", "service.pictures"}
+
+
+PEERS = Path("benchmarks/peers")  # programs for environments of their own
 
 
 def modules(package: str) -> dict[str, Path]:
     return {
         ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted(Path(package).rglob("*.py"))
+        if PEERS not in path.parents
     }
 
 

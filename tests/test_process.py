@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from reparam import Client
 from service import devices
 from service.settings import Settings
 from tests.conftest import wait_until
@@ -41,13 +45,17 @@ def refused(*arguments: str, **environment: str) -> str:
     return said
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @contextmanager
 def process(repository: Path, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """A ready service and its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    running = start(REPARAM_ARTIFACTS=str(repository), REPARAM_PORT=port, **environment)
+    port = environment.setdefault("REPARAM_PORT", free_port())
+    running = start(REPARAM_ARTIFACTS=str(repository), **environment)
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -93,6 +101,33 @@ def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> No
             first.exception()
         running.communicate(timeout=60)
         assert running.returncode == 0
+
+
+def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
+    port, done = free_port(), threading.Event()
+
+    def sample(seed: int) -> list[npt.NDArray[np.uint8] | None]:
+        with Client(f"http://127.0.0.1:{port}", timeout=60, max_retries=100) as client:
+            answers = []
+            while not done.is_set():
+                answers.append(client.sample(n=5, seed=seed).images)
+            return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        with process(repository, REPARAM_PORT=port, REPARAM_DRAIN_DELAY="0.2") as (first, url):
+            before = httpx.get(f"{url}/livez").status_code
+            clients = [pool.submit(sample, seed) for seed in range(8)]
+            wait_until(lambda: "reparam_rows_total" in httpx.get(f"{url}/metrics").text)
+            first.send_signal(signal.SIGTERM)
+            first.wait(30)
+        with process(repository, REPARAM_PORT=port) as (_, url):
+            wait_until(lambda: "reparam_rows_total" in httpx.get(f"{url}/metrics").text)
+            done.set()
+            answers = [client.result() for client in clients]
+    assert (before, first.returncode) == (200, 0)
+    for answer in answers:
+        assert len(answer) >= 2
+        assert all(images is not None and np.array_equal(images, answer[0]) for images in answer)
 
 
 def test_a_second_signal_hurries(repository: Path) -> None:

@@ -1,0 +1,67 @@
+"""The code that runs models on a GPU, on whatever device there is: the demo models in buckets, against plain runs.
+
+On a machine with a GPU and little else: python -m pytest --noconftest tests/test_buckets.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service import noise
+from service.artifact import load, prior_feeds
+from service.buckets import Buckets
+from service.devices import CUDA, choose
+
+MOST = 50
+DEMOS = sorted(Path("artifacts").glob("*/1/model.onnx"))
+
+
+def buckets_of(path: Path, powers: bool) -> Buckets:
+    buckets = Buckets(load(path, choose("auto").attempts), MOST, powers)
+    buckets.warm_up()
+    return buckets
+
+
+@pytest.mark.parametrize("powers", [False, True], ids=["exact", "powers"])
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parts[1])
+def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: Path, powers: bool) -> None:
+    """On the CPU bit for bit; a GPU may round otherwise, but rows do not depend on the bucket's other rows."""
+    buckets = buckets_of(path, powers)
+    plain = load(path)
+    contract = plain.contract
+    for n in (1, 2, 3, 4, 5, 31, 32, 33, MOST):
+        feeds = prior_feeds(contract, noise.words(4, 0, n, contract.latent_shape), 0.5)
+        for name, array in feeds.items():
+            buckets.inputs[name][:n] = array
+            buckets.inputs[name][n:] = 7
+        outputs = {name: array.copy() for name, array in buckets.run(n).items()}
+        for name in buckets.inputs:
+            buckets.inputs[name][n:] = 0
+        for name, array in buckets.run(n).items():
+            assert np.array_equal(array, outputs[name])
+        for name, array in plain.run(feeds).items():
+            assert outputs[name].shape == array.shape
+            if buckets.on_gpu:
+                np.testing.assert_allclose(outputs[name].astype(float), array, atol=1 if name == "pixels" else 1e-4)
+            else:
+                assert np.array_equal(outputs[name], array)
+
+
+def test_a_bucket_is_a_power_of_two_or_all_there_is() -> None:
+    powers, exact = buckets_of(DEMOS[0], powers=True), buckets_of(DEMOS[0], powers=False)
+    assert [powers.size(n) for n in (1, 2, 3, 31, 32, 33, MOST)] == [1, 2, 4, 32, 32, MOST, MOST]
+    assert [exact.size(n) for n in (1, 3, MOST)] == [1, 3, MOST]
+
+
+def test_a_gpu_runs_the_demo_models_where_there_is_one() -> None:
+    expected = CUDA if choose("auto").name == "cuda" else "CPUExecutionProvider"
+    assert {buckets_of(path, powers=True).artifact.provider for path in DEMOS} == {expected}
+
+
+def test_buckets_of_large_rows_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.buckets.MOST_BYTES", 100_000)
+    artifact = load(DEMOS[0])
+    row = sum(4 * int(np.prod(shape)) for shape in artifact.contract.inputs().values())
+    row += sum(4 * int(np.prod(shape)) for _, shape in artifact.contract.outputs().values())
+    assert Buckets(artifact, 1024).max_rows == 100_000 // row

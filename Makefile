@@ -29,9 +29,8 @@ export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publi
 bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
-gpu-check: ## tests of the CUDA path, then its benchmark; on a machine with a GPU
-	$(BIN)/python -m pytest -q tests/test_buckets.py tests/test_noise.py
-	$(BIN)/python -m benchmarks gpu $(ARGS)
+gpu-check: ## tests of the code that runs on a GPU; needs no environment but onnxruntime, NumPy, SciPy and pytest
+	$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py
 
 lock: .venv/all ## pin what the service runs on, with hashes, after a change of the dependency groups
 	$(COMPILE) --group service -o requirements/service.txt

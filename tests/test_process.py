@@ -127,6 +127,7 @@ def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
     assert (before, first.returncode) == (200, 0)
     for answer in answers:
         assert len(answer) >= 2
+        assert answer[0] is not None
         assert all(images is not None and np.array_equal(images, answer[0]) for images in answer)
 
 

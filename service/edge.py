@@ -89,10 +89,10 @@ class Edge:
 
 def _request_id(scope: Scope) -> bytes:
     """The client's, if it can stand in a header and a log line; else a fresh one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return b"%s%012x" % (_PROCESS, next(_COUNT))
+    given: bytes | None = dict(scope["headers"]).get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return b"%b%012x" % (_PROCESS, next(_COUNT))
 
 
 def _problem(error: Exception, request_id: str) -> Problem:

@@ -65,11 +65,22 @@ class Engine:
     def queued_rows(self) -> int:
         return self._scheduler.waiting
 
-    def submit(self, rows: Rows, size: int, deadline: float, departure: Departure) -> Job:
-        """Let these rows be computed. Whoever submits closes the job.
+    def open(self, deadline: float, departure: Departure) -> Job:
+        """A request begins. Whoever has the job closes it.
 
-        size: bytes that the answer holds at a time. deadline: on the loop's clock. departure: returns when the client
-        has gone.
+        deadline: on the loop's clock. departure: returns when the client has gone; not called while the body is read.
+
+        Raises Unavailable.
+        """
+        if self._closed:
+            raise Unavailable(self._closed, retry_after=1)
+        job = Job(self, deadline, departure)
+        self.jobs.add(job)
+        self.patience.begin(job)
+        return job
+
+    def submit(self, job: Job, rows: Rows, size: int) -> None:
+        """Let these rows be computed. size: bytes that the answer holds at a time.
 
         Raises Unavailable, and QueueFull with the seconds after which the rows ahead should be done.
         """
@@ -80,12 +91,9 @@ class Engine:
             self._set_limit(rows.model, FIRST_LIMIT)
         first = min(rows.n, self.window(rows.model))
         self._admit(first, size)
-        job = Job(self, rows, size, deadline, departure)
-        self.jobs.add(job)
         self.held_bytes += size
+        job.ask(rows, size)
         self.grant(job, first)
-        self.patience.begin(job)
-        return job
 
     def window(self, model: Model) -> int:
         """Rows of one request that are computed ahead of its reader."""
@@ -211,35 +219,3 @@ class Engine:
         """Let the batches of this model have so many rows, if the device has memory for them."""
         with self._lock:
             self._scheduler.set_limit(model, max(1, min(rows, self._most[model])))
-
-
-class Within:
-    """`with` this, DeadlineExceeded is raised if what is awaited inside outlasts the deadline."""
-
-    __slots__ = ("_engine", "_expired", "_stage", "_task", "_timer", "deadline", "open")
-
-    def __init__(self, engine: Engine, deadline: float, stage: str) -> None:
-        self.deadline = deadline
-        self.open = True
-        self._engine, self._stage = engine, stage
-        self._expired = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __enter__(self) -> None:
-        self._task = asyncio.current_task(self._engine.loop)  # without it, a system call
-        self._engine.patience.begin(self)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.open = False
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._expired and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise self._engine.expired(self._stage) from None
-
-    def look_after(self) -> None:
-        self._timer = self._engine.loop.call_at(self.deadline, self._expire)
-
-    def _expire(self) -> None:
-        self._expired = True
-        if self._task is not None:
-            self._task.cancel()

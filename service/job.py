@@ -27,32 +27,44 @@ class Host(Protocol):
 
 
 class Job(Ticket):
-    """The rows of one request, on their way. Whoever has it closes it.
+    """One request, from its first byte to the last of its answer. Whoever has it closes it.
 
-    queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that wait began to, on
-    time.perf_counter. size: bytes the answer holds at a time. left: rows not computed yet.
+    deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes the answer holds at a time.
+    left: rows not computed yet. queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that
+    wait began to, on time.perf_counter.
     """
 
-    __slots__ = ("_departure", "_done", "_error", "_host", "_read", "_timer", "_waiter", "_watcher", "deadline",
-                 "infer", "left", "open", "queue", "request", "since", "size")  # fmt: skip
+    __slots__ = ("_departure", "_done", "_error", "_host", "_old", "_read", "_task", "_timer", "_waiter", "_watcher",
+                 "deadline", "infer", "left", "open", "queue", "reading", "request", "since", "size")  # fmt: skip
 
-    def __init__(self, host: Host, request: Rows, size: int, deadline: float, departure: Departure) -> None:
-        super().__init__(request.model, request.n)
-        self.request = request
-        self.size = size
+    def __init__(self, host: Host, deadline: float, departure: Departure) -> None:
+        super().__init__(None, 0)
+        self.request: Rows
+        self.reading = True
         self.deadline = deadline
-        self.queue = self.infer = 0.0
-        self.since = time.perf_counter()
+        self.size = self.left = 0
+        self.queue = self.infer = self.since = 0.0
         self.open = True
-        self.left = request.n
         self._host = host
         self._departure = departure
+        self._task = asyncio.current_task(host.loop)  # without the loop, a system call
         self._done: list[Arrays] = []
         self._read = 0  # rows that `pieces` has returned
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._old = False
         self._timer: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
+
+    def ask(self, request: Rows, size: int) -> None:
+        """Now it is known what it wants."""
+        self.reading = False
+        self.request, self.size = request, size
+        self.model, self.rows = request.model, request.n
+        self.left = request.n
+        self.since = time.perf_counter()
+        if self._old:
+            self._watch()
 
     @property
     def exhausted(self) -> bool:
@@ -61,9 +73,16 @@ class Job(Ticket):
 
     @property
     def stage(self) -> str:
+        if self.reading:
+            return "body"
         if not self.left:
             return "send"
         return "queue" if self.taken == self.request.n - self.left else "infer"
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it failed."""
+        return self._error
 
     async def pieces(self) -> list[Arrays]:
         """Of what was computed since the last call, at least one piece: the outputs asked for. Raises Problem."""
@@ -73,11 +92,11 @@ class Job(Ticket):
         if self._error is not None:
             raise self._error
         pieces, self._done = self._done, []
-        self._read = self.request.n - self.left
         if self.granted < self.rows:
+            self._read += sum(len(next(iter(piece.values()))) for piece in pieces)
             if self.granted == self.taken:
                 self.since = time.perf_counter()
-            self._host.grant(self, self._host.window(self.request.model) - self.granted + self._read)
+            self._host.grant(self, self._host.window(self.model) - self.granted + self._read)
         return pieces
 
     def lift_deadline(self) -> None:
@@ -87,11 +106,12 @@ class Job(Ticket):
             self._timer.cancel()
 
     def look_after(self) -> None:
-        """Watch the client and the clock."""
-        loop = self._host.loop
-        self._watcher = loop.create_task(self._watch())
+        """Watch the clock and, once it has nothing more to say, the client."""
+        self._old = True
         if self.deadline < float("inf"):
-            self._timer = loop.call_at(self.deadline, self._expire)
+            self._timer = self._host.loop.call_at(self.deadline, self._expire)
+        if not self.reading:
+            self._watch()
 
     def fail(self, error: Exception) -> None:
         """Let `pieces` raise this."""
@@ -129,8 +149,16 @@ class Job(Ticket):
             self._waiter.set_result(None)
 
     def _expire(self) -> None:
-        self.fail(self._host.expired(self.stage))
+        error = self._host.expired(self.stage)
+        if self.reading and self._task is not None:
+            self._error = error
+            self._task.cancel()
+        else:
+            self.fail(error)
 
-    async def _watch(self) -> None:
+    def _watch(self) -> None:
+        self._watcher = self._host.loop.create_task(self._await_departure())
+
+    async def _await_departure(self) -> None:
         await self._departure()
         self.fail(ClientLeft())

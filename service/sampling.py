@@ -8,7 +8,6 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from service.artifact import Arrays
-from service.engine import Within
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
 from service.job import Job
 from service.life import Service
@@ -38,22 +37,28 @@ class Sampling:
         given: Given = dict(scope["headers"])
         deadline = self.engine.loop.time() + _timeout(given, self.settings.request_timeout)
         _check_content_type(given)
-        with Within(self.engine, deadline, "body"):
-            body = await _body(given, receive, self.settings.max_body_bytes)
-        asked = parse(body) if len(body) < LARGE_BODY else await asyncio.to_thread(parse, body)
-        media_type = negotiate(given.get(b"accept", b"*/*"), asked.outputs)
-        rows = resolve(asked, self.service.repository, self.settings.max_rows)
-        job = self.engine.submit(rows, len(body) + self._held(rows, media_type), deadline, receive)
+        job = self.engine.open(deadline, receive)
         try:
+            body = await _body(given, receive, self.settings.max_body_bytes)
+            rows = self._read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self._read, body)
+            media_type = negotiate(given.get(b"accept", b"*/*"), rows.outputs)
+            self.engine.submit(job, rows, len(body) + self._held(rows, media_type))
             if media_type == NPY:
-                await self._send_npy(job, send)
+                await self._send_npy(job, rows, send)
             else:
-                await self._send_encoded(job, media_type, deadline, send)
+                await self._send_encoded(job, rows, media_type, send)
         except ClientLeft:
             self.service.metrics.cancelled.labels(job.stage).inc()
             raise
+        except asyncio.CancelledError:
+            if job.error is None:
+                raise
+            raise job.error from None
         finally:
             job.close()
+
+    def _read(self, body: bytes) -> Rows:
+        return resolve(parse(body), self.service.repository, self.settings.max_rows)
 
     def _held(self, rows: Rows, media_type: str) -> int:
         """Raw bytes that the answer holds at a time. Raises TooLarge."""
@@ -69,11 +74,11 @@ class Sampling:
             )
         return row * rows.n
 
-    async def _send_npy(self, job: Job, send: Send) -> None:
+    async def _send_npy(self, job: Job, rows: Rows, send: Send) -> None:
         """Rows as they are computed, many without a copy. A slow reader holds back the computing, not the memory. What
         fails before the first rows gets a status; later, the connection breaks."""
         pieces = await job.pieces()
-        header, size = npy_header(job.request, pieces[0])
+        header, size = npy_header(rows, pieces[0])
         if size < STREAMED:
             while not job.exhausted:
                 pieces += await job.pieces()
@@ -84,7 +89,7 @@ class Sampling:
         messages = [header + npy_body(pieces)] if small else [header, *buffers(pieces)]
         encoded = time.perf_counter() - started
         self.encode[NPY].observe(encoded)
-        await _start(send, job, NPY, size, encoded)
+        await _start(send, job, rows, NPY, size, encoded)
         if small:
             await send({"type": "http.response.body", "body": messages[0]})
             return
@@ -96,20 +101,23 @@ class Sampling:
             messages = buffers(await job.pieces())
         await send({"type": "http.response.body"})
 
-    async def _send_encoded(self, job: Job, media_type: str, deadline: float, send: Send) -> None:
+    async def _send_encoded(self, job: Job, rows: Rows, media_type: str, send: Send) -> None:
         pieces: list[Arrays] = []
         while not job.exhausted:
             pieces += await job.pieces()
         started = time.perf_counter()
         encode = ENCODERS[media_type]
         if job.size < LARGE_ANSWER:
-            body = encode(job.request, pieces)
+            body = encode(rows, pieces)
         else:
-            with Within(self.engine, deadline, "encode"):
-                body = await asyncio.to_thread(encode, job.request, pieces)
+            try:
+                async with asyncio.timeout_at(job.deadline):
+                    body = await asyncio.to_thread(encode, rows, pieces)
+            except TimeoutError:
+                raise self.engine.expired("encode") from None
         encoded = time.perf_counter() - started
         self.encode[media_type].observe(encoded)
-        await _start(send, job, media_type, len(body), encoded)
+        await _start(send, job, rows, media_type, len(body), encoded)
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
 
@@ -162,7 +170,7 @@ async def _body(given: Given, receive: Receive, limit: int) -> bytes:
             return bytes(body)
 
 
-async def _start(send: Send, job: Job, media_type: str, size: int, encode: float) -> None:
+async def _start(send: Send, job: Job, rows: Rows, media_type: str, size: int, encode: float) -> None:
     own = [
         (b"content-length", b"%d" % size),
         (
@@ -170,4 +178,4 @@ async def _start(send: Send, job: Job, media_type: str, size: int, encode: float
             b"queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f" % (1e3 * job.queue, 1e3 * job.infer, 1e3 * encode),
         ),
     ]
-    await send({"type": "http.response.start", "status": 200, "headers": own + headers(job.request, media_type)})
+    await send({"type": "http.response.start", "status": 200, "headers": own + headers(rows, media_type)})

@@ -31,11 +31,11 @@ class Job(Ticket):
 
     deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes the answer holds at a time.
     left: rows not computed yet. queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that
-    wait began to, on time.perf_counter.
+    wait began to, on time.perf_counter. error: why it failed.
     """
 
-    __slots__ = ("_departure", "_done", "_error", "_host", "_old", "_read", "_task", "_timer", "_waiter", "_watcher",
-                 "deadline", "infer", "left", "open", "queue", "reading", "request", "since", "size")  # fmt: skip
+    __slots__ = ("_departure", "_done", "_host", "_old", "_read", "_task", "_timer", "_waiter", "_watcher", "deadline",
+                 "error", "infer", "left", "open", "queue", "reading", "request", "since", "size")  # fmt: skip
 
     def __init__(self, host: Host, deadline: float, departure: Departure) -> None:
         super().__init__(None, 0)
@@ -50,7 +50,7 @@ class Job(Ticket):
         self._task = asyncio.current_task(host.loop)  # without the loop, a system call
         self._done: list[Arrays] = []
         self._read = 0  # rows that `pieces` has returned
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._old = False
         self._timer: asyncio.TimerHandle | None = None
@@ -79,18 +79,13 @@ class Job(Ticket):
             return "send"
         return "queue" if self.taken == self.request.n - self.left else "infer"
 
-    @property
-    def error(self) -> Exception | None:
-        """Why it failed."""
-        return self._error
-
     async def pieces(self) -> list[Arrays]:
         """Of what was computed since the last call, at least one piece: the outputs asked for. Raises Problem."""
-        if not self._done and self._error is None:
+        if not self._done and self.error is None:
             self._waiter = self._host.loop.create_future()
             await self._waiter
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         pieces, self._done = self._done, []
         if self.granted < self.rows:
             self._read += sum(len(next(iter(piece.values()))) for piece in pieces)
@@ -115,8 +110,8 @@ class Job(Ticket):
 
     def fail(self, error: Exception) -> None:
         """Let `pieces` raise this."""
-        if self._error is None and self.open:
-            self._error = error
+        if self.error is None and self.open:
+            self.error = error
             self._host.withdraw(self)
             self._wake()
 
@@ -151,7 +146,7 @@ class Job(Ticket):
     def _expire(self) -> None:
         error = self._host.expired(self.stage)
         if self.reading and self._task is not None:
-            self._error = error
+            self.error = error
             self._task.cancel()
         else:
             self.fail(error)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -66,8 +65,9 @@ def _fill(model: Model, batch: Sequence[Share]) -> int:
     """Write the graph's inputs for the batch. Returns its rows."""
     buckets = model.buckets
     inputs, words, draw = buckets.inputs, buckets.words, buckets.source.draw
+    total = sum(hi - lo for _, lo, hi in batch)
     for name, array in buckets.prior.items():
-        inputs[name][:] = array
+        inputs[name][:total] = array
     temperatures, counts = [], []
     end = 0
     for rows, lo, hi in batch:
@@ -77,10 +77,10 @@ def _fill(model: Model, batch: Sequence[Share]) -> int:
         counts.append(hi - lo)
         for name, array in rows.parameters.items():
             inputs[name][begin:end] = array[lo:hi] if array.ndim == inputs[name].ndim else array
-    inputs["temperature"][:end] = np.repeat(temperatures, counts)
-    shape = inputs["noise"].shape[1:]
-    inputs["noise"][:end] = buckets.noise(words[:end, : prod(shape)]).reshape(end, *shape)
-    return end
+    inputs["temperature"][:total] = np.repeat(temperatures, counts)
+    noise = buckets.noise(words[:total, : model.contract.elements])
+    inputs["noise"][:total] = noise.reshape(total, *model.contract.latent_shape)
+    return total
 
 
 def _finite(model: Model, outputs: Arrays) -> bool:

@@ -17,6 +17,16 @@ def connect(service: Running, receive_buffer: int | None = None) -> socket.socke
     return connection
 
 
+def answer(connection: socket.socket) -> tuple[int, bytes]:
+    """The status and the body that come back, which announces its length."""
+    stream = connection.makefile("rb")
+    status, length = int(stream.readline().split()[1]), 0
+    while (line := stream.readline()) != b"\r\n":
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    return status, stream.read(length)
+
+
 def request(body: Any, accept: str = "application/x-npy", **headers: str) -> bytes:
     """The bytes of `POST /sample`."""
     content = json.dumps(body).encode()

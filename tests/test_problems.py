@@ -1,7 +1,5 @@
 """What is refused, how it is said, and that nobody else notices."""
 
-import json
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ import pytest
 from service.errors import PROBLEMS
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, NAN, POISON, SLOW
+from tests.raw import connect, request
 
 SEEDS = 2**64
 
@@ -266,13 +265,10 @@ def test_starting_and_without_models_the_service_is_unavailable(serve: Any, tmp_
 
 
 def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
-    host, port = service.url.removeprefix("http://").split(":")
-    head = f"POST /sample HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as half:
-        half.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-    body = json.dumps({"n": 1_000_000})
-    with socket.create_connection((host, int(port))) as hasty:
-        hasty.sendall(f"{head}Accept: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    with connect(service) as half:
+        half.sendall(request({})[:-1])
+    with connect(service) as hasty:
+        hasty.sendall(request({"n": 1_000_000}))
         hasty.recv(1000)
     wait_until(lambda: service.service.metrics.in_flight == 0)
     assert service.post({}).status_code == 200
@@ -319,11 +315,9 @@ def test_a_body_full_of_faults_costs_no_more_than_its_reading(service: Running, 
 
 
 def test_a_buffered_request_whose_client_has_left_is_dropped(service: Running) -> None:
-    host, port = service.url.removeprefix("http://").split(":")
-    body = json.dumps({"model": "trouble", "temperature": SLOW + 30, "n": 32_000})  # 500 pieces, minutes of work
-    head = f"POST /sample HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    with socket.create_connection((host, int(port))) as hasty:
-        hasty.sendall(f"{head}\r\n\r\n{body}".encode())
+    minutes_of_work = {"model": "trouble", "temperature": SLOW + 30, "n": 32_000}
+    with connect(service) as hasty:
+        hasty.sendall(request(minutes_of_work, accept="application/json"))
         wait_until(lambda: service.service.engine.busy)
     wait_until(lambda: service.service.metrics.in_flight == 0)
     wait_until(lambda: not service.service.engine.busy)

@@ -1,4 +1,4 @@
-"""The limit of the HTTP layer: uvicorn as Reparam runs it, and an application that does nothing but answer."""
+"""The limit of the HTTP layer: uvicorn as it comes, and an application that does nothing but answer."""
 
 import os
 from collections.abc import Awaitable, Callable

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import __version__, schema
+from service.brief import ShortWay
 from service.edge import Edge, refused_by_router
 from service.errors import PROBLEMS, UnknownPath
 from service.life import Service
@@ -32,8 +33,10 @@ class Application(FastAPI):
             api_key=settings.api_key.get_secret_value() if settings.api_key else None,
             access_log=service.access_log,
         )
-        self.sample = Route("/sample", Sampling(service), methods=["POST"])
-        self.direct = edge(self.sample.app)
+        sampling = Sampling(service)
+        self.sample = Route("/sample", sampling, methods=["POST"])
+        self.direct = edge(sampling)
+        self.short = ShortWay(self.sample.path, self.direct, sampling)
         self.router.routes.append(self.sample)
         self.add_middleware(edge)
         self.add_exception_handler(HTTPException, refused_by_router)

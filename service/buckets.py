@@ -1,5 +1,6 @@
 """The graph's inputs and outputs, in memory that stays, bound to its session once for each batch size."""
 
+import time
 from math import prod
 
 import numpy as np
@@ -58,15 +59,23 @@ class Buckets:
         """Rows that are run when n are asked for."""
         return min(1 << (n - 1).bit_length(), self.max_rows) if self.powers else n
 
-    def warm_up(self) -> None:
-        """Run every size there is, or where there are many the least and the largest, so that no request waits for
-        memory or for a CUDA graph to be captured."""
-        sizes = {self.size(1 << power) for power in range(self.max_rows.bit_length())} if self.powers else {1}
+    def warm_up(self, seconds: float) -> int:
+        """Run the powers of two, and with them every bucket there is, so that no request waits for memory or for a CUDA
+        graph to be captured.
+
+        Returns the first that takes `seconds`, or all rows if none does; larger ones are not run.
+        """
         for name, array in self.prior.items():
             self.inputs[name][:] = array
-        for size in sorted({*sizes, self.max_rows}):
-            self.run(size)
-            self.run(size)  # onnxruntime captures a CUDA graph in the second run of a size
+        rows = 1
+        while True:
+            self.run(rows)
+            self.run(rows)  # onnxruntime captures a CUDA graph in the second run of a size
+            started = time.perf_counter()
+            self.run(rows)
+            if rows == self.max_rows or time.perf_counter() - started > seconds:
+                return rows
+            rows = min(2 * rows, self.max_rows)
 
 
 class _Bound:

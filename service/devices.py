@@ -1,7 +1,9 @@
 """Which onnxruntime provider runs the models, and why."""
 
 import ctypes
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ import onnxruntime as ort
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+MOST_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
 # Algorithms by rule rather than by timing: the same rows on every start.
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
@@ -19,20 +22,27 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """attempts: lists of providers; a model is opened with the first that takes its graph."""
+    """attempts: lists of providers; a model is opened with the first that takes its graph. runners: batches that run at
+    a time. threads: cores that each of them uses on the CPU."""
 
     name: Literal["cpu", "cuda"]
     attempts: tuple[tuple[Any, ...], ...]
     reason: str
+    runners: int = 1
+    threads: int = 0
 
 
-def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False) -> Device:
-    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed.
+def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: int = 0, runners: int = 0) -> Device:
+    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners: of
+    the CPU, 0 for all cores and for one a core.
 
     Raises DeviceError if `wanted` is cuda and CUDA does not work.
     """
+    threads = threads or len(os.sched_getaffinity(0))
+    runners = runners or min(threads, MOST_RUNNERS)
+    cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=max(1, threads // runners))
     if wanted == "cpu":
-        return Device("cpu", ((CPU,),), "REPARAM_DEVICE=cpu")
+        return cpu("REPARAM_DEVICE=cpu")
     missing = _missing_for_cuda()
     if missing is None:
         options = {**CUDA_OPTIONS, "use_tf32": str(int(tf32))}
@@ -41,7 +51,7 @@ def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False) -> Device
         return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works")
     if wanted == "cuda":
         raise DeviceError(f"REPARAM_DEVICE=cuda, but {missing}; REPARAM_DEVICE=auto would run on the CPU")
-    return Device("cpu", ((CPU,),), f"REPARAM_DEVICE=auto, and {missing}")
+    return cpu(f"REPARAM_DEVICE=auto, and {missing}")
 
 
 def _missing_for_cuda() -> str | None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable
 from http import HTTPStatus
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,9 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, UnknownPath
 from service.logs import AccessLog
 from service.metrics import Metrics
+from service.responses import Headers
 
 log = logging.getLogger("service")
 
+Given = dict[bytes, bytes]  # the headers of a request, names in small letters
 OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
 CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -44,7 +45,8 @@ class Edge:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = _request_id(scope)
+        given = dict(scope["headers"])
+        request_id = request_id_of(given)
         status = 0
 
         def send_with_id(message: Message) -> Awaitable[None]:
@@ -56,8 +58,7 @@ class Edge:
 
         self.metrics.in_flight += 1
         try:
-            if self.api_key is not None:
-                self._authorize(scope)
+            self.authorize(scope["path"], given)
             await self.app(scope, receive, send_with_id)
         except (ClientLeft, asyncio.CancelledError):
             status = CLIENT_CLOSED
@@ -65,41 +66,53 @@ class Edge:
             if status:  # half an answer is out, and cutting it short is all that can be said
                 log.exception("broken off", extra={"request_id": request_id.decode()})
             else:
-                await _answer(_problem(error, request_id.decode()), request_id.decode(), send_with_id)
+                status_, headers, body = refusal(error, request_id)
+                await send_with_id({"type": "http.response.start", "status": status_, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
         finally:
             self.metrics.in_flight -= 1
-            self._account(scope, status, time.perf_counter() - started, request_id)
+            route = scope["route"].path if "route" in scope else "other"
+            self.account(scope["method"], scope["path"], route, status, started, request_id)
 
-    def _account(self, scope: Scope, status: int, seconds: float, request_id: bytes) -> None:
-        path = scope["route"].path if "route" in scope else "other"
-        self.metrics.answered(path, status, seconds)
+    def account(self, method: str, path: str, route: str, status: int, started: float, request_id: bytes) -> None:
+        """Count and log a request that has ended. started: on time.perf_counter."""
+        seconds = time.perf_counter() - started
+        self.metrics.answered(route, status, seconds)
         if self.access_log.enabled:
-            self.access_log.write(scope["method"], scope["path"], status, request_id.decode(), seconds)
+            self.access_log.write(method, path, status, request_id.decode(), seconds)
 
-    def _authorize(self, scope: Scope) -> None:
-        if scope["path"].startswith(OPEN):
+    def authorize(self, path: str, given: Given) -> None:
+        """Raises Unauthorized."""
+        if self.api_key is None or path.startswith(OPEN):
             return
-        given = Headers(scope=scope).get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+        if not hmac.compare_digest(given.get(b"authorization", b""), f"Bearer {self.api_key}".encode()):
             raise Unauthorized(
                 "this service asks for its key: send the header `Authorization: Bearer <key>`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
 
-def _request_id(scope: Scope) -> bytes:
+def request_id_of(given: Given) -> bytes:
     """The client's, if it can stand in a header and a log line; else a fresh one."""
-    given: bytes | None = dict(scope["headers"]).get(b"x-request-id")
-    if given is not None and _REQUEST_ID.fullmatch(given):
-        return given
+    request_id = given.get(b"x-request-id")
+    if request_id is not None and _REQUEST_ID.fullmatch(request_id):
+        return request_id
     return b"%b%012x" % (_PROCESS, next(_COUNT))
 
 
-def _problem(error: Exception, request_id: str) -> Problem:
-    if isinstance(error, Problem):
-        return error
-    log.error("unexpected", exc_info=error, extra={"request_id": request_id})
-    return Problem(f"something failed inside the service; its log has the cause under request {request_id}")
+def refusal(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of the problem document. What nobody foresaw is logged, and no more is said of it."""
+    name = request_id.decode()
+    if not isinstance(error, Problem):
+        log.error("unexpected", exc_info=error, extra={"request_id": name})
+        error = Problem(f"something failed inside the service; its log has the cause under request {name}")
+    body = json.dumps(error.document(name)).encode()
+    headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), **error.headers}
+    return (
+        error.status,
+        [(key.lower().encode("latin-1"), value.encode("latin-1")) for key, value in headers.items()],
+        body,
+    )
 
 
 async def refused_by_router(request: Request, error: Exception) -> Response:
@@ -109,11 +122,3 @@ async def refused_by_router(request: Request, error: Exception) -> Response:
         allow = (error.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{request.url.path} answers {allow}, not {request.method}", headers=error.headers)
     raise UnknownPath(f"nothing lies at {request.url.path!r}; /docs lists what does")
-
-
-async def _answer(problem: Problem, request_id: str, send: Send) -> None:
-    body = json.dumps(problem.document(request_id)).encode()
-    headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), **problem.headers}
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": problem.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

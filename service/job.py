@@ -27,49 +27,37 @@ class Host(Protocol):
 
 
 class Job(Ticket):
-    """One request, from its first byte to the last of its answer. Whoever has it closes it.
+    """One request, until the last byte of its answer. Whoever has it closes it.
 
     deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes the answer holds at a time.
-    left: rows not computed yet. queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that
-    wait began to, on time.perf_counter. error: why it failed.
+    done: what is computed, in order, each piece with the outputs asked for. left: rows not computed yet. queue, infer:
+    seconds that its pieces waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter.
+    error: why it failed.
     """
 
-    __slots__ = ("_departure", "_done", "_host", "_old", "_read", "_task", "_timer", "_waiter", "_watcher", "deadline",
-                 "error", "infer", "left", "open", "queue", "reading", "request", "since", "size")  # fmt: skip
+    request: Rows
+    reading = True
+    open = True
+    error: Exception | None = None
+    size = left = 0
+    queue = infer = since = 0.0
+    timer: asyncio.TimerHandle | None = None
+    _end = 0  # rows of what was done
 
-    def __init__(self, host: Host, deadline: float, departure: Departure) -> None:
+    def __init__(self, host: Host, deadline: float) -> None:
         super().__init__(None, 0)
-        self.request: Rows
-        self.reading = True
+        self.host = host
         self.deadline = deadline
-        self.size = self.left = 0
-        self.queue = self.infer = self.since = 0.0
-        self.open = True
-        self._host = host
-        self._departure = departure
-        self._task = asyncio.current_task(host.loop)  # without the loop, a system call
-        self._done: list[Arrays] = []
-        self._read = 0  # rows that `pieces` has returned
-        self.error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._old = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self.done: list[Arrays] = []
+        self._early: dict[int, tuple[int, Arrays]] = {}  # what ended before the rows in front of it: lo, hi
 
     def ask(self, request: Rows, size: int) -> None:
         """Now it is known what it wants."""
         self.reading = False
         self.request, self.size = request, size
-        self.model, self.rows = request.model, request.n
-        self.left = request.n
+        self.model = request.model
+        self.rows = self.left = request.n
         self.since = time.perf_counter()
-        if self._old:
-            self._watch()
-
-    @property
-    def exhausted(self) -> bool:
-        """All rows are computed, and `pieces` has returned them."""
-        return self.left == 0 and not self._done
 
     @property
     def stage(self) -> str:
@@ -79,80 +67,133 @@ class Job(Ticket):
             return "send"
         return "queue" if self.taken == self.request.n - self.left else "infer"
 
-    async def pieces(self) -> list[Arrays]:
-        """Of what was computed since the last call, at least one piece: the outputs asked for. Raises Problem."""
-        if not self._done and self.error is None:
-            self._waiter = self._host.loop.create_future()
-            await self._waiter
-        if self.error is not None:
-            raise self.error
-        pieces, self._done = self._done, []
-        if self.granted < self.rows:
-            self._read += sum(len(next(iter(piece.values()))) for piece in pieces)
-            if self.granted == self.taken:
-                self.since = time.perf_counter()
-            self._host.grant(self, self._host.window(self.model) - self.granted + self._read)
-        return pieces
-
-    def lift_deadline(self) -> None:
-        """From now on it may take its time: the client reads."""
-        self.deadline = float("inf")
-        if self._timer is not None:
-            self._timer.cancel()
+    def news(self) -> None:
+        """Something was done, or it failed."""
+        raise NotImplementedError
 
     def look_after(self) -> None:
-        """Watch the clock and, once it has nothing more to say, the client."""
-        self._old = True
+        """It has waited for a while: watch the clock."""
         if self.deadline < float("inf"):
-            self._timer = self._host.loop.call_at(self.deadline, self._expire)
-        if not self.reading:
-            self._watch()
+            self.timer = self.host.loop.call_at(self.deadline, self.expire)
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        self.fail(self.host.expired(self.stage))
 
     def fail(self, error: Exception) -> None:
-        """Let `pieces` raise this."""
         if self.error is None and self.open:
             self.error = error
-            self._host.withdraw(self)
-            self._wake()
+            self.host.withdraw(self)
+            self.news()
 
     def close(self) -> None:
         """Nobody waits for the rows any more."""
         self.open = False
-        self._done.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        self._host.forget(self)
+        self.done.clear()
+        if self.timer is not None:
+            self.timer.cancel()
+        self.host.forget(self)
 
-    def done(self, result: Arrays | Problem, rows: int, started: float, ended: float) -> None:
-        """Take the result of a piece."""
-        self.queue += started - self.since
+    def take(self, result: Arrays | Problem, lo: int, hi: int, started: float, ended: float) -> None:
+        """The result of the rows lo .. hi - 1."""
+        self.queue += max(0.0, started - self.since)
         self.infer += ended - started
-        self.since = started
-        if not self.open:
+        self.since = max(started, self.since)
+        if not self.open or self.error is not None:
             return
         if isinstance(result, Problem):
             self.fail(result)
-        else:
-            self.left -= rows
-            self._done.append(result)
-            self._wake()
+            return
+        if lo != self._end:
+            self._early[lo] = hi, result
+            return
+        self.done.append(result)
+        while hi in self._early:
+            hi, result = self._early.pop(hi)
+            self.done.append(result)
+        self._end = hi
+        self.left = self.request.n - hi
+        self.news()
 
-    def _wake(self) -> None:
+
+class Awaited(Job):
+    """A job that a coroutine waits for.
+
+    departure: returns when the client has gone; not called while the body is read.
+    """
+
+    def __init__(self, host: Host, deadline: float, departure: Departure) -> None:
+        super().__init__(host, deadline)
+        self._departure = departure
+        self._task = asyncio.current_task(host.loop)  # without the loop, a system call
+        self._read = 0  # rows that `pieces` has returned
+        self._waiter: asyncio.Future[None] | None = None
+        self._old = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def ask(self, request: Rows, size: int) -> None:
+        super().ask(request, size)
+        if self._old:
+            self._watch()
+
+    @property
+    def exhausted(self) -> bool:
+        """All rows are computed, and `pieces` has returned them."""
+        return self.left == 0 and not self.done
+
+    async def pieces(self) -> list[Arrays]:
+        """Of what was computed since the last call, at least one piece. Raises Problem."""
+        if not self.done and self.error is None:
+            self._waiter = self.host.loop.create_future()
+            await self._waiter
+        if self.error is not None:
+            raise self.error
+        pieces, self.done = self.done, []
+        if self.granted < self.rows:
+            self._read += sum(len(next(iter(piece.values()))) for piece in pieces)
+            if self.granted == self.taken:
+                self.since = time.perf_counter()
+            self.host.grant(self, self.host.window(self.model) - self.granted + self._read)
+        return pieces
+
+    async def all(self) -> list[Arrays]:
+        """Of what `pieces` has not returned yet, everything. Raises Problem."""
+        pieces: list[Arrays] = []
+        while not self.exhausted:
+            pieces += await self.pieces()
+        return pieces
+
+    def news(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _expire(self) -> None:
-        error = self._host.expired(self.stage)
+    def lift_deadline(self) -> None:
+        """From now on it may take its time: the client reads."""
+        self.deadline = float("inf")
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def look_after(self) -> None:
+        """And, once it has nothing more to say, watch the client."""
+        super().look_after()
+        self._old = True
+        if not self.reading:
+            self._watch()
+
+    def expire(self) -> None:
         if self.reading and self._task is not None:
-            self.error = error
+            self.error = self.host.expired(self.stage)
             self._task.cancel()
         else:
-            self.fail(error)
+            super().expire()
+
+    def close(self) -> None:
+        super().close()
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     def _watch(self) -> None:
-        self._watcher = self._host.loop.create_task(self._await_departure())
+        self._watcher = self.host.loop.create_task(self._await_departure())
 
     async def _await_departure(self) -> None:
         await self._departure()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from service.devices import choose
-from service.engine import Engine
+from service.engine import BATCH_SECONDS, Engine
 from service.errors import Unavailable
 from service.logs import AccessLog
 from service.metrics import Metrics
@@ -24,10 +24,10 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.device = choose(settings.device, settings.tf32)
+        self.device = choose(settings.device, settings.tf32, settings.threads, settings.runners)
         self.metrics = Metrics()
         self.repository = Repository(settings.default_model)
-        self.engine = Engine(settings.max_queue_rows, settings.max_held_bytes, self.metrics)
+        self.engine = Engine(self.device.runners, settings.max_queue_rows, settings.max_held_bytes, self.metrics)
         self.access_log = AccessLog(settings.log_format)
         self.state = "starting"
         self._loading: asyncio.Task[None] | None = None
@@ -50,13 +50,16 @@ class Service:
         settings = self.settings
         try:
             await asyncio.to_thread(
-                self.repository.load, settings.artifacts, self.device, settings.threads, settings.max_batch_rows
+                self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS
             )
         except Exception:
             log.exception("the models could not be loaded")
             raise
         for model in self.served():
             self.metrics.model_served.labels(model.name, str(model.version), model.artifact.provider).set(1)
+        for versions in self.repository.models.values():
+            for model in versions.values():
+                self.engine.serve(model)
         self.metrics.model_refused.set(len(self.repository.refused))
         # What is loaded now stays: the garbage collector need not look at it again, nor after every 700 objects.
         gc.collect()

@@ -31,15 +31,19 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"reparam_{name}", text, labels, registry=self.registry)
 
-        self.requests = Tally("reparam_requests", "Requests answered.", ("path", "status"))
-        self.registry.register(self.requests)
+        def tally(name: str, text: str, *labels: str) -> Tally:
+            made = Tally(f"reparam_{name}", text, labels)
+            self.registry.register(made)
+            return made
+
+        self.requests = tally("requests", "Requests answered.", "path", "status")
         self.duration = histogram("request_duration_seconds", "From request to the end of its answer.", SECONDS, "path")
         self.queue = histogram("queue_duration_seconds", "Time rows waited for the runner.", SECONDS, *model)
         self.infer = histogram("infer_duration_seconds", "Time of one batch.", SECONDS, *model)
         self.encode = histogram("encode_duration_seconds", "Time to encode one answer.", SECONDS, "media_type")
-        self.rows = counter("rows", "Rows computed.", *model)
+        self.rows = tally("rows", "Rows computed.", *model)
         self.batch_rows = histogram("batch_rows", "Rows of one batch.", ROWS, *model)
-        self.batches = counter("batches", "Batches, by why each took no more rows.", *model, "closed")
+        self.batches = tally("batches", "Batches, by why each took no more rows.", *model, "closed")
         self.rejected = counter("rejected", "Requests refused for want of room.", "reason")
         self.expired = counter("expired", "Requests whose deadline passed.", "stage")
         self.cancelled = counter("cancelled", "Requests whose client left.", "stage")
@@ -61,9 +65,9 @@ class Metrics:
     def batch(self, batch: Batch[Any], infer: float, queue: Sequence[float]) -> None:
         """Count a batch. infer: seconds it ran; queue: seconds each of its pieces had waited."""
         labels = (batch.model.name, str(batch.model.version))
-        self.rows.labels(*labels).inc(batch.rows)
+        self.rows.counts[labels] += batch.rows
+        self.batches.counts[*labels, batch.closed] += 1
         self.batch_rows.labels(*labels).observe(batch.rows)
-        self.batches.labels(*labels, batch.closed).inc()
         self.infer.labels(*labels).observe(infer)
         waited = self.queue.labels(*labels)
         for seconds in queue:

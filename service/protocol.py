@@ -10,6 +10,11 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from service.brief import Brief, ShortWay
+from service.patience import PATIENCE
+from service.responses import Headers
+from service.sampling import LARGE_BODY
+
 ENOUGH = 2**16  # bytes that are written at once
 BODILESS = (204, 304)
 LINE = b"%b: %b\r\n".__mod__
@@ -17,12 +22,116 @@ CHUNKED, CLOSE = (b"transfer-encoding", b"chunked"), (b"connection", b"close")
 
 
 class Protocol(HttpToolsProtocol):
+    """Takes requests for the application's `short` way, where it has one, as soon as they are whole; all others go the
+    way that uvicorn sends them, and so do those that are too large or too slow to wait for."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._short: ShortWay | None = getattr(self.app, "short", None)
+        self._path = self._short.path.encode() if self._short else b""
+        self._waiting = False  # for the rest of a request that may go the short way
+        self._body = b""
+        self._patience: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(Cork(transport, self.loop))  # type: ignore[arg-type]  # all that uvicorn uses of one
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._go_on()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        self._go_on()
+        super().shutdown()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._waiting and self._patience is None:
+            self._patience = self.loop.call_later(PATIENCE, self._go_on)
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        parser = self.parser
+        self._body = b""
+        self._waiting = (
+            self.url == self._path
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and not self.expect_100_continue
+            and not parser.should_upgrade()
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused
+        )
+        if not self._waiting:
+            self._take_the_long_way()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._waiting:
+            super().on_body(body)
+            return
+        self._body += body
+        if len(self._body) >= LARGE_BODY:
+            self._go_on()
+
+    def on_message_complete(self) -> None:
+        if self._waiting:
+            assert self._short is not None  # noqa: S101  # else nothing waits
+            brief = self._short.begin(dict(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
+            if brief is not None:
+                self._end_waiting()
+                if not brief.response_complete:
+                    self.cycle = brief  # type: ignore[assignment]  # all that uvicorn uses of one
+                return
+            self._go_on()
+        super().on_message_complete()
+
+    def _end_waiting(self) -> None:
+        self._waiting = False
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _go_on(self) -> None:
+        """The long way, if the short one was still open."""
+        if self._waiting:
+            self._end_waiting()
+            self._take_the_long_way()
+            if self._body:
+                super().on_body(self._body)
+
+    def _take_the_long_way(self) -> None:
+        url, headers, expected = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expected
+        self.headers += headers  # the list that is in the scope
+        super().on_headers_complete()
+
+    def _reply(self, brief: Brief, status: int, headers: Headers, body: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        cork: Cork = self.transport  # type: ignore[assignment]
+        cork.write_now(head(status, self.server_state.default_headers + headers, brief.keep_alive) + body)
+        if not brief.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)
+
+
+def head(status: int, headers: Headers, keep_alive: bool) -> bytes:
+    """The head of an answer. Raises ValueError for a header that would begin another line."""
+    if not keep_alive:
+        headers = [*headers, CLOSE]
+    lines = b"".join(map(LINE, headers))
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers):
+        raise ValueError(f"a header holds a line break: {headers}")
+    return b"%b%b\r\n" % (STATUS_LINE[status], lines)
 
 
 class Answer:
@@ -59,12 +168,7 @@ class Answer:
             self._left = 0
         else:
             headers.append(CHUNKED)
-        if not cycle.keep_alive:
-            headers.append(CLOSE)
-        lines = b"".join(map(LINE, headers))
-        if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers):
-            raise ValueError(f"a header holds a line break: {given}")
-        self._head = b"%b%b\r\n" % (STATUS_LINE[status], lines)
+        self._head = head(status, headers, cycle.keep_alive)
 
     def _continue(self, body: Any, more: bool) -> None:
         cycle, head = self._cycle, self._head
@@ -107,6 +211,10 @@ class Cork:
         self._size += len(data)
         if self._size >= ENOUGH:
             self._flush()
+
+    def write_now(self, data: bytes) -> None:
+        self._flush()
+        self._transport.write(data)
 
     def close(self) -> None:
         self._flush()

@@ -23,7 +23,8 @@ class Model:
     name: str
     version: int
     artifact: Artifact
-    buckets: Buckets
+    buckets: tuple[Buckets, ...]  # one for each runner
+    batch_rows: int  # rows of one batch
 
     @property
     def contract(self) -> Contract:
@@ -76,8 +77,11 @@ class Repository:
         """The model of a request that names none: the one that was chosen, else the first by name."""
         return self.default or min(self.models, default=None)
 
-    def load(self, folder: Path, device: Device, threads: int, max_rows: int) -> None:
-        """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody."""
+    def load(self, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
+        """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody.
+
+        Batches will have at most `max_rows` rows, and as few as take about `seconds`.
+        """
         if not folder.is_dir():
             self.refused["*"] = f"the model repository {folder.absolute()} is no folder: set REPARAM_ARTIFACTS"
             log.error("no model repository", extra={"folder": str(folder.absolute())})
@@ -85,17 +89,18 @@ class Repository:
         for name, version, path in _versions(folder):
             started = time.perf_counter()
             try:
-                artifact = load(_inside(path, folder), device.attempts, threads)
-                buckets = Buckets(artifact, max_rows)
-                buckets.warm_up()
+                artifact = load(_inside(path, folder), device.attempts, device.threads)
+                buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
+                rows = min(each.warm_up(seconds) for each in buckets)
             except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
                 fault = str(error) if isinstance(error, ArtifactError) else f"{path}: {error!r}"
                 self.refused[f"{name}/{version}"] = fault
                 log.error("model refused", extra={"model": name, "version": version, "fault": fault})
                 continue
             self._found.clear()
-            self.models.setdefault(name, {})[version] = Model(name, version, artifact, buckets)
+            self.models.setdefault(name, {})[version] = Model(name, version, artifact, buckets, rows)
             about: dict[str, Any] = {"provider": artifact.provider, "reason": device.reason}
+            about |= {"batch_rows": rows, "runners": device.runners}
             about["load_seconds"] = round(time.perf_counter() - started, 3)
             log.info("model loaded", extra={"model": name, "version": version, **about})
         if self.default and self.default not in self.models:

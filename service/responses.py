@@ -18,10 +18,8 @@ from service.pictures import png, sheet
 from service.repository import Model
 from service.rows import Output, Rows
 
-MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
-
-
 Headers = list[tuple[bytes, bytes]]
+MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
 @lru_cache(256)
@@ -90,13 +88,8 @@ def _npy_header(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[b
     return buffer.getvalue(), len(buffer.getvalue()) + n * dtype.itemsize * prod(shape)
 
 
-def npy_body(pieces: Sequence[Arrays]) -> bytes:
-    """The bytes of pieces of one output."""
-    return b"".join(array.tobytes() for piece in pieces for array in piece.values())
-
-
-def buffers(pieces: Sequence[Arrays]) -> list[bytes | memoryview]:
-    """And not copied."""
+def buffers(pieces: Sequence[Arrays]) -> list[memoryview]:
+    """Pieces of one output as the file has them, not copied."""
     return [array.reshape(-1).view(np.uint8).data for piece in pieces for array in piece.values()]
 
 
@@ -118,6 +111,10 @@ def _json(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
     return orjson.dumps({**about, **values}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def _npy(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
+    return b"".join([npy_header(rows, pieces[0])[0], *buffers(pieces)])
+
+
 def _png(_: Rows, pieces: Sequence[Arrays]) -> bytes:
     return png(sheet(_joined(pieces)["images"]))
 
@@ -133,4 +130,9 @@ def _joined(pieces: Sequence[Arrays]) -> Arrays:
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in first} if others else first
 
 
-ENCODERS: dict[str, Callable[[Rows, Sequence[Arrays]], bytes]] = {JSON: _json, PNG: _png, NPZ: _npz}
+ENCODERS: dict[str, Callable[[Rows, Sequence[Arrays]], bytes]] = {
+    JSON: _json,
+    PNG: _png,
+    NPY: _npy,
+    NPZ: _npz,
+}

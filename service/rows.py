@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.artifact import Arrays
+from service.buckets import Buckets
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
 
@@ -36,13 +37,13 @@ class Rows:
     outputs: tuple[Output, ...]
 
 
-def compute(batch: Sequence[Share]) -> list[Arrays | Problem]:
-    """Compute a batch of rows of one model, at most as many as its buckets hold; on the thread of the runner.
+def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
+    """Compute a batch of rows of one model in its buckets, at most as many as they hold.
 
     Returns for each share the outputs it asked for, or what went wrong with it alone. Raises what onnxruntime raises.
     """
     model = batch[0][0].model
-    outputs = model.buckets.run(_fill(model, batch))
+    outputs = buckets.run(_fill(buckets, batch))
     finite = _finite(model, outputs)
     selected: Arrays = {}
     results: list[Arrays | Problem] = []
@@ -61,9 +62,9 @@ def compute(batch: Sequence[Share]) -> list[Arrays | Problem]:
     return results
 
 
-def _fill(model: Model, batch: Sequence[Share]) -> int:
+def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
     """Write the graph's inputs for the batch. Returns its rows."""
-    buckets = model.buckets
+    contract = buckets.artifact.contract
     inputs, words, draw = buckets.inputs, buckets.words, buckets.source.draw
     total = sum(hi - lo for _, lo, hi in batch)
     for name, array in buckets.prior.items():
@@ -78,8 +79,8 @@ def _fill(model: Model, batch: Sequence[Share]) -> int:
         for name, array in rows.parameters.items():
             inputs[name][begin:end] = array[lo:hi] if array.ndim == inputs[name].ndim else array
     inputs["temperature"][:total] = np.repeat(temperatures, counts)
-    noise = buckets.noise(words[:total, : model.contract.elements])
-    inputs["noise"][:total] = noise.reshape(total, *model.contract.latent_shape)
+    noise = buckets.noise(words[:total, : contract.elements])
+    inputs["noise"][:total] = noise.reshape(total, *contract.latent_shape)
     return total
 
 

@@ -1,4 +1,4 @@
-"""The one thread that runs the models."""
+"""The threads that run the models."""
 
 import logging
 import threading
@@ -36,9 +36,10 @@ class Work(Protocol):
 class Runner(threading.Thread):
     """Runs one batch after the other. busy_since: when the batch that runs was started, on time.perf_counter."""
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(name="runner", daemon=True)  # a run that hangs must not keep the process from ending
+    def __init__(self, work: Work, number: int) -> None:
+        super().__init__(name=f"runner {number}", daemon=True)  # one that hangs must not keep the process from ending
         self._work = work
+        self._number = number
         self.failure: BaseException | None = None
         self.busy_since: float | None = None
 
@@ -56,12 +57,13 @@ class Runner(threading.Thread):
 
     def _attempt(self, pieces: list[Piece[Job]]) -> list[Arrays | Problem]:
         """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone."""
+        model = pieces[0].ticket.request.model
         try:
-            return compute([(piece.ticket.request, piece.lo, piece.hi) for piece in pieces])
+            shares = [(piece.ticket.request, piece.lo, piece.hi) for piece in pieces]
+            return compute(shares, model.buckets[self._number])
         except Exception as error:  # onnxruntime's errors have no common base but this
             no_memory = _is_out_of_memory(error)
             rows = sum(piece.hi - piece.lo for piece in pieces)
-            model = pieces[0].ticket.request.model
             if no_memory:
                 self._work.out_of_memory(model, rows)
             if len(pieces) > 1:

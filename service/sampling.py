@@ -4,51 +4,49 @@ thousand a second, does not pay for what it does not use."""
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 
 from starlette.types import Receive, Scope, Send
 
 from service.artifact import Arrays
+from service.edge import Given
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
-from service.job import Job
+from service.job import Awaited, Job
 from service.life import Service
 from service.requests import parse, resolve, row_bytes
-from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, headers, negotiate, npy_body, npy_header
+from service.responses import ENCODERS, MEDIA_TYPES, NPY, Headers, buffers, headers, negotiate, npy_header
 from service.rows import Rows
 
 LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on meanwhile
 LARGE_ANSWER = 2**13  # raw bytes; from here on PNG, JSON and npz are encoded on a thread
-STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
 LARGE_MESSAGE = 2**16  # bytes; from here on arrays are sent as they are, not copied into one message
-
-Given = dict[bytes, bytes]
+STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
 
 
 class Sampling:
-    """Answers `POST /sample`. Raises Problem, and ClientLeft."""
+    """What happens to a request, step by step; and called as an ASGI application, all of it. Raises Problem, and
+    ClientLeft."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.settings = service.settings
         self.engine = service.engine
+        self._small = dict.fromkeys(MEDIA_TYPES, min(LARGE_ANSWER, self.settings.max_buffered_bytes))
+        self._small[NPY] = LARGE_MESSAGE
         self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.service.ready()
         given: Given = dict(scope["headers"])
-        deadline = self.engine.loop.time() + _timeout(given, self.settings.request_timeout)
-        _check_content_type(given)
-        job = self.engine.open(deadline, receive)
+        job = Awaited(self.engine, self.greet(given), receive)
+        self.engine.join(job)
         try:
             body = await _body(given, receive, self.settings.max_body_bytes)
-            rows = self._read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self._read, body)
-            media_type = negotiate(given.get(b"accept", b"*/*"), rows.outputs)
-            self.engine.submit(job, rows, len(body) + self._held(rows, media_type))
-            if media_type == NPY:
-                await self._send_npy(job, rows, send)
-            else:
-                await self._send_encoded(job, rows, media_type, send)
+            rows = self.read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self.read, body)
+            media_type = self.negotiate(given, rows)
+            self.engine.submit(job, rows, len(body) + self.held(rows, media_type))
+            await self._send(job, media_type, send)
         except ClientLeft:
-            self.service.metrics.cancelled.labels(job.stage).inc()
+            self.left(job)
             raise
         except asyncio.CancelledError:
             if job.error is None:
@@ -57,69 +55,90 @@ class Sampling:
         finally:
             job.close()
 
-    def _read(self, body: bytes) -> Rows:
+    def greet(self, given: Given) -> float:
+        """Its deadline, on the loop's clock. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
+        self.service.ready()
+        _check_content_type(given)
+        return self.engine.loop.time() + _timeout(given, self.settings.request_timeout)
+
+    def read(self, body: bytes) -> Rows:
+        """Raises UnknownModel, InvalidRequest, TooLarge."""
         return resolve(parse(body), self.service.repository, self.settings.max_rows)
 
-    def _held(self, rows: Rows, media_type: str) -> int:
+    def negotiate(self, given: Given, rows: Rows) -> str:
+        """The media type of the answer. Raises NotAcceptable."""
+        return negotiate(given.get(b"accept", b"*/*"), rows.outputs)
+
+    def small(self, rows: Rows, media_type: str) -> int | None:
+        """Raw bytes of an answer that is computed as a whole and encoded in no time; None of any other."""
+        size = rows.n * row_bytes(rows.model, rows.outputs)
+        return size if size <= self._small[media_type] and rows.n <= self.engine.window(rows.model) else None
+
+    def held(self, rows: Rows, media_type: str) -> int:
         """Raw bytes that the answer holds at a time. Raises TooLarge."""
         row, limit = row_bytes(rows.model, rows.outputs), self.settings.max_buffered_bytes
+        size = rows.n * row
         if media_type == NPY:
-            return row * min(rows.n, 2 * self.engine.window(rows.model))
-        if rows.n * row > limit:
+            size = min(size, 2 * self.engine.window(rows.model) * row)
+        elif size > limit:
             raise TooLarge(
-                f"{rows.n} rows are {rows.n * row} raw bytes; {media_type} answers hold at most {limit}, here "
+                f"{rows.n} rows are {size} raw bytes; {media_type} answers hold at most {limit}, here "
                 f"{limit // row} rows: ask for fewer, or stream one output as {NPY}",
                 limit=limit // row,
                 got=rows.n,
             )
-        return row * rows.n
+        return size
 
-    async def _send_npy(self, job: Job, rows: Rows, send: Send) -> None:
-        """Rows as they are computed, many without a copy. A slow reader holds back the computing, not the memory. What
-        fails before the first rows gets a status; later, the connection breaks."""
+    def headers(self, job: Job, media_type: str, size: int, encode: float) -> Headers:
+        """size: bytes of the body. encode: seconds that it took."""
+        self.encode[media_type].observe(encode)
+        timing = (1e3 * job.queue, 1e3 * job.infer, 1e3 * encode)
+        return [
+            (b"content-length", b"%d" % size),
+            (b"server-timing", b"queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f" % timing),
+            *headers(job.request, media_type),
+        ]
+
+    def left(self, job: Job) -> None:
+        """Count a client that did not wait for its answer."""
+        self.service.metrics.cancelled.labels(job.stage).inc()
+
+    async def _send(self, job: Awaited, media_type: str, send: Send) -> None:
+        if self.small(job.request, media_type):
+            body, seconds = encoded(job.request, media_type, await job.all())
+        elif media_type == NPY:
+            await self._stream(job, send)
+            return
+        else:
+            pieces = await job.all()
+            try:
+                async with asyncio.timeout_at(job.deadline):
+                    body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)
+            except TimeoutError:
+                raise self.engine.expired("encode") from None
+        own = self.headers(job, media_type, len(body), seconds)
+        await send({"type": "http.response.start", "status": 200, "headers": own})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
+
+    async def _stream(self, job: Awaited, send: Send) -> None:
+        """Rows as npy without a copy, and if they are many, as they are computed. A slow reader holds back the
+        computing, not the memory. What fails before the first rows gets a status; later, the connection breaks."""
         pieces = await job.pieces()
-        header, size = npy_header(rows, pieces[0])
+        header, size = npy_header(job.request, pieces[0])
         if size < STREAMED:
-            while not job.exhausted:
-                pieces += await job.pieces()
+            pieces += await job.all()
         else:
             job.lift_deadline()
-        started = time.perf_counter()
-        small = size < LARGE_MESSAGE
-        messages = [header + npy_body(pieces)] if small else [header, *buffers(pieces)]
-        encoded = time.perf_counter() - started
-        self.encode[NPY].observe(encoded)
-        await _start(send, job, rows, NPY, size, encoded)
-        if small:
-            await send({"type": "http.response.body", "body": messages[0]})
-            return
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers(job, NPY, size, 0.0)})
+        await send({"type": "http.response.body", "body": header, "more_body": True})
         while True:
-            for message in messages:
+            for message in buffers(pieces):
                 await send({"type": "http.response.body", "body": message, "more_body": True})
             if job.exhausted:
                 break
-            messages = buffers(await job.pieces())
+            pieces = await job.pieces()
         await send({"type": "http.response.body"})
-
-    async def _send_encoded(self, job: Job, rows: Rows, media_type: str, send: Send) -> None:
-        pieces: list[Arrays] = []
-        while not job.exhausted:
-            pieces += await job.pieces()
-        started = time.perf_counter()
-        encode = ENCODERS[media_type]
-        if job.size < LARGE_ANSWER:
-            body = encode(rows, pieces)
-        else:
-            try:
-                async with asyncio.timeout_at(job.deadline):
-                    body = await asyncio.to_thread(encode, rows, pieces)
-            except TimeoutError:
-                raise self.engine.expired("encode") from None
-        encoded = time.perf_counter() - started
-        self.encode[media_type].observe(encoded)
-        await _start(send, job, rows, media_type, len(body), encoded)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
 
 
 def _check_content_type(given: Given) -> None:
@@ -170,12 +189,8 @@ async def _body(given: Given, receive: Receive, limit: int) -> bytes:
             return bytes(body)
 
 
-async def _start(send: Send, job: Job, rows: Rows, media_type: str, size: int, encode: float) -> None:
-    own = [
-        (b"content-length", b"%d" % size),
-        (
-            b"server-timing",
-            b"queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f" % (1e3 * job.queue, 1e3 * job.infer, 1e3 * encode),
-        ),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": own + headers(rows, media_type)})
+def encoded(rows: Rows, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:
+    """The body of an answer, of all its rows, and the seconds that it took."""
+    started = time.perf_counter()
+    body = ENCODERS[media_type](rows, pieces)
+    return body, time.perf_counter() - started

@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 
-@dataclass(eq=False, slots=True)
 class Ticket:
     """The rows 0 .. rows - 1 of one request, computed in order. Only rows of the same model share a batch."""
 
-    model: Any
-    rows: int
-    granted: int = 0  # rows that may be computed by now; more are granted as the client takes what is done
-    taken: int = 0  # rows that went into a batch
-    deficit: int = 0  # rows left of its turn
-    queued: bool = False
+    granted = 0  # rows that may be computed by now; more are granted as the client takes what is done
+    taken = 0  # rows that went into a batch
+    deficit = 0  # rows left of its turn
+    queued = False
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model = model
+        self.rows = rows
 
     @property
     def waiting(self) -> int:
         return self.granted - self.taken
 
+
+LEAST = 4  # a batch that leaves rows to others has at least this part of the rows it could have
 
 T = TypeVar("T", bound=Ticket)
 
@@ -38,11 +41,14 @@ class Piece(NamedTuple, Generic[T]):
     hi: int
 
 
+Closed = Literal["full", "drained", "shared"]  # no more rows fit; no more wait; what waits is left to other runners
+
+
 class Batch(NamedTuple, Generic[T]):
     model: Any
     pieces: list[Piece[T]]
     rows: int
-    closed: Literal["full", "drained"]  # no more rows fit; no more rows of the model wait
+    closed: Closed
 
 
 @dataclass(slots=True)
@@ -57,12 +63,11 @@ class _Queue(Generic[T]):
 class Scheduler(Generic[T]):
     """The one queue: tickets go in, batches come out.
 
-    limit: rows of a batch, until `set_limit` says otherwise of a model. waiting: rows that wait.
+    waiting: rows that wait.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self) -> None:
         self.waiting = 0
-        self._limit = limit
         self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()  # by model, the next one first
         self._limits: dict[Hashable, int] = {}
 
@@ -83,35 +88,35 @@ class Scheduler(Generic[T]):
         self.waiting -= ticket.waiting
         ticket.rows = ticket.granted = ticket.taken
 
-    def take(self) -> Batch[T] | None:
-        """The next batch: of the model whose turn it is, as many rows as wait and fit. None if nothing waits."""
+    def take(self, runners: int = 1) -> Batch[T] | None:
+        """The next batch: of the model whose turn it is, as many rows as wait and fit. None if nothing waits.
+
+        runners: those that are free, this one included. They share what waits, if each has enough to do.
+        """
         while self._queues:
             model, queue = self._queues.popitem(last=False)
+            share = min(queue.limit, max(-(-self.waiting // runners), queue.limit // LEAST))
             pieces: dict[T, int] = {}  # and the first row taken of each
-            kept = queue.limit // 2 if queue.turned else 0
-            room = kept + self._serve(queue.fresh, queue, queue.limit - kept, pieces)
+            kept = share // 2 if queue.turned else 0
+            room = kept + self._serve(queue.fresh, queue, share - kept, pieces)
             room = self._serve(queue.turned, queue, room, pieces)
             room = self._serve(queue.fresh, queue, room, pieces)
             if queue.fresh or queue.turned:
                 self._queues[model] = queue
             if pieces:
-                rows = queue.limit - room
+                rows = share - room
                 self.waiting -= rows
                 cut = [Piece(ticket, lo, ticket.taken) for ticket, lo in pieces.items()]
-                return Batch(model, cut, rows, "drained" if room else "full")
+                closed: Closed = "full" if rows == queue.limit else "shared" if model in self._queues else "drained"
+                return Batch(model, cut, rows, closed)
         return None
-
-    @property
-    def full(self) -> bool:
-        """The next batch cannot grow any more."""
-        return bool(self._queues) and self.waiting >= next(iter(self._queues.values())).limit
 
     def limit(self, model: Hashable) -> int:
         """Rows of a batch of this model."""
-        return self._limits.get(model, self._limit)
+        return self._limits[model]
 
     def set_limit(self, model: Hashable, rows: int) -> None:
-        """From now on."""
+        """From now on; before the first ticket of a model."""
         self._limits[model] = rows
         if model in self._queues:
             self._queues[model].limit = rows

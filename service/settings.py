@@ -48,7 +48,10 @@ class Settings(BaseSettings):
     tf32: bool = False
     """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
     threads: NonNegativeInt = 0
-    """Cores one run of a model on the CPU may use; 0 for all."""
+    """Cores that the models may use on the CPU; 0 for all."""
+    runners: NonNegativeInt = 0
+    """Batches that run at a time on the CPU and share those cores; 0 for one a core, at most 8. 1 suits models that
+    take long for a single row."""
     api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
     max_batch_rows: PositiveInt = 1024

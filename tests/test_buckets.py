@@ -19,7 +19,7 @@ DEMOS = sorted(Path("artifacts").glob("*/1/model.onnx"))
 
 def buckets_of(path: Path, powers: bool) -> Buckets:
     buckets = Buckets(load(path, choose("auto").attempts), MOST, powers)
-    buckets.warm_up()
+    buckets.warm_up(seconds=1)
     return buckets
 
 

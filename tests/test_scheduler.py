@@ -9,6 +9,13 @@ from service.scheduler import Batch, Scheduler, Ticket
 LIMIT = 8
 
 
+def new_scheduler() -> Scheduler[Ticket]:
+    scheduler = Scheduler[Ticket]()
+    for model in "abm":
+        scheduler.set_limit(model, LIMIT)
+    return scheduler
+
+
 def added(scheduler: Scheduler[Ticket], rows: int, granted: int | None = None, model: str = "m") -> Ticket:
     ticket = Ticket(model, rows)
     scheduler.grant(ticket, rows if granted is None else granted)
@@ -22,7 +29,7 @@ def taken(scheduler: Scheduler[Ticket]) -> dict[Ticket, int]:
 
 
 def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     assert scheduler.take() is None
     first, second = added(scheduler, 2), added(scheduler, 3)
     batch = scheduler.take()
@@ -35,14 +42,25 @@ def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
     assert full.closed == "full"
 
 
+def test_free_runners_share_what_waits_if_each_has_enough_to_do() -> None:
+    scheduler = new_scheduler()
+    scheduler.set_limit("m", 64)
+    added(scheduler, 40)
+    batches = [scheduler.take(runners=2), scheduler.take(runners=1)]
+    assert [(batch.rows, batch.closed) for batch in batches if batch] == [(20, "shared"), (20, "drained")]
+    added(scheduler, 5)
+    batches = [scheduler.take(runners=2), scheduler.take(runners=1)]
+    assert [(batch.rows, batch.closed) for batch in batches if batch] == [(4, "shared"), (1, "drained")]
+
+
 def test_requests_that_fit_are_not_cut() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     tickets = [added(scheduler, LIMIT) for _ in range(3)]
     assert [taken(scheduler) for _ in range(3)] == [{ticket: LIMIT} for ticket in tickets]
 
 
 def test_a_new_request_goes_into_the_next_batch_beside_a_long_one() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     long = added(scheduler, 1000)
     assert taken(scheduler) == {long: LIMIT}
     single = added(scheduler, 1)
@@ -50,7 +68,7 @@ def test_a_new_request_goes_into_the_next_batch_beside_a_long_one() -> None:
 
 
 def test_a_long_request_keeps_half_of_each_batch_beside_any_number_of_new_ones() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     long = added(scheduler, 1000)
     taken(scheduler)
     for _ in range(20):
@@ -60,7 +78,7 @@ def test_a_long_request_keeps_half_of_each_batch_beside_any_number_of_new_ones()
 
 
 def test_long_requests_take_turns() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     tickets = [added(scheduler, 1000) for _ in range(3)]
     for _ in range(30):
         taken(scheduler)
@@ -70,7 +88,7 @@ def test_long_requests_take_turns() -> None:
 
 
 def test_models_take_turns_and_never_mix() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     for model in "ab":
         added(scheduler, 20, model=model)
     batches = [scheduler.take() for _ in range(6)]
@@ -78,7 +96,7 @@ def test_models_take_turns_and_never_mix() -> None:
 
 
 def test_no_more_rows_are_taken_than_granted() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     ticket = added(scheduler, 100, granted=3)
     assert taken(scheduler) == {ticket: 3}
     assert scheduler.take() is None
@@ -87,7 +105,7 @@ def test_no_more_rows_are_taken_than_granted() -> None:
 
 
 def test_dropped_rows_do_not_run() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     ticket, other = added(scheduler, 5), added(scheduler, 1)
     scheduler.drop(ticket)
     assert scheduler.waiting == 1
@@ -97,16 +115,16 @@ def test_dropped_rows_do_not_run() -> None:
 
 
 def test_a_limit_holds_from_the_next_batch_on() -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     ticket = added(scheduler, 100)
     scheduler.set_limit("m", 3)
     assert taken(scheduler) == {ticket: 3}
-    assert (scheduler.limit("m"), scheduler.limit("other")) == (3, LIMIT)
+    assert (scheduler.limit("m"), scheduler.limit("a")) == (3, LIMIT)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_batches_are_full_while_rows_wait(sizes: list[int]) -> None:
-    scheduler = Scheduler[Ticket](LIMIT)
+    scheduler = new_scheduler()
     tickets = [added(scheduler, size) for size in sizes]
     batches = 0
     while scheduler.waiting:
@@ -121,7 +139,7 @@ class Rows(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler[Ticket](LIMIT)
+        self.scheduler = new_scheduler()
         self.tickets: list[Ticket] = []
         self.dropped: set[Ticket] = set()
         self.seen: dict[Ticket, int] = {}
@@ -146,9 +164,9 @@ class Rows(RuleBasedStateMachine):
     def limit(self, model: str, rows: int) -> None:
         self.scheduler.set_limit(model, rows)
 
-    @rule()
-    def take(self) -> None:
-        batch: Batch[Ticket] | None = self.scheduler.take()
+    @rule(runners=st.integers(1, 3))
+    def take(self, runners: int) -> None:
+        batch: Batch[Ticket] | None = self.scheduler.take(runners)
         if batch is None:
             assert self.scheduler.waiting == 0
             return

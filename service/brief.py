@@ -1,0 +1,102 @@
+"""The short way of `POST /sample`: for a request that came in one piece, and whose answer will leave in one.
+
+Most do. Here the event loop's callbacks answer them: when the body is there the rows are submitted, when the rows are
+there the answer is written. There is no task, no coroutine and no ASGI message, which would take longer than all else.
+What is checked, computed and sent is the same as on the long way, and by the same functions.
+"""
+
+import time
+from collections.abc import Callable
+
+from service.edge import CLIENT_CLOSED, Edge, Given, refusal, request_id_of
+from service.errors import ClientLeft
+from service.job import Job
+from service.responses import Headers
+from service.sampling import LARGE_BODY, Sampling, encoded
+
+Reply = Callable[["Brief", int, Headers, bytes], None]
+
+
+class ShortWay:
+    """Where uvicorn's protocol hands requests in."""
+
+    def __init__(self, path: str, edge: Edge, sampling: Sampling) -> None:
+        self.path = path
+        self.edge = edge
+        self.sampling = sampling
+
+    def begin(self, given: Given, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
+        """Take the request, or return None if the long way is the one for it.
+
+        reply: called once with the answer's status, headers and body, perhaps before this returns; not called if the
+            client has left.
+        """
+        if len(body) >= LARGE_BODY:
+            return None
+        brief = Brief(self, request_id_of(given), keep_alive, reply)
+        try:
+            self.edge.authorize(self.path, given)
+            brief.deadline = self.sampling.greet(given)
+            rows = self.sampling.read(body)
+            brief.media_type = self.sampling.negotiate(given, rows)
+            size = self.sampling.small(rows, brief.media_type)
+            if size is None:
+                self.edge.metrics.in_flight -= 1
+                return None
+            self.sampling.engine.join(brief)
+            self.sampling.engine.submit(brief, rows, len(body) + size)
+        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+            brief.refuse(error)
+        return brief
+
+
+class Brief(Job):
+    """A request on the short way. To uvicorn, it is the cycle that the connection is in."""
+
+    media_type = ""
+    disconnected = response_complete = False
+
+    def __init__(self, way: ShortWay, request_id: bytes, keep_alive: bool, reply: Reply) -> None:
+        super().__init__(way.sampling.engine, 0.0)
+        self._started = time.perf_counter()
+        self._way = way
+        self._request_id = request_id
+        self._reply = reply
+        self.keep_alive = keep_alive
+        way.edge.metrics.in_flight += 1
+
+    @property
+    def message_event(self) -> "Brief":
+        """What uvicorn sets when the client has left."""
+        return self
+
+    def set(self) -> None:
+        if self.disconnected:
+            self.fail(ClientLeft())
+
+    def news(self) -> None:
+        if self.error is not None:
+            self.refuse(self.error)
+        elif not self.left:
+            try:
+                body, seconds = encoded(self.request, self.media_type, self.done)
+            except Exception as error:  # here too
+                self.refuse(error)
+            else:
+                self._finish(200, self._way.sampling.headers(self, self.media_type, len(body), seconds), body)
+
+    def refuse(self, error: Exception) -> None:
+        if isinstance(error, ClientLeft):
+            self._way.sampling.left(self)
+            self._finish(CLIENT_CLOSED, [], b"")
+        else:
+            self._finish(*refusal(error, self._request_id))
+
+    def _finish(self, status: int, headers: Headers, body: bytes) -> None:
+        self.close()
+        self.response_complete = True
+        if not self.disconnected:
+            headers.append((b"x-request-id", self._request_id))
+            self._reply(self, status, headers, body)
+        self._way.edge.metrics.in_flight -= 1
+        self._way.edge.account("POST", self._way.path, self._way.path, status, self._started, self._request_id)

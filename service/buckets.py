@@ -34,7 +34,7 @@ class Buckets:
         self.prior = contract.prior_arrays()
         self.source = noise.Source()
         self.noise = contract.traits.noise
-        self.words = np.zeros((max_rows, noise.padded(contract.elements)), np.uint64)
+        self.blocks = noise.blocks_of(contract.elements)
         self.inputs: Arrays = {
             name: np.zeros((max_rows, *shape), np.float32) for name, shape in contract.inputs().items()
         }

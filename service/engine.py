@@ -53,7 +53,7 @@ class Engine:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.patience = Patience(loop)
+        self.patience = Patience(loop, self.jobs)
         for runner in self.runners:
             runner.start()
 
@@ -107,7 +107,8 @@ class Engine:
             self._scheduler.drop(job)
 
     def forget(self, job: Job) -> None:
-        self.withdraw(job)
+        if job.taken < job.rows:
+            self.withdraw(job)
         self.jobs.discard(job)
         self.held_bytes -= job.size
 

@@ -36,6 +36,7 @@ class Job(Ticket):
     """
 
     request: Rows
+    seen = 0  # by Patience
     reading = True
     open = True
     error: Exception | None = None

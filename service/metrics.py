@@ -69,9 +69,7 @@ class Metrics:
         self.batches.counts[*labels, batch.closed] += 1
         self.batch_rows.labels(*labels).observe(batch.rows)
         self.infer.labels(*labels).observe(infer)
-        waited = self.queue.labels(*labels)
-        for seconds in queue:
-            waited.observe(seconds)
+        self.queue.labels(*labels).observe(*queue)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -124,8 +122,8 @@ class Series:
         self._sum = 0.0
         self._new: list[float] = []
 
-    def observe(self, value: float) -> None:
-        self._new.append(value)
+    def observe(self, *values: float) -> None:
+        self._new += values
         if len(self._new) >= 4096:
             self._count()
 

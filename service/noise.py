@@ -34,29 +34,29 @@ class Source:
         nothing_left = {"buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
         self._state: Any = {"bit_generator": "Philox", "state": self._at, **nothing_left}
 
-    def draw(self, out: Words, seed: int, start: int, stream: int = LATENT_STREAM) -> None:
-        """The random words of rows start, start + 1, ... of a seed, into `out`, uint64 (rows, 4 * blocks), contiguous.
+    def draw(self, seed: int, start: int, n: int, blocks: int, stream: int = LATENT_STREAM) -> Words:
+        """The random words of rows start .. start + n - 1 of a seed, uint64 (n * 4 * blocks,).
 
         seed and stream: 0 .. 2**64 - 1. Row r begins at counter r * blocks.
         """
-        counter = start * (out.shape[1] // WORDS_PER_BLOCK)
+        counter = start * blocks
         self._at["counter"] = (counter & _WORD, counter >> 64, 0, 0)
         self._at["key"] = (seed, stream)
         self._philox.state = self._state
-        out.reshape(-1)[:] = self._philox.random_raw(out.size)
+        words: Words = self._philox.random_raw(n * blocks * WORDS_PER_BLOCK)
+        return words
 
 
 def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = LATENT_STREAM) -> Words:
     """The random words of rows start .. start + n - 1, uint64 (n, *shape): of a row's blocks as many as it needs."""
     elements = prod(shape)
-    out = np.empty((n, padded(elements)), np.uint64)
-    Source().draw(out, seed, start, stream)
-    return out[:, :elements].reshape(n, *shape)
+    drawn = Source().draw(seed, start, n, blocks_of(elements), stream)
+    return drawn.reshape(n, -1)[:, :elements].reshape(n, *shape)
 
 
-def padded(elements: int) -> int:
-    """Words of the blocks that a row of so many elements owns."""
-    return -(-elements // WORDS_PER_BLOCK) * WORDS_PER_BLOCK
+def blocks_of(elements: int) -> int:
+    """Blocks of four words that a row of so many elements owns."""
+    return -(-elements // WORDS_PER_BLOCK)
 
 
 def uniform(words: Words) -> Float64:

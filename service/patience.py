@@ -1,45 +1,42 @@
 """Deadlines and departures of requests, at no cost to those that are answered at once.
 
-A timer for each request, and a task that watches its client, would take longer than most samples. So all requests share
-one timer, and only who is still there after `PATIENCE` is looked after by himself.
+A timer for each request, and a task that watches its client, would take longer than most samples. So one timer looks
+at all requests from time to time, and only who is seen twice is looked after by himself.
 """
 
 import asyncio
-from collections import deque
+from collections.abc import Collection
 from typing import Protocol
 
 PATIENCE = 0.1  # seconds
 
 
 class Waiting(Protocol):
-    open: bool
     deadline: float  # on the loop's clock
+    seen: int  # times that the timer has found it waiting
 
     def look_after(self) -> None:
-        """It has waited for PATIENCE, or its deadline is nearer than that."""
+        """It has waited for longer than PATIENCE, or its deadline is near."""
 
 
 class Patience:
-    """For one event loop."""
+    """With all that wait on one event loop; whoever is in the collection waits."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, all_waiting: Collection[Waiting]) -> None:
         self._loop = loop
-        self._young: deque[tuple[float, Waiting]] = deque()  # with the time when their patience ends
+        self._all = all_waiting
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, waiting: Waiting) -> None:
-        ends = self._loop.time() + PATIENCE
-        if waiting.deadline < ends:
+        if waiting.deadline < self._loop.time() + 2 * PATIENCE:
+            waiting.seen = 2
             waiting.look_after()
-            return
-        self._young.append((ends, waiting))
-        if self._timer is None:
-            self._timer = self._loop.call_at(ends, self._end)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(PATIENCE, self._look)
 
-    def _end(self) -> None:
-        now = self._loop.time()
-        while self._young and self._young[0][0] <= now:
-            _, waiting = self._young.popleft()
-            if waiting.open:
+    def _look(self) -> None:
+        for waiting in list(self._all):
+            waiting.seen += 1
+            if waiting.seen == 2:
                 waiting.look_after()
-        self._timer = self._loop.call_later(PATIENCE / 2, self._end) if self._young else None
+        self._timer = self._loop.call_later(PATIENCE, self._look) if self._all else None

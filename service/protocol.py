@@ -113,8 +113,7 @@ class Protocol(HttpToolsProtocol):
     def _reply(self, brief: Brief, status: int, headers: Headers, body: bytes) -> None:
         if self.transport.is_closing():
             return
-        cork: Cork = self.transport  # type: ignore[assignment]
-        cork.write_now(head(status, self.server_state.default_headers + headers, brief.keep_alive) + body)
+        self.transport.write(head(status, self.server_state.default_headers + headers, brief.keep_alive) + body)
         if not brief.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -211,10 +210,6 @@ class Cork:
         self._size += len(data)
         if self._size >= ENOUGH:
             self._flush()
-
-    def write_now(self, data: bytes) -> None:
-        self._flush()
-        self._transport.write(data)
 
     def close(self) -> None:
         self._flush()

@@ -64,23 +64,23 @@ def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
 
 def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
     """Write the graph's inputs for the batch. Returns its rows."""
-    contract = buckets.artifact.contract
-    inputs, words, draw = buckets.inputs, buckets.words, buckets.source.draw
+    contract, inputs, draw, blocks = buckets.artifact.contract, buckets.inputs, buckets.source.draw, buckets.blocks
     total = sum(hi - lo for _, lo, hi in batch)
     for name, array in buckets.prior.items():
         inputs[name][:total] = array
-    temperatures, counts = [], []
+    drawn, temperatures, counts = [], [], []
     end = 0
     for rows, lo, hi in batch:
-        begin, end = end, end + hi - lo
-        draw(words[begin:end], rows.seed, rows.start + lo)
+        n = hi - lo
+        begin, end = end, end + n
+        drawn.append(draw(rows.seed, rows.start + lo, n, blocks))
         temperatures.append(0.0 if rows.hard else rows.temperature)
-        counts.append(hi - lo)
+        counts.append(n)
         for name, array in rows.parameters.items():
             inputs[name][begin:end] = array[lo:hi] if array.ndim == inputs[name].ndim else array
     inputs["temperature"][:total] = np.repeat(temperatures, counts)
-    noise = buckets.noise(words[:total, : contract.elements])
-    inputs["noise"][:total] = noise.reshape(total, *contract.latent_shape)
+    words = np.concatenate(drawn).reshape(total, -1)[:, : contract.elements]
+    inputs["noise"][:total] = buckets.noise(words).reshape(total, *contract.latent_shape)
     return total
 
 

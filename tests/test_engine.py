@@ -72,9 +72,15 @@ def at_rest(service: Running) -> bool:
 
 
 @pytest.fixture
-def engine(serve: Callable[..., Running]) -> Iterator[Running]:
+def runners() -> int:
+    """With one, what runs makes all others wait."""
+    return 1
+
+
+@pytest.fixture
+def engine(serve: Callable[..., Running], runners: int) -> Iterator[Running]:
     """A server of its own, which must be at rest in the end and go on."""
-    service = serve()
+    service = serve(runners=runners)
     yield service
     wait_until(lambda: at_rest(service))
     assert service.get("/livez").status_code == 200
@@ -198,6 +204,7 @@ def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
     assert np.array_equal(again, expected)
 
 
+@pytest.mark.parametrize("runners", [1, 2])
 def test_a_burst_of_ten_thousand_tiny_requests(engine: Running) -> None:
     expected = engine.post({"seed": 1}, headers=NPY).content
 
@@ -231,6 +238,7 @@ def test_a_request_exactly_as_large_as_a_batch(engine: Running, n: int) -> None:
     assert np.array_equal(whole, np.concatenate(halves))
 
 
+@pytest.mark.parametrize("runners", [1, 2])
 def test_a_giant_request_beside_tiny_ones(engine: Running) -> None:
     with bystanders(engine), connect(engine) as giant:
         giant.sendall(request({"n": 200_000, "seed": 6}))
@@ -255,7 +263,7 @@ def test_answers_are_bounded_in_bytes(serve: Callable[..., Running]) -> None:
 
 
 def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
-    assert rows_of(engine.post({"n": 300}, headers=NPY)).shape[0] == 300
+    assert rows_of(engine.post({"n": 3000}, headers=NPY)).shape[0] == 3000
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 50})
         wait_until(lambda: engine.service.engine.busy)
@@ -270,8 +278,8 @@ def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
     tiny = {"model": "tiny-gaussian", "version": "1"}
     assert count(engine, "batches_total", closed="full", **tiny) >= 1
     assert count(engine, "batches_total", closed="drained", **tiny) >= 1
-    assert count(engine, "rows_total", **tiny) == 307
-    assert count(engine, "batch_rows_sum", **tiny) == 307
+    assert count(engine, "rows_total", **tiny) == 3007
+    assert count(engine, "batch_rows_sum", **tiny) == 3007
     assert count(engine, "batch_rows_count", **tiny) == sum(
         count(engine, "batches_total", closed=closed, **tiny) for closed in ("full", "drained")
     )
@@ -293,7 +301,7 @@ class Oracle:
         return pixels
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("seed", "runners"), [(1, 1), (2, 2), (3, 3)])
 def test_rows_are_those_computed_alone_while_others_leave_expire_and_are_cut(
     engine: Running, repository: Path, seed: int
 ) -> None:

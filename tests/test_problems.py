@@ -207,7 +207,7 @@ def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
-    service: Running = serve(max_queue_rows=4, max_batch_rows=1)
+    service: Running = serve(max_queue_rows=4, max_batch_rows=1, runners=1)
     slow = {"model": "trouble", "temperature": SLOW + 100}
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(service.post, slow)
@@ -226,7 +226,8 @@ def test_a_request_larger_than_the_queue_is_served_piece_by_piece(serve: Any) ->
     assert len(service.post({"n": 50}).json()["images"]) == 50
 
 
-def test_a_deadline_in_the_model_and_one_in_the_queue(service: Running) -> None:
+def test_a_deadline_in_the_model_and_one_in_the_queue(serve: Any) -> None:
+    service: Running = serve(runners=1)
     slow = {"model": "trouble", "temperature": SLOW + 150}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(service.post, slow, headers={"Request-Timeout": "0.3"})

@@ -90,7 +90,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(repository: Path) -> Non
 
 def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 400}
-    with process(repository, REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as (running, url):
+    with process(repository, REPARAM_RUNNERS="1", REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as (running, url):
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60)
             wait_until(lambda: "reparam_requests_in_flight 2.0" in httpx.get(f"{url}/metrics").text)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from service.edge import CLIENT_CLOSED, Edge, Given, refusal, request_id_of
 from service.errors import ClientLeft
 from service.job import Job
-from service.responses import Headers
+from service.responses import lines
 from service.sampling import LARGE_BODY, Sampling, encoded
 
-Reply = Callable[["Brief", int, Headers, bytes], None]
+Reply = Callable[["Brief", int, bytes, bytes], None]
 
 
 class ShortWay:
@@ -28,7 +28,7 @@ class ShortWay:
     def begin(self, given: Given, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
         """Take the request, or return None if the long way is the one for it.
 
-        reply: called once with the answer's status, headers and body, perhaps before this returns; not called if the
+        reply: called once with status, the lines of the head, and body, perhaps before this returns; not called if the
             client has left.
         """
         if len(body) >= LARGE_BODY:
@@ -83,20 +83,20 @@ class Brief(Job):
             except Exception as error:  # here too
                 self.refuse(error)
             else:
-                self._finish(200, self._way.sampling.headers(self, self.media_type, len(body), seconds), body)
+                self._finish(200, self._way.sampling.head(self, self.media_type, len(body), seconds), body)
 
     def refuse(self, error: Exception) -> None:
         if isinstance(error, ClientLeft):
             self._way.sampling.left(self)
-            self._finish(CLIENT_CLOSED, [], b"")
+            self._finish(CLIENT_CLOSED, b"", b"")
         else:
-            self._finish(*refusal(error, self._request_id))
+            status, headers, body = refusal(error, self._request_id)
+            self._finish(status, lines(headers), body)
 
-    def _finish(self, status: int, headers: Headers, body: bytes) -> None:
+    def _finish(self, status: int, head: bytes, body: bytes) -> None:
         self.close()
         self.response_complete = True
         if not self.disconnected:
-            headers.append((b"x-request-id", self._request_id))
-            self._reply(self, status, headers, body)
+            self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
         self._way.edge.metrics.in_flight -= 1
         self._way.edge.account("POST", self._way.path, self._way.path, status, self._started, self._request_id)

@@ -79,7 +79,7 @@ class Edge:
         seconds = time.perf_counter() - started
         self.metrics.answered(route, status, seconds)
         if self.access_log.enabled:
-            self.access_log.write(method, path, status, request_id.decode(), seconds)
+            self.access_log.write(method, path, status, request_id, seconds)
 
     def authorize(self, path: str, given: Given) -> None:
         """Raises Unauthorized."""

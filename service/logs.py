@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+from functools import lru_cache
 from typing import Literal
 
 import orjson
@@ -40,43 +41,49 @@ class AccessLog:
     def __init__(self, format: Literal["json", "text"]) -> None:
         self.enabled = logging.getLogger(self.LOGGER).isEnabledFor(logging.INFO)
         self._line = _json_line if format == "json" else _text_line
-        self._lines: list[bytes] = []
-        self._second, self._stamp = 0, ""
+        self._entries: list[Entry] = []
 
-    def write(self, method: str, path: str, status: int, request_id: str, seconds: float) -> None:
-        if not self._lines:
+    def write(self, method: str, path: str, status: int, request_id: bytes, seconds: float) -> None:
+        if not self._entries:
             asyncio.get_running_loop().call_later(DELAY, self.flush)
-        self._lines.append(self._line(self._now(), method, path, status, request_id, round(seconds, 6)))
-
-    def _now(self) -> str:
-        """As `logging` writes it."""
-        now = time.time()
-        if int(now) != self._second:
-            self._second = int(now)
-            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        return f"{self._stamp},{int(now % 1 * 1000):03d}"
+        self._entries.append((time.time(), method, path, status, request_id, seconds))
 
     def flush(self) -> None:
-        sys.stderr.buffer.write(b"".join(self._lines))
+        entries, self._entries = self._entries, []
+        sys.stderr.buffer.write(b"".join([self._line(*entry) for entry in entries]))
         sys.stderr.buffer.flush()
-        self._lines.clear()
 
 
-def _json_line(now: str, method: str, path: str, status: int, request_id: str, seconds: float) -> bytes:
+Entry = tuple[float, str, str, int, bytes, float]
+
+
+def _json_line(when: float, method: str, path: str, status: int, request_id: bytes, seconds: float) -> bytes:
     line = {
-        "time": now,
+        "time": _time(when),
         "level": "INFO",
         "logger": AccessLog.LOGGER,
         "message": "request",
         "method": method,
         "path": path,
         "status": status,
-        "request_id": request_id,
-        "seconds": seconds,
+        "request_id": request_id.decode(),
+        "seconds": round(seconds, 6),
     }
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _text_line(now: str, method: str, path: str, status: int, request_id: str, seconds: float) -> bytes:
-    fields = f"method={method} path={_plain(path)} status={status} request_id={_plain(request_id)} seconds={seconds}"
-    return f"{now} INFO    request {fields}\n".encode()
+def _text_line(when: float, method: str, path: str, status: int, request_id: bytes, seconds: float) -> bytes:
+    return (
+        f"{_time(when)} INFO    request method={method} path={_plain(path)} status={status} "
+        f"request_id={_plain(request_id.decode())} seconds={round(seconds, 6)}\n"
+    ).encode()
+
+
+def _time(when: float) -> str:
+    """As `logging` writes it."""
+    return f"{_second(int(when))},{int(when % 1 * 1000):03d}"
+
+
+@lru_cache(2)
+def _second(when: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))

@@ -6,19 +6,20 @@ headers, one by one; here they are joined at once.
 """
 
 import asyncio
+from math import inf
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
 from service.patience import PATIENCE
-from service.responses import Headers
+from service.responses import lines
 from service.sampling import LARGE_BODY
 
 ENOUGH = 2**16  # bytes that are written at once
 BODILESS = (204, 304)
-LINE = b"%b: %b\r\n".__mod__
-CHUNKED, CLOSE = (b"transfer-encoding", b"chunked"), (b"connection", b"close")
+CHUNKED = (b"transfer-encoding", b"chunked")
+END_AND_CLOSE = b"connection: close\r\n\r\n"
 
 
 class Protocol(HttpToolsProtocol):
@@ -32,6 +33,8 @@ class Protocol(HttpToolsProtocol):
         self._waiting = False  # for the rest of a request that may go the short way
         self._body = b""
         self._patience: asyncio.TimerHandle | None = None
+        self._idle_since = inf  # on the loop's clock; inf while it is not
+        self._keep_alive: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(Cork(transport, self.loop))  # type: ignore[arg-type]  # all that uvicorn uses of one
@@ -39,12 +42,15 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
         super().connection_lost(exc)
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
 
     def shutdown(self) -> None:
         self._go_on()
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
+        self._idle_since = inf
         super().data_received(data)
         if self._waiting and self._patience is None:
             self._patience = self.loop.call_later(PATIENCE, self._go_on)
@@ -89,6 +95,26 @@ class Protocol(HttpToolsProtocol):
             self._go_on()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """As uvicorn has it, but with one timer a connection instead of one an answer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._keep_alive is None:
+            self._keep_alive = self.loop.call_later(self.timeout_keep_alive, self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        left = self.timeout_keep_alive - (self.loop.time() - self._idle_since)
+        if left <= 0:
+            self.timeout_keep_alive_handler()
+        else:
+            self._keep_alive = self.loop.call_later(min(left, self.timeout_keep_alive), self._end_if_idle)
+
     def _end_waiting(self) -> None:
         self._waiting = False
         if self._patience is not None:
@@ -110,10 +136,12 @@ class Protocol(HttpToolsProtocol):
         self.headers += headers  # the list that is in the scope
         super().on_headers_complete()
 
-    def _reply(self, brief: Brief, status: int, headers: Headers, body: bytes) -> None:
+    def _reply(self, brief: Brief, status: int, head: bytes, body: bytes) -> None:
         if self.transport.is_closing():
             return
-        self.transport.write(head(status, self.server_state.default_headers + headers, brief.keep_alive) + body)
+        default = lines(self.server_state.default_headers)
+        end = b"\r\n" if brief.keep_alive else END_AND_CLOSE
+        self.transport.write(b"".join([STATUS_LINE[status], default, head, end, body]))
         if not brief.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -121,16 +149,6 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)
-
-
-def head(status: int, headers: Headers, keep_alive: bool) -> bytes:
-    """The head of an answer. Raises ValueError for a header that would begin another line."""
-    if not keep_alive:
-        headers = [*headers, CLOSE]
-    lines = b"".join(map(LINE, headers))
-    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers):
-        raise ValueError(f"a header holds a line break: {headers}")
-    return b"%b%b\r\n" % (STATUS_LINE[status], lines)
 
 
 class Answer:
@@ -167,7 +185,8 @@ class Answer:
             self._left = 0
         else:
             headers.append(CHUNKED)
-        self._head = head(status, headers, cycle.keep_alive)
+        end = b"\r\n" if cycle.keep_alive else END_AND_CLOSE
+        self._head = b"".join([STATUS_LINE[status], lines(headers), end])
 
     def _continue(self, body: Any, more: bool) -> None:
         cycle, head = self._cycle, self._head

@@ -55,23 +55,37 @@ def _best(media_types: Sequence[str], accept: str) -> str:
         return ""
 
 
-def headers(rows: Rows, media_type: str) -> Headers:
-    """Of an answer: what it is, and how to get it again."""
-    return [
-        (b"sample-seed", b"%d" % rows.seed),
-        (b"sample-start", b"%d" % rows.start),
-        *_headers(rows.model, media_type),
-    ]
+def head(rows: Rows, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
+    """The lines of an answer's head: what it is, how to get it again, and how long that took.
+
+    size: bytes of the body. queue, infer, encode: seconds.
+    """
+    return (
+        b"content-length: %d\r\nserver-timing: queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f\r\n"
+        b"sample-seed: %d\r\nsample-start: %d\r\n%b"
+        % (size, 1e3 * queue, 1e3 * infer, 1e3 * encode, rows.seed, rows.start, _head(rows.model, media_type))
+    )
 
 
 @lru_cache(1024)
-def _headers(model: Model, media_type: str) -> Headers:
-    return [
-        (b"content-type", media_type.encode()),
-        (b"model-name", model.name.encode()),
-        (b"model-version", b"%d" % model.version),
-        (b"noise-version", b"%d" % NOISE_VERSION),
-    ]
+def _head(model: Model, media_type: str) -> bytes:
+    return (
+        f"content-type: {media_type}\r\nmodel-name: {model.name}\r\nmodel-version: {model.version}\r\n"
+        f"noise-version: {NOISE_VERSION}\r\n"
+    ).encode()
+
+
+def headers(lines: bytes) -> Headers:
+    """The same as ASGI has it."""
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.splitlines())]
+
+
+def lines(headers: Headers) -> bytes:
+    """And back. Raises ValueError for a header that would begin another line."""
+    joined = b"".join([b"%b: %b\r\n" % header for header in headers])
+    if joined.count(b"\n") != len(headers) or joined.count(b"\r") != len(headers):
+        raise ValueError(f"a header holds a line break: {headers}")
+    return joined
 
 
 def npy_header(rows: Rows, piece: Arrays) -> tuple[bytes, int]:
@@ -112,7 +126,7 @@ def _json(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
 
 
 def _npy(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
-    return b"".join([npy_header(rows, pieces[0])[0], *buffers(pieces)])
+    return b"".join([npy_header(rows, pieces[0])[0], *(array.data for piece in pieces for array in piece.values())])
 
 
 def _png(_: Rows, pieces: Sequence[Arrays]) -> bytes:

@@ -14,7 +14,7 @@ from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMedi
 from service.job import Awaited, Job
 from service.life import Service
 from service.requests import parse, resolve, row_bytes
-from service.responses import ENCODERS, MEDIA_TYPES, NPY, Headers, buffers, headers, negotiate, npy_header
+from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, head, headers, negotiate, npy_header
 from service.rows import Rows
 
 LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on meanwhile
@@ -89,15 +89,10 @@ class Sampling:
             )
         return size
 
-    def headers(self, job: Job, media_type: str, size: int, encode: float) -> Headers:
-        """size: bytes of the body. encode: seconds that it took."""
+    def head(self, job: Job, media_type: str, size: int, encode: float) -> bytes:
+        """The lines of an answer's head. size: bytes of the body. encode: seconds that it took."""
         self.encode[media_type].observe(encode)
-        timing = (1e3 * job.queue, 1e3 * job.infer, 1e3 * encode)
-        return [
-            (b"content-length", b"%d" % size),
-            (b"server-timing", b"queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f" % timing),
-            *headers(job.request, media_type),
-        ]
+        return head(job.request, media_type, size, job.queue, job.infer, encode)
 
     def left(self, job: Job) -> None:
         """Count a client that did not wait for its answer."""
@@ -116,8 +111,8 @@ class Sampling:
                     body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)
             except TimeoutError:
                 raise self.engine.expired("encode") from None
-        own = self.headers(job, media_type, len(body), seconds)
-        await send({"type": "http.response.start", "status": 200, "headers": own})
+        lines = self.head(job, media_type, len(body), seconds)
+        await send({"type": "http.response.start", "status": 200, "headers": headers(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
 
@@ -130,7 +125,8 @@ class Sampling:
             pieces += await job.all()
         else:
             job.lift_deadline()
-        await send({"type": "http.response.start", "status": 200, "headers": self.headers(job, NPY, size, 0.0)})
+        lines = self.head(job, NPY, size, 0.0)
+        await send({"type": "http.response.start", "status": 200, "headers": headers(lines)})
         await send({"type": "http.response.body", "body": header, "more_body": True})
         while True:
             for message in buffers(pieces):

@@ -48,9 +48,9 @@ def test_free_runners_share_what_waits_if_each_has_enough_to_do() -> None:
     added(scheduler, 40)
     batches = [scheduler.take(runners=2), scheduler.take(runners=1)]
     assert [(batch.rows, batch.closed) for batch in batches if batch] == [(20, "shared"), (20, "drained")]
-    added(scheduler, 5)
+    added(scheduler, 20)
     batches = [scheduler.take(runners=2), scheduler.take(runners=1)]
-    assert [(batch.rows, batch.closed) for batch in batches if batch] == [(4, "shared"), (1, "drained")]
+    assert [(batch.rows, batch.closed) for batch in batches if batch] == [(16, "shared"), (4, "drained")]
 
 
 def test_requests_that_fit_are_not_cut() -> None:

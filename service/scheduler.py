@@ -1,8 +1,9 @@
 """Which rows run next: deficit round robin between requests (Shreedhar and Varghese, 1996). No thread, no clock.
 
 Requests are divisible, so a deficit is what a request has left of its turn when a batch is full. A request that has
-had no turn yet goes before those that have (as new flows do in FQ-CoDel, RFC 8290), but half of each batch is kept for
-the latter: a stream of a million rows delays a single row by one batch, and single rows never starve the stream.
+had no turn yet goes before those that have (as new flows do in FQ-CoDel, RFC 8290), in a batch of its own if that is
+small. But every other batch is for the latter, or half of each where the former are many: a stream of a million rows
+delays a single row by less than one batch, and single rows never starve the stream.
 """
 
 from collections import OrderedDict, deque
@@ -41,7 +42,8 @@ class Piece(NamedTuple, Generic[T]):
     hi: int
 
 
-Closed = Literal["full", "drained", "shared"]  # no more rows fit; no more wait; what waits is left to other runners
+# No more rows fit; no more wait; more do, but go to other runners; or after these few, whose first turn it is.
+Closed = Literal["full", "drained", "shared", "fresh"]
 
 
 class Batch(NamedTuple, Generic[T]):
@@ -56,6 +58,7 @@ class _Queue(Generic[T]):
     """What waits for one model."""
 
     limit: int  # rows of a batch
+    hurried: bool = False  # the last batch was for the fresh alone
     fresh: deque[T] = field(default_factory=deque)  # no turn yet
     turned: deque[T] = field(default_factory=deque)
 
@@ -95,20 +98,23 @@ class Scheduler(Generic[T]):
         """
         while self._queues:
             model, queue = self._queues.popitem(last=False)
-            share = min(queue.limit, max(-(-self.waiting // runners), queue.limit // LEAST))
+            least = max(1, queue.limit // LEAST)
+            share = min(queue.limit, max(-(-self.waiting // runners), least))
             pieces: dict[T, int] = {}  # and the first row taken of each
-            kept = share // 2 if queue.turned else 0
+            kept = (share + queue.hurried) // 2 if queue.turned else 0
+            may_hurry = bool(queue.turned) and not queue.hurried and self.waiting > queue.limit
             room = kept + self._serve(queue.fresh, queue, share - kept, pieces)
-            room = self._serve(queue.turned, queue, room, pieces)
-            room = self._serve(queue.fresh, queue, room, pieces)
+            queue.hurried = may_hurry and 0 < share - room <= least
+            if not queue.hurried:
+                room = self._serve(queue.turned, queue, room, pieces)
+                room = self._serve(queue.fresh, queue, room, pieces)
             if queue.fresh or queue.turned:
                 self._queues[model] = queue
             if pieces:
                 rows = share - room
                 self.waiting -= rows
                 cut = [Piece(ticket, lo, ticket.taken) for ticket, lo in pieces.items()]
-                closed: Closed = "full" if rows == queue.limit else "shared" if model in self._queues else "drained"
-                return Batch(model, cut, rows, closed)
+                return Batch(model, cut, rows, self._why(queue, rows))
         return None
 
     def limit(self, model: Hashable) -> int:
@@ -120,6 +126,13 @@ class Scheduler(Generic[T]):
         self._limits[model] = rows
         if model in self._queues:
             self._queues[model].limit = rows
+
+    def _why(self, queue: _Queue[T], rows: int) -> Closed:
+        if queue.hurried:
+            return "fresh"
+        if rows == queue.limit:
+            return "full"
+        return "shared" if queue.fresh or queue.turned else "drained"
 
     def _serve(self, line: deque[T], queue: _Queue[T], room: int, pieces: dict[T, int]) -> int:
         """Give the tickets in the line their turns until there is no room. Returns the room left."""

@@ -1,5 +1,6 @@
 """The order in which rows run, without threads and clocks."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -59,22 +60,32 @@ def test_requests_that_fit_are_not_cut() -> None:
     assert [taken(scheduler) for _ in range(3)] == [{ticket: LIMIT} for ticket in tickets]
 
 
-def test_a_new_request_goes_into_the_next_batch_beside_a_long_one() -> None:
+def test_a_new_request_goes_before_a_long_one_which_has_the_batch_after_that() -> None:
     scheduler = new_scheduler()
     long = added(scheduler, 1000)
     assert taken(scheduler) == {long: LIMIT}
-    single = added(scheduler, 1)
-    assert taken(scheduler) == {single: 1, long: LIMIT - 1}
+    first, second = added(scheduler, 1), added(scheduler, 1)
+    batch = scheduler.take()
+    assert batch is not None
+    assert (batch.pieces, batch.closed) == ([(first, 0, 1), (second, 0, 1)], "fresh")
+    third = added(scheduler, 1)
+    assert taken(scheduler) == {third: 1, long: LIMIT - 1}
 
 
-def test_a_long_request_keeps_half_of_each_batch_beside_any_number_of_new_ones() -> None:
-    scheduler = new_scheduler()
-    long = added(scheduler, 1000)
-    taken(scheduler)
-    for _ in range(20):
-        for _ in range(LIMIT):
-            added(scheduler, 1)
-        assert taken(scheduler)[long] == LIMIT // 2
+@pytest.mark.parametrize("limit", [1, 2, 3, LIMIT, 64])
+def test_new_requests_do_not_starve_a_long_one(limit: int) -> None:
+    """Be they few or many at a time, it has every other batch, or half of each."""
+    for news in (1, limit // 4 + 1, limit):
+        scheduler = new_scheduler()
+        scheduler.set_limit("m", limit)
+        long = added(scheduler, 10_000)
+        taken(scheduler)
+        before = long.taken
+        for _ in range(20):
+            for _ in range(news):
+                added(scheduler, 1)
+            taken(scheduler)
+        assert long.taken - before >= 10 * (limit // 2 or 1)
 
 
 def test_long_requests_take_turns() -> None:
@@ -123,14 +134,19 @@ def test_a_limit_holds_from_the_next_batch_on() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
-def test_batches_are_full_while_rows_wait(sizes: list[int]) -> None:
+def test_batches_are_full_while_rows_wait_but_those_of_a_few_new_ones(sizes: list[int]) -> None:
     scheduler = new_scheduler()
     tickets = [added(scheduler, size) for size in sizes]
-    batches = 0
+    hurried = False
     while scheduler.waiting:
-        assert taken(scheduler)
-        batches += 1
-    assert batches == -(-sum(sizes) // LIMIT)
+        batch = scheduler.take()
+        assert batch is not None
+        if batch.closed == "fresh":
+            assert batch.rows <= LIMIT // 4
+            assert not hurried
+        else:
+            assert batch.rows == LIMIT if scheduler.waiting else batch.rows <= LIMIT
+        hurried = batch.closed == "fresh"
     assert all(ticket.taken == size for ticket, size in zip(tickets, sizes, strict=True))
 
 

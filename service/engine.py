@@ -20,7 +20,7 @@ from service.rows import Rows
 from service.runner import Runner
 from service.scheduler import Batch, Scheduler
 
-BATCH_SECONDS = 0.005  # a batch has as many rows as take about that long: what a row may have to wait for others
+BATCH_SECONDS = 0.0025  # a batch has as many rows as take about that long: what a row may have to wait for others
 WINDOW = 4  # batches of one request that wait or lie computed at a time, so that no thread need wait for a reader
 GATHERING = 3  # turns of the loop that a runner waits for more rows, while each brings some
 FORGETTING = 0.1  # what the latest batch counts for in the measured rate

@@ -6,9 +6,11 @@ headers, one by one; here they are joined at once.
 """
 
 import asyncio
+from collections.abc import Sized
 from math import inf
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
@@ -38,6 +40,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(Cork(transport, self.loop))  # type: ignore[arg-type]  # all that uvicorn uses of one
+        self.flow = Flow(self.transport, self.pipeline)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
@@ -100,10 +103,10 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
             return
+        self.flow.resume_reading()
         self._idle_since = self.loop.time()
         if self._keep_alive is None:
             self._keep_alive = self.loop.call_later(self.timeout_keep_alive, self._end_if_idle)
@@ -212,6 +215,19 @@ class Answer:
             cycle.on_response()
 
 
+class Flow(FlowControl):
+    """Reads nothing more from a client while requests of its wait for their turn. uvicorn reads on with each answer, so
+    that a client which does not listen fills the memory with its questions."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
 class Cork:
     """A transport that writes together what it was given in one turn of the event loop."""
 
@@ -239,5 +255,6 @@ class Cork:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._transport.writelines(self._waiting)
+            if not self._transport.is_closing():  # as it is after a reset by the client
+                self._transport.writelines(self._waiting)
             self._waiting, self._size = [], 0

@@ -5,14 +5,17 @@ there the answer is written. There is no task, no coroutine and no ASGI message,
 What is checked, computed and sent is the same as on the long way, and by the same functions.
 """
 
+import logging
 import time
 from collections.abc import Callable
 
 from service.edge import CLIENT_CLOSED, Edge, Given, refusal, request_id_of
-from service.errors import ClientLeft
+from service.errors import ClientLeft, Unauthorized
 from service.job import Job
 from service.responses import lines
 from service.sampling import LARGE_BODY, Sampling, encoded
+
+log = logging.getLogger(__name__)
 
 Reply = Callable[["Brief", int, bytes, bytes], None]
 
@@ -24,6 +27,18 @@ class ShortWay:
         self.path = path
         self.edge = edge
         self.sampling = sampling
+        self.most = min(
+            LARGE_BODY, sampling.settings.max_body_bytes + 1
+        )  # bytes of a body for which it is the long way
+
+    def is_open(self, given: Given) -> bool:
+        """From the head of a request: its body is worth waiting for."""
+        announced = given.get(b"content-length", b"")
+        try:
+            self.edge.authorize(self.path, given)
+        except Unauthorized:
+            return False
+        return not announced.isdigit() or int(announced) < self.most
 
     def begin(self, given: Given, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
         """Take the request, or return None if the long way is the one for it.
@@ -31,7 +46,7 @@ class ShortWay:
         reply: called once with status, the lines of the head, and body, perhaps before this returns; not called if the
             client has left.
         """
-        if len(body) >= LARGE_BODY:
+        if len(body) >= self.most:
             return None
         brief = Brief(self, request_id_of(given), keep_alive, reply)
         try:
@@ -39,12 +54,12 @@ class ShortWay:
             brief.deadline = self.sampling.greet(given)
             rows = self.sampling.read(body)
             brief.media_type = self.sampling.negotiate(given, rows)
-            size = self.sampling.small(rows, brief.media_type)
+            size = self.sampling.size_if_small(rows, brief.media_type)
             if size is None:
                 self.edge.metrics.in_flight -= 1
                 return None
             self.sampling.engine.join(brief)
-            self.sampling.engine.submit(brief, rows, len(body) + size)
+            self.sampling.engine.submit(brief, rows, len(body) + size, rows.n)
         except Exception as error:  # the last resort: whatever it is, the client gets a problem document
             brief.refuse(error)
         return brief
@@ -80,10 +95,11 @@ class Brief(Job):
         elif not self.left:
             try:
                 body, seconds = encoded(self.request, self.media_type, self.done)
+                head = self._way.sampling.head(self, self.media_type, len(body), seconds)
             except Exception as error:  # here too
                 self.refuse(error)
             else:
-                self._finish(200, self._way.sampling.head(self, self.media_type, len(body), seconds), body)
+                self._finish(200, head, body)
 
     def refuse(self, error: Exception) -> None:
         if isinstance(error, ClientLeft):
@@ -97,6 +113,9 @@ class Brief(Job):
         self.close()
         self.response_complete = True
         if not self.disconnected:
-            self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
+            try:
+                self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
+            except Exception:  # others in the same batch must not suffer
+                log.exception("not written", extra={"request_id": self._request_id.decode()})
         self._way.edge.metrics.in_flight -= 1
         self._way.edge.account("POST", self._way.path, self._way.path, status, self._started, self._request_id)

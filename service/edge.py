@@ -66,8 +66,8 @@ class Edge:
             if status:  # half an answer is out, and cutting it short is all that can be said
                 log.exception("broken off", extra={"request_id": request_id.decode()})
             else:
-                status_, headers, body = refusal(error, request_id)
-                await send_with_id({"type": "http.response.start", "status": status_, "headers": headers})
+                code, headers, body = refusal(error, request_id)
+                await send_with_id({"type": "http.response.start", "status": code, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
         finally:
             self.metrics.in_flight -= 1

@@ -78,14 +78,13 @@ class Engine:
         self.jobs.add(job)
         self.patience.begin(job)
 
-    def submit(self, job: Job, rows: Rows, size: int) -> None:
-        """Let these rows be computed. size: bytes that the answer holds at a time.
+    def submit(self, job: Job, rows: Rows, size: int, first: int) -> None:
+        """Let these rows be computed, the first of them now. size: bytes that the answer holds at a time.
 
         Raises Unavailable, and QueueFull with the seconds after which the rows ahead should be done.
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
-        first = min(rows.n, self.window(rows.model))
         self._admit(first, size)
         self.held_bytes += size
         job.ask(rows, size)
@@ -97,6 +96,9 @@ class Engine:
 
     def grant(self, job: Job, rows: int) -> None:
         """Let so many more rows of the job be computed."""
+        if self._closed:
+            job.fail(Unavailable(self._closed, retry_after=1))
+            return
         with self._lock:
             self._scheduler.grant(job, rows)
         self._open_gate_soon()

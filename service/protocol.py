@@ -16,7 +16,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.brief import Brief, ShortWay
 from service.patience import PATIENCE
 from service.responses import lines
-from service.sampling import LARGE_BODY
 
 ENOUGH = 2**16  # bytes that are written at once
 BODILESS = (204, 304)
@@ -56,9 +55,13 @@ class Protocol(HttpToolsProtocol):
         self._idle_since = inf
         super().data_received(data)
         if self._waiting and self._patience is None:
-            self._patience = self.loop.call_later(PATIENCE, self._go_on)
+            if self._short is not None and self._short.is_open(dict(self.headers)):
+                self._patience = self.loop.call_later(PATIENCE, self._go_on)
+            else:
+                self._go_on()
 
     def on_message_begin(self) -> None:
+        self._idle_since = inf
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -83,7 +86,7 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
             return
         self._body += body
-        if len(self._body) >= LARGE_BODY:
+        if self._short is not None and len(self._body) >= self._short.most:
             self._go_on()
 
     def on_message_complete(self) -> None:
@@ -212,6 +215,7 @@ class Answer:
             cycle.message_event.set()
             if not cycle.keep_alive:
                 cycle.transport.close()
+            del cycle.send  # which refers to the cycle
             cycle.on_response()
 
 

@@ -43,7 +43,8 @@ class Sampling:
             body = await _body(given, receive, self.settings.max_body_bytes)
             rows = self.read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self.read, body)
             media_type = self.negotiate(given, rows)
-            self.engine.submit(job, rows, len(body) + self.held(rows, media_type))
+            size = len(body) + self.held(rows, media_type)
+            self.engine.submit(job, rows, size, min(rows.n, self.engine.window(rows.model)))
             await self._send(job, media_type, send)
         except ClientLeft:
             self.left(job)
@@ -69,7 +70,7 @@ class Sampling:
         """The media type of the answer. Raises NotAcceptable."""
         return negotiate(given.get(b"accept", b"*/*"), rows.outputs)
 
-    def small(self, rows: Rows, media_type: str) -> int | None:
+    def size_if_small(self, rows: Rows, media_type: str) -> int | None:
         """Raw bytes of an answer that is computed as a whole and encoded in no time; None of any other."""
         size = rows.n * row_bytes(rows.model, rows.outputs)
         return size if size <= self._small[media_type] and rows.n <= self.engine.window(rows.model) else None
@@ -99,7 +100,7 @@ class Sampling:
         self.service.metrics.cancelled.labels(job.stage).inc()
 
     async def _send(self, job: Awaited, media_type: str, send: Send) -> None:
-        if self.small(job.request, media_type):
+        if self.size_if_small(job.request, media_type) is not None:
             body, seconds = encoded(job.request, media_type, await job.all())
         elif media_type == NPY:
             await self._stream(job, send)

@@ -29,7 +29,7 @@ class Ticket:
         return self.granted - self.taken
 
 
-LEAST = 4  # a batch that leaves rows to others has at least this part of the rows it could have
+PARTS = 4  # a batch that leaves rows to others is at least one of so many parts of a full one
 
 T = TypeVar("T", bound=Ticket)
 
@@ -58,6 +58,7 @@ class _Queue(Generic[T]):
     """What waits for one model."""
 
     limit: int  # rows of a batch
+    waiting: int = 0
     hurried: bool = False  # the last batch was for the fresh alone
     fresh: deque[T] = field(default_factory=deque)  # no turn yet
     turned: deque[T] = field(default_factory=deque)
@@ -77,18 +78,23 @@ class Scheduler(Generic[T]):
     def grant(self, ticket: T, rows: int) -> None:
         """Let `rows` more rows of the ticket be computed, at most as many as it has."""
         rows = max(0, min(rows, ticket.rows - ticket.granted))
+        if not rows:
+            return
+        queue = self._queues.get(ticket.model)
+        if queue is None:
+            queue = self._queues[ticket.model] = _Queue(self.limit(ticket.model))
         ticket.granted += rows
+        queue.waiting += rows
         self.waiting += rows
-        if rows and not ticket.queued:
-            queue = self._queues.get(ticket.model)
-            if queue is None:
-                queue = self._queues[ticket.model] = _Queue(self.limit(ticket.model))
+        if not ticket.queued:
             (queue.turned if ticket.taken else queue.fresh).append(ticket)
             ticket.queued = True
 
     def drop(self, ticket: T) -> None:
         """Forget the rows of the ticket that wait; nothing can be granted to it any more."""
-        self.waiting -= ticket.waiting
+        if ticket.waiting:
+            self._queues[ticket.model].waiting -= ticket.waiting
+            self.waiting -= ticket.waiting
         ticket.rows = ticket.granted = ticket.taken
 
     def take(self, runners: int = 1) -> Batch[T] | None:
@@ -98,11 +104,13 @@ class Scheduler(Generic[T]):
         """
         while self._queues:
             model, queue = self._queues.popitem(last=False)
-            least = max(1, queue.limit // LEAST)
-            share = min(queue.limit, max(-(-self.waiting // runners), least))
+            least = max(1, queue.limit // PARTS)
+            share = min(queue.limit, max(-(-queue.waiting // runners), least))
             pieces: dict[T, int] = {}  # and the first row taken of each
-            kept = (share + queue.hurried) // 2 if queue.turned else 0
-            may_hurry = bool(queue.turned) and not queue.hurried and self.waiting > queue.limit
+            kept = 0  # for those that had a turn
+            if queue.turned:
+                kept = -(-share // 2) if queue.hurried else share // 2
+            may_hurry = bool(queue.turned) and not queue.hurried and queue.waiting > queue.limit
             room = kept + self._serve(queue.fresh, queue, share - kept, pieces)
             queue.hurried = may_hurry and 0 < share - room <= least
             if not queue.hurried:
@@ -112,6 +120,7 @@ class Scheduler(Generic[T]):
                 self._queues[model] = queue
             if pieces:
                 rows = share - room
+                queue.waiting -= rows
                 self.waiting -= rows
                 cut = [Piece(ticket, lo, ticket.taken) for ticket, lo in pieces.items()]
                 return Batch(model, cut, rows, self._why(queue, rows))

@@ -150,3 +150,29 @@ def test_answers_that_nobody_reads_take_little_memory(serve: Any) -> None:
         counted = service.service.metrics.requests.counts["/sample", 200]
         assert counted * 64 * 64 < 16 * 2**20  # what the sockets hold, and a little more
     wait_until(lambda: not service.service.engine.jobs)
+
+
+@pytest.mark.parametrize("second", [numbered({"seed": 1, "n": 64}), CASES["large"]], ids=["short", "long"])
+def test_a_refusal_does_not_end_the_request_behind_it(service: Running, second: bytes) -> None:
+    """Both come in one packet, the second not yet whole; the connection is not idle."""
+    with connect(service) as connection, connection.makefile("rb") as stream:
+        connection.sendall(CASES["no JSON"] + second[:-3])
+        assert read(stream)[0] == 422
+        time.sleep(5.5)
+        connection.sendall(second[-3:])
+        assert read(stream)[0] == 200
+
+
+def test_the_limit_of_a_body_holds_on_both_ways(serve: Any) -> None:
+    service: Running = serve(max_body_bytes=100)
+    message = numbered({"model": "x" * 100})
+    answers = [ask(service, message), ask(service, message.replace(b"POST /sample HTTP/1.1", LONG))]
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 413
+
+
+def test_what_is_refused_by_its_head_need_not_send_its_body(serve: Any) -> None:
+    service: Running = serve(max_body_bytes=1000)
+    with connect(service) as connection, connection.makefile("rb") as stream:
+        connection.sendall(b"POST /sample HTTP/1.1\r\nHost: reparam\r\nContent-Length: 5000\r\n\r\n")
+        assert read(stream)[0] == 413

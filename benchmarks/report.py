@@ -44,7 +44,9 @@ def record(name: str, report: Report) -> str:
             "measured": report.title,
             "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
             "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "uncommitted_changes": bool(
+                _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+            ),
             "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
             "python": platform.python_version(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

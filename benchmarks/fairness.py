@@ -53,10 +53,11 @@ def _batches(running: Running) -> tuple[float, float]:
     with urlopen(f"http://127.0.0.1:{running.port}/metrics") as response:
         lines = response.read().decode().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("reparam_infer_duration_seconds_"))
-    return tuple(
-        sum(float(value) for name, value in values.items() if name.startswith(f"reparam_infer_duration_seconds_{part}"))
-        for part in ("sum", "count")
-    )  # type: ignore[return-value]  # of two
+
+    def total(part: str) -> float:
+        return sum(float(value) for name, value in values.items() if f"_{part}{{" in name)
+
+    return total("sum"), total("count")
 
 
 def _beside_many(running: Running, seconds: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from service.edge import CLIENT_CLOSED, Edge, Given, refusal, request_id_of
 from service.errors import ClientLeft, Unauthorized
 from service.job import Job
 from service.responses import lines
-from service.sampling import LARGE_BODY, Sampling, encoded
+from service.sampling import LARGE_BODY, Sampling, announced, encoded
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +27,16 @@ class ShortWay:
         self.path = path
         self.edge = edge
         self.sampling = sampling
-        self.most = min(
-            LARGE_BODY, sampling.settings.max_body_bytes + 1
-        )  # bytes of a body for which it is the long way
+        # Bytes of a body from which on it takes the long way.
+        self.most = min(LARGE_BODY, sampling.settings.max_body_bytes + 1)
 
     def is_open(self, given: Given) -> bool:
         """From the head of a request: its body is worth waiting for."""
-        announced = given.get(b"content-length", b"")
         try:
             self.edge.authorize(self.path, given)
         except Unauthorized:
             return False
-        return not announced.isdigit() or int(announced) < self.most
+        return announced(given) < self.most
 
     def begin(self, given: Given, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
         """Take the request, or return None if the long way is the one for it.

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Host(Protocol):
     def expired(self, stage: str) -> DeadlineExceeded: ...
 
 
-class Job(Ticket):
+class Job(Ticket, ABC):
     """One request, until the last byte of its answer. Whoever has it closes it.
 
     deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes the answer holds at a time.
@@ -68,9 +69,9 @@ class Job(Ticket):
             return "send"
         return "queue" if self.taken == self.request.n - self.left else "infer"
 
+    @abstractmethod
     def news(self) -> None:
         """Something was done, or it failed."""
-        raise NotImplementedError
 
     def look_after(self) -> None:
         """It has waited for a while: watch the clock."""

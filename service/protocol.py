@@ -20,17 +20,17 @@ from service.responses import lines
 ENOUGH = 2**16  # bytes that are written at once
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
-END_AND_CLOSE = b"connection: close\r\n\r\n"
+CLOSE = b"connection: close\r\n"
 
 
 class Protocol(HttpToolsProtocol):
-    """Takes requests for the application's `short` way, where it has one, as soon as they are whole; all others go the
-    way that uvicorn sends them, and so do those that are too large or too slow to wait for."""
+    """Takes requests for the application's `short` way as soon as they are whole; all others go the way that uvicorn
+    sends them, and so do those that are too large or too slow to wait for."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._short: ShortWay | None = getattr(self.app, "short", None)
-        self._path = self._short.path.encode() if self._short else b""
+        self._short: ShortWay = self.app.short  # it is our Application
+        self._path = self._short.path.encode()
         self._waiting = False  # for the rest of a request that may go the short way
         self._body = b""
         self._patience: asyncio.TimerHandle | None = None
@@ -55,7 +55,7 @@ class Protocol(HttpToolsProtocol):
         self._idle_since = inf
         super().data_received(data)
         if self._waiting and self._patience is None:
-            if self._short is not None and self._short.is_open(dict(self.headers)):
+            if self._short.is_open(dict(self.headers)):
                 self._patience = self.loop.call_later(PATIENCE, self._go_on)
             else:
                 self._go_on()
@@ -86,12 +86,11 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
             return
         self._body += body
-        if self._short is not None and len(self._body) >= self._short.most:
+        if len(self._body) >= self._short.most:
             self._go_on()
 
     def on_message_complete(self) -> None:
         if self._waiting:
-            assert self._short is not None  # noqa: S101  # else nothing waits
             brief = self._short.begin(dict(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
             if brief is not None:
                 self._end_waiting()
@@ -145,9 +144,8 @@ class Protocol(HttpToolsProtocol):
     def _reply(self, brief: Brief, status: int, head: bytes, body: bytes) -> None:
         if self.transport.is_closing():
             return
-        default = lines(self.server_state.default_headers)
-        end = b"\r\n" if brief.keep_alive else END_AND_CLOSE
-        self.transport.write(b"".join([STATUS_LINE[status], default, head, end, body]))
+        head = lines(self.server_state.default_headers) + head
+        self.transport.write(_whole_head(status, head, brief.keep_alive) + body)
         if not brief.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -155,6 +153,10 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)
+
+
+def _whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
+    return b"%b%b%b\r\n" % (STATUS_LINE[status], headers, b"" if keep_alive else CLOSE)
 
 
 class Answer:
@@ -191,8 +193,7 @@ class Answer:
             self._left = 0
         else:
             headers.append(CHUNKED)
-        end = b"\r\n" if cycle.keep_alive else END_AND_CLOSE
-        self._head = b"".join([STATUS_LINE[status], lines(headers), end])
+        self._head = _whole_head(status, lines(headers), cycle.keep_alive)
 
     def _continue(self, body: Any, more: bool) -> None:
         cycle, head = self._cycle, self._head

@@ -166,11 +166,18 @@ def _timeout(given: Given, limit: float) -> float:
     return min(seconds, limit)
 
 
+def announced(given: Given) -> int:
+    """Bytes of the body, as its head says; 0 if it does not."""
+    length = given.get(b"content-length", b"")
+    return int(length) if length.isdigit() else 0
+
+
 async def _body(given: Given, receive: Receive, limit: int) -> bytes:
     """Raises TooLarge, before the body is read where its length is announced, and ClientLeft."""
-    announced = given.get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limit:
-        raise TooLarge(f"the body has {int(announced)} bytes, the limit is {limit}", limit=limit, got=int(announced))
+    if announced(given) > limit:
+        raise TooLarge(
+            f"the body has {announced(given)} bytes, the limit is {limit}", limit=limit, got=announced(given)
+        )
     body = bytearray()
     while True:
         message = await receive()

@@ -72,6 +72,16 @@ def test_a_new_request_goes_before_a_long_one_which_has_the_batch_after_that() -
     assert taken(scheduler) == {third: 1, long: LIMIT - 1}
 
 
+def test_a_long_request_keeps_half_of_each_batch_beside_many_new_ones() -> None:
+    scheduler = new_scheduler()
+    long = added(scheduler, 1000)
+    taken(scheduler)
+    for _ in range(20):
+        for _ in range(LIMIT):
+            added(scheduler, 1)
+        assert taken(scheduler)[long] == LIMIT // 2
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, LIMIT, 64])
 def test_new_requests_do_not_starve_a_long_one(limit: int) -> None:
     """Be they few or many at a time, it has every other batch, or half of each."""

@@ -14,7 +14,6 @@ from tests.raw import connect, request
 
 Answer = tuple[int, dict[bytes, bytes], bytes]
 THEIR_OWN = {b"date", b"server-timing"}
-LONG = b"POST /sample? HTTP/1.1"  # a query keeps a request from the short way
 
 
 def read(stream: BufferedReader) -> Answer:
@@ -35,6 +34,11 @@ def ask(service: Running, *pieces: bytes) -> Answer:
             connection.sendall(piece)
             time.sleep(0.02 if len(pieces) > 1 else 0)
         return read(stream)
+
+
+def by_the_long_way(message: bytes) -> bytes:
+    """A query keeps a request from the short one."""
+    return message.replace(b"POST /sample HTTP/1.1", b"POST /sample? HTTP/1.1")
 
 
 def numbered(body: Any, accept: str = "application/x-npy", **headers: str) -> bytes:
@@ -69,7 +73,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_an_answer_does_not_depend_on_the_way(service: Running, case: str) -> None:
     message = CASES[case]
-    short, long = ask(service, message), ask(service, message.replace(b"POST /sample HTTP/1.1", LONG))
+    short, long = ask(service, message), ask(service, by_the_long_way(message))
     if case == "empty":  # a seed of its own each time
         assert short[0] == long[0] == 200
         assert set(short[1]) == set(long[1])
@@ -131,7 +135,7 @@ def test_an_idle_connection_ends_but_not_one_that_is_in_the_middle_of_a_request(
 
 def test_a_key_is_asked_for_on_both_ways(serve: Any) -> None:
     service: Running = serve(api_key="secret")
-    for message in (CASES["npy"], CASES["npy"].replace(b"POST /sample HTTP/1.1", LONG)):
+    for message in (CASES["npy"], by_the_long_way(CASES["npy"])):
         status, headers, body = ask(service, message)
         assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
         assert json.loads(body)["instance"] == "urn:request:mine"
@@ -166,7 +170,7 @@ def test_a_refusal_does_not_end_the_request_behind_it(service: Running, second: 
 def test_the_limit_of_a_body_holds_on_both_ways(serve: Any) -> None:
     service: Running = serve(max_body_bytes=100)
     message = numbered({"model": "x" * 100})
-    answers = [ask(service, message), ask(service, message.replace(b"POST /sample HTTP/1.1", LONG))]
+    answers = [ask(service, message), ask(service, by_the_long_way(message))]
     assert answers[0] == answers[1]
     assert answers[0][0] == 413
 

@@ -13,11 +13,13 @@ from starlette.types import Receive, Scope, Send
 from service import __version__, schema
 from service.brief import ShortWay
 from service.edge import Edge, refused_by_router
-from service.errors import PROBLEMS, UnknownPath
-from service.life import Service
+from service.errors import PROBLEMS, Unavailable, UnknownPath
+from service.life import STATES, Service
+from service.metrics import text
 from service.repository import Model
 from service.sampling import Sampling
 from service.settings import Settings
+from service.siblings import Siblings
 
 
 class Application(FastAPI):
@@ -54,9 +56,9 @@ class Application(FastAPI):
         return super().openapi()
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     """The application for these settings. Raises DeviceError."""
-    service = Service(settings)
+    service = Service(settings, siblings)
     app = Application(
         service,
         title="Reparam",
@@ -82,22 +84,27 @@ def create_app(settings: Settings) -> FastAPI:
     @app.head("/livez", include_in_schema=False)
     @app.get("/livez", **schema.LIVEZ)
     async def livez() -> JSONResponse:
-        failure = service.failure()
-        if failure is None:
-            return JSONResponse({"status": "alive"})
-        return JSONResponse({"status": "failed", "failure": failure}, 503)
+        for report in await service.reports():
+            if report.failure is not None:
+                return JSONResponse({"status": "failed", "failure": report.failure}, 503)
+        return JSONResponse({"status": "alive"})
 
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", **schema.READYZ)
     async def readyz() -> JSONResponse:
         versions = {name: sorted(known) for name, known in sorted(service.repository.models.items())}
-        status = "failed" if service.failure() else service.state
+        states = {report.state for report in await service.reports()}
+        status = min(states, key=STATES.index)
         body = {"status": status, "models": versions, "refused": service.repository.refused}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
     @app.get("/metrics", **schema.METRICS)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        reports = await service.reports()
+        counted = [report.metrics for report in reports if report.metrics is not None]
+        if len(counted) < len(reports):
+            raise Unavailable("a worker does not answer, and without it the sums are wrong: see /livez", retry_after=1)
+        return Response(text(counted), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/problems/{slug}", **schema.PROBLEM)
     async def problem(slug: str) -> PlainTextResponse:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnxruntime as ort
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+MOST_WORKERS = 4  # processes; each loads the models
 MOST_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
 # Algorithms by rule rather than by timing: the same rows on every start.
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
@@ -23,24 +25,32 @@ class DeviceError(Exception):
 @dataclass(frozen=True)
 class Device:
     """attempts: lists of providers; a model is opened with the first that takes its graph. runners: batches that run at
-    a time. threads: cores that each of them uses on the CPU."""
+    a time. threads: cores that each of them uses on the CPU. workers: processes that serve side by side."""
 
     name: Literal["cpu", "cuda"]
     attempts: tuple[tuple[Any, ...], ...]
     reason: str
     runners: int = 1
     threads: int = 0
+    workers: int = 1
 
 
-def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: int = 0, runners: int = 0) -> Device:
-    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners: of
-    the CPU, 0 for all cores and for one a core.
+def choose(
+    wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0
+) -> Device:
+    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners,
+    workers: of the CPU, 0 for all cores, and for one a core.
 
-    Raises DeviceError if `wanted` is cuda and CUDA does not work.
+    Raises DeviceError if `wanted` is cuda and CUDA does not work, or workers cannot share a port here.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    if workers > 1 and sys.platform != "linux":
+        raise DeviceError(f"REPARAM_WORKERS={workers}, but only Linux lets processes share a port evenly: use 1")
+    gpu_workers = workers or 1  # each would need memory of its own for the models
+    threads = threads or _cores()
     runners = runners or min(threads, MOST_RUNNERS)
-    cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=max(1, threads // runners))
+    workers = workers or (min(threads, MOST_WORKERS) if sys.platform == "linux" else 1)
+    each = max(1, threads // (runners * workers))
+    cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":
         return cpu("REPARAM_DEVICE=cpu")
     missing = _missing_for_cuda()
@@ -48,10 +58,15 @@ def choose(wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: 
         options = {**CUDA_OPTIONS, "use_tf32": str(int(tf32))}
         # Some graphs cannot be captured as a CUDA graph: those of which a part runs on the CPU.
         attempts = (((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU))
-        return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works")
+        return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works", workers=gpu_workers)
     if wanted == "cuda":
         raise DeviceError(f"REPARAM_DEVICE=cuda, but {missing}; REPARAM_DEVICE=auto would run on the CPU")
     return cpu(f"REPARAM_DEVICE=auto, and {missing}")
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _missing_for_cuda() -> str | None:

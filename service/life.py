@@ -8,23 +8,33 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from service.devices import choose
+from service.devices import Device, choose
 from service.engine import BATCH_SECONDS, Engine
 from service.errors import Unavailable
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.repository import Model, Repository
 from service.settings import Settings
+from service.siblings import Report, Siblings
 
 log = logging.getLogger(__name__)
+
+# Of a process, and of a service the first that one of its processes is in.
+STATES = ("failed", "draining", "no model", "starting", "ready")
+
+
+def device_of(settings: Settings) -> Device:
+    """Raises DeviceError."""
+    return choose(settings.device, settings.tf32, settings.threads, settings.runners, settings.workers)
 
 
 class Service:
     """What the routes share: the models, the engine, and whether requests are taken."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, siblings: Siblings | None) -> None:
         self.settings = settings
-        self.device = choose(settings.device, settings.tf32, settings.threads, settings.runners)
+        self.siblings = siblings
+        self.device = device_of(settings)
         self.metrics = Metrics()
         self.repository = Repository(settings.default_model)
         self.engine = Engine(self.device.runners, settings.max_queue_rows, settings.max_held_bytes, self.metrics)
@@ -40,6 +50,8 @@ class Service:
         """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
         self.engine.start(asyncio.get_running_loop())
         self._loading = asyncio.create_task(self._load())
+        if self.siblings is not None:
+            await self.siblings.listen(self.report)
         yield
         self.drain()
         self.stop()
@@ -68,7 +80,16 @@ class Service:
         if self.state == "starting":
             self.state = "ready" if self.repository.models else "no model"
 
-    def failure(self) -> str | None:
+    def report(self) -> Report:
+        """How this process is."""
+        failure = self._failure()
+        return Report("failed" if failure else self.state, failure, self.metrics.families())
+
+    async def reports(self) -> list[Report]:
+        """How all processes of the service are, this one first."""
+        return [self.report(), *(await self.siblings.ask() if self.siblings else ())]
+
+    def _failure(self) -> str | None:
         """What has ended that should not, or does not end that should: only a restart helps."""
         loading = self._loading
         if loading is not None and loading.done() and not loading.cancelled() and loading.exception():

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import select
 import sys
 import time
 from functools import lru_cache
@@ -50,7 +51,20 @@ class AccessLog:
 
     def flush(self) -> None:
         entries, self._entries = self._entries, []
-        sys.stderr.buffer.write(b"".join([self._line(*entry) for entry in entries]))
+        together: list[bytes] = []
+        size = 0
+        for entry in entries:
+            line = self._line(*entry)
+            if size + len(line) > select.PIPE_BUF:
+                self._write(together)
+                together, size = [], 0
+            together.append(line)
+            size += len(line)
+        self._write(together)
+
+    def _write(self, lines: list[bytes]) -> None:
+        """No more at a time than a pipe takes as a whole, for other workers write to the same."""
+        sys.stderr.buffer.write(b"".join(lines))
         sys.stderr.buffer.flush()
 
 

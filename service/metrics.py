@@ -1,11 +1,13 @@
 """Prometheus metrics: base units, `reparam_` prefix, one registry an application."""
 
+import itertools
+import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from service.noise import NOISE_VERSION
@@ -13,6 +15,12 @@ from service.scheduler import Batch
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Of these each worker says the same, or the oldest counts; all others are added up.
+THE_SAME = {
+    "reparam_queue_oldest_seconds", "reparam_model_served", "reparam_models_refused", "reparam_noise_version_info",
+}  # fmt: skip
+
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, help, type; samples with their labels
 
 
 class Metrics:
@@ -71,8 +79,39 @@ class Metrics:
         self.infer.labels(*labels).observe(infer)
         self.queue.labels(*labels).observe(*queue)
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    def families(self) -> list[Family]:
+        """What is counted so far, without the times since when."""
+        return [
+            (family.name, family.documentation, family.type, [
+                (sample.name, sample.labels, sample.value)
+                for sample in family.samples if not sample.name.endswith("_created")
+            ])
+            for family in self.registry.collect()
+        ]  # fmt: skip
+
+
+def text(workers: Iterable[list[Family]]) -> bytes:
+    """What the workers of a service have counted, as Prometheus reads it."""
+    return generate_latest(Sum(workers))
+
+
+class Sum:
+    """A collector of what several workers have counted together."""
+
+    def __init__(self, workers: Iterable[list[Family]]) -> None:
+        self._metrics: dict[str, Metric] = {}
+        self._values: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
+        for name, documentation, kind, samples in itertools.chain.from_iterable(workers):
+            self._metrics.setdefault(name, Metric(name, documentation, kind))
+            add = max if name in THE_SAME else operator.add
+            for sample, labels, value in samples:
+                key = name, sample, tuple(labels.items())
+                self._values[key] = add(self._values.get(key, 0.0), value)
+
+    def collect(self) -> Iterable[Metric]:
+        for (name, sample, labels), value in self._values.items():
+            self._metrics[name].add_sample(sample, dict(labels), value)
+        return self._metrics.values()
 
 
 class Tally:

@@ -47,16 +47,19 @@ class Settings(BaseSettings):
     """auto takes CUDA when it works; cuda refuses to start without it."""
     tf32: bool = False
     """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
+    workers: NonNegativeInt = 0
+    """Processes that serve side by side, each with the models and its part of the limits on rows and bytes that wait; 0
+    for one a core on the CPU, at most 4, and one on a GPU."""
     threads: NonNegativeInt = 0
     """Cores that the models may use on the CPU; 0 for all."""
     runners: NonNegativeInt = 0
-    """Batches that run at a time on the CPU and share those cores; 0 for one a core, at most 8. 1 suits models that
-    take long for a single row."""
+    """Batches that a worker runs at a time on the CPU; 0 for one a core, at most 8. With 1 worker, 1 suits models that
+    take long for a single row: each run has all cores."""
     api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
     max_batch_rows: PositiveInt = 1024
     """Rows of one run of a model; the service takes fewer of a slow one, so that nobody waits long for others."""
-    max_queue_rows: PositiveInt = 16384
+    max_queue_rows: PositiveInt = 65536
     """Rows that may wait; a request beyond them is answered with 429."""
     max_held_bytes: PositiveInt = 512 * 2**20
     """Bytes that the answers being made may hold together; a request beyond them is answered with 429."""

@@ -15,9 +15,9 @@ from export.config import TrainConfig
 from export.evaluate import evaluate
 from export.publish import publish
 from export.train import train
-from service.__main__ import Server
 from service.app import create_app
 from service.life import Service
+from service.server import Server
 from service.settings import Settings
 from tests.graphs import make_trouble
 

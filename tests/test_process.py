@@ -90,7 +90,8 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(repository: Path) -> Non
 
 def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 400}
-    with process(repository, REPARAM_RUNNERS="1", REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as (running, url):
+    alone = {"REPARAM_WORKERS": "1", "REPARAM_RUNNERS": "1"}
+    with process(repository, **alone, REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as (running, url):
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60)
             wait_until(lambda: "reparam_requests_in_flight 2.0" in httpx.get(f"{url}/metrics").text)
@@ -113,14 +114,15 @@ def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
                 answers.append(client.sample(n=5, seed=seed).images)
             return answers
 
+    quiet = {"REPARAM_PORT": port, "REPARAM_LOG_LEVEL": "warning"}  # nobody reads the log meanwhile
     with ThreadPoolExecutor(8) as pool:
-        with process(repository, REPARAM_PORT=port, REPARAM_DRAIN_DELAY="0.2") as (first, url):
+        with process(repository, **quiet, REPARAM_DRAIN_DELAY="0.2") as (first, url):
             before = httpx.get(f"{url}/livez").status_code
             clients = [pool.submit(sample, seed) for seed in range(8)]
             wait_until(lambda: "reparam_rows_total" in httpx.get(f"{url}/metrics").text)
             first.send_signal(signal.SIGTERM)
             first.wait(30)
-        with process(repository, REPARAM_PORT=port) as (_, url):
+        with process(repository, **quiet) as (_, url):
             wait_until(lambda: "reparam_rows_total" in httpx.get(f"{url}/metrics").text)
             done.set()
             answers = [client.result() for client in clients]

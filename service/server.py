@@ -1,0 +1,102 @@
+"""One process that serves: uvicorn, the logs, and the way out."""
+
+import asyncio
+import logging
+import logging.config
+import os
+import signal
+import socket
+from multiprocessing import parent_process
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from pythonjsonlogger.core import RESERVED_ATTRS
+
+from service.app import create_app
+from service.life import Service
+from service.protocol import Protocol
+from service.settings import Settings
+from service.siblings import Siblings
+
+log = logging.getLogger("service")
+
+
+def serve(settings: Settings, siblings: Siblings | None = None, listener: socket.socket | None = None) -> None:
+    """Serve until a signal ends it; on the listener, or else on the settings' port. Raises DeviceError."""
+    logging.config.dictConfig(log_config(settings))
+    server = Server(create_app(settings, siblings), settings)
+    server.run(None if listener is None else [listener])
+    if server.service.engine.busy:
+        # A run cannot be interrupted, nor the interpreter taken down around it.
+        logging.shutdown()
+        os._exit(0)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a way out in three steps: not ready, port closed, queue refused."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.service: Service = app.state.service
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http=Protocol,
+                interface="asgi3",
+                log_config=None,
+                proxy_headers=False,
+                access_log=False,  # the application logs each request itself
+                server_header=False,
+                timeout_graceful_shutdown=settings.drain_timeout + 1,  # the last resort
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        parent = parent_process()
+        if parent is not None:  # whoever ends it without a signal ends what it started
+            asyncio.get_running_loop().add_reader(parent.sentinel, self._orphaned, parent.sentinel)
+
+    def _orphaned(self, sentinel: int) -> None:
+        asyncio.get_running_loop().remove_reader(sentinel)
+        self.handle_exit(signal.SIGTERM, None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM or SIGINT. Does not record the signal, so that the process ends with 0. A second one hurries."""
+        loop = asyncio.get_running_loop() if self.started else None
+        if loop is None or self.service.state == "draining":
+            self.service.stop()
+            self.should_exit = self.force_exit = True
+            return
+        settings = self.service.settings
+        log.info("draining", extra={"signal": sig})
+        self.service.drain()
+        loop.call_later(settings.drain_delay, self._close)
+        loop.call_later(settings.drain_delay + settings.drain_timeout, self.service.stop)
+
+    def _close(self) -> None:
+        self.should_exit = True
+
+
+def log_config(settings: Settings) -> dict[str, Any]:
+    """Structured lines on stderr, for the service, uvicorn and warnings alike."""
+    formatters = {
+        "json": {
+            "()": "pythonjsonlogger.orjson.OrjsonFormatter",
+            "fmt": "{asctime}{levelname}{name}{message}",
+            "style": "{",
+            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+            "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
+        },
+        "text": {"()": "service.logs.TextFormatter"},
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"chosen": formatters[settings.log_format]},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
+        "root": {"level": settings.log_level.upper(), "handlers": ["stderr"]},
+    }

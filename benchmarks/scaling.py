@@ -1,7 +1,5 @@
 """How the cost of a row depends on how many are asked, and how many ask: python -m benchmarks scaling"""
 
-from statistics import median
-
 from benchmarks.load import load
 from benchmarks.options import Options
 from benchmarks.report import Report, ratio
@@ -9,6 +7,7 @@ from benchmarks.servers import serving
 from benchmarks.stream import reader, seen
 
 ROWS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+MEASURED = 100_000  # rows of each length at least, a round
 CONNECTIONS = (1, 4, 16, 64, 256, 1000)
 
 
@@ -16,9 +15,7 @@ def measure(options: Options) -> Report:
     """Requests for 1e3 to 1e7 rows, one at a time; then one-row requests over 1 to 1000 connections; Reparam only."""
     with serving("reparam") as running:
         lengths = {
-            rows: median(
-                seen(reader(running, rows))["seconds"] for _ in range(options.rounds if rows <= 100_000 else 1)
-            )
+            rows: seen(reader(running, rows, times=max(1, options.rounds * MEASURED // rows)))["seconds"]
             for rows in ROWS
             if rows <= (options.rows or max(ROWS))
         }

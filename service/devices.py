@@ -39,7 +39,7 @@ def choose(
     wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0
 ) -> Device:
     """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners,
-    workers: of the CPU, 0 for all cores, and for one a core.
+    workers: of the CPU, 0 for all cores, for one runner a core, and for one worker a core.
 
     Raises DeviceError if `wanted` is cuda and CUDA does not work, or workers cannot share a port here.
     """
@@ -47,8 +47,8 @@ def choose(
         raise DeviceError(f"REPARAM_WORKERS={workers}, but only Linux lets processes share a port evenly: use 1")
     gpu_workers = workers or 1  # each would need memory of its own for the models
     threads = threads or _cores()
-    runners = runners or min(threads, MOST_RUNNERS)
     workers = workers or (min(threads, MOST_WORKERS) if sys.platform == "linux" else 1)
+    runners = runners or max(1, min(threads // workers, MOST_RUNNERS))
     each = max(1, threads // (runners * workers))
     cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":

@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     threads: NonNegativeInt = 0
     """Cores that the models may use on the CPU; 0 for all."""
     runners: NonNegativeInt = 0
-    """Batches that a worker runs at a time on the CPU; 0 for one a core, at most 8. With 1 worker, 1 suits models that
-    take long for a single row: each run has all cores."""
+    """Batches that a worker runs at a time on the CPU; 0 for one a core of its own, at most 8. With 1 worker, 1 suits
+    models that take long for a single row: each run has all cores."""
     api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
     max_batch_rows: PositiveInt = 1024

@@ -7,7 +7,7 @@ import bentoml
 from benchmarks.peers import decoder
 
 
-@bentoml.service(workers=1, metrics={"enabled": False}, logging={"access": {"enabled": False}})
+@bentoml.service(workers=2, metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class Decoder:
     def __init__(self) -> None:
         self.decoder = decoder.Decoder()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from benchmarks.peers.decoder import Decoder
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=256)  # the default of 5 would leave no batches
+@serve.deployment(num_replicas=2, max_ongoing_requests=256)  # the default of 5 would leave no batches
 class Sampler:
     def __init__(self) -> None:
         self.decoder = Decoder()

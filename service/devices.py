@@ -48,7 +48,7 @@ def choose(
     gpu_workers = workers or 1  # each would need memory of its own for the models
     threads = threads or _cores()
     workers = workers or (min(threads, MOST_WORKERS) if sys.platform == "linux" else 1)
-    runners = runners or max(1, min(threads // workers, MOST_RUNNERS))
+    runners = runners or min(-(-threads // workers), MOST_RUNNERS)
     each = max(1, threads // (runners * workers))
     cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, UnknownPath
+from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, Unavailable, UnknownPath
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.responses import Headers
@@ -29,6 +29,9 @@ CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _PROCESS = secrets.token_hex(10).encode()  # of 32 digits of a request's id the first 20; the others count
 _COUNT = itertools.count()
+
+# What uvicorn cancels, since it has not ended when the service must.
+CUT_OFF = Unavailable("the service ends before the answer is there: ask another replica, or again", retry_after=1)
 
 
 class Edge:
@@ -60,9 +63,10 @@ class Edge:
         try:
             self.authorize(scope["path"], given)
             await self.app(scope, receive, send_with_id)
-        except (ClientLeft, asyncio.CancelledError):
+        except ClientLeft:
             status = CLIENT_CLOSED
-        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+        except (Exception, asyncio.CancelledError) as caught:  # whatever it is, the client gets a problem document
+            error = CUT_OFF if isinstance(caught, asyncio.CancelledError) else caught
             if status:  # half an answer is out, and cutting it short is all that can be said
                 log.exception("broken off", extra={"request_id": request_id.decode()})
             else:

@@ -57,6 +57,8 @@ class Service:
         self.stop()
         self._loading.cancel()
         self.access_log.flush()
+        if self.siblings is not None:
+            self.siblings.close()
 
     async def _load(self) -> None:
         settings = self.settings

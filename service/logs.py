@@ -31,6 +31,7 @@ def _plain(value: object) -> str:
 
 
 DELAY = 0.1  # seconds
+LONGEST_PATH = 512  # characters; the client chose them
 
 
 class AccessLog:
@@ -47,7 +48,7 @@ class AccessLog:
     def write(self, method: str, path: str, status: int, request_id: bytes, seconds: float) -> None:
         if not self._entries:
             asyncio.get_running_loop().call_later(DELAY, self.flush)
-        self._entries.append((time.time(), method, path, status, request_id, seconds))
+        self._entries.append((time.time(), method, path[:LONGEST_PATH], status, request_id, seconds))
 
     def flush(self) -> None:
         entries, self._entries = self._entries, []
@@ -55,7 +56,7 @@ class AccessLog:
         size = 0
         for entry in entries:
             line = self._line(*entry)
-            if size + len(line) > select.PIPE_BUF:
+            if together and size + len(line) > select.PIPE_BUF:
                 self._write(together)
                 together, size = [], 0
             together.append(line)

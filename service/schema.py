@@ -112,14 +112,14 @@ MODEL: Arguments = {
     "responses": {200: {"model": ModelDescription}, **_problems(401, 404, 503)},
 }
 LIVEZ: Arguments = {
-    "summary": "Is the process alive?",
+    "summary": "Is every process of the service alive?",
     "tags": ["health"],
     "responses": {503: {"description": "Something inside has ended that should not; restart it"}},
 }
 READYZ: Arguments = {
     "summary": "Can it answer? Lists the models served, and the files refused with their faults",
     "tags": ["health"],
-    "responses": {503: {"description": "Starting, draining, or without a model"}},
+    "responses": {503: {"description": "Starting, draining, failed, or without a model"}},
 }
 METRICS: Arguments = {"summary": "Prometheus metrics", "tags": ["health"], "response_class": PlainTextResponse}
 PROBLEM: Arguments = {"summary": "What a problem type means", "tags": ["problems"], "response_class": PlainTextResponse}

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import logging.config
 import os
-import signal
 import socket
 from multiprocessing import parent_process
 from types import FrameType
@@ -57,12 +56,16 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         parent = parent_process()
-        if parent is not None:  # whoever ends it without a signal ends what it started
+        if parent is not None:
             asyncio.get_running_loop().add_reader(parent.sentinel, self._orphaned, parent.sentinel)
 
     def _orphaned(self, sentinel: int) -> None:
-        asyncio.get_running_loop().remove_reader(sentinel)
-        self.handle_exit(signal.SIGTERM, None)
+        """The parent was killed, and what replaces it will want the port."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(sentinel)
+        self.service.drain()
+        self._close()
+        loop.call_later(self.service.settings.drain_timeout, self.service.stop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT. Does not record the signal, so that the process ends with 0. A second one hurries."""

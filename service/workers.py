@@ -5,15 +5,19 @@ parse, check and answer in one. Each worker is a whole service, with models, que
 passes from one to another. The kernel gives each connection to one of them (SO_REUSEPORT).
 """
 
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from math import inf
 from multiprocessing import get_context
 from multiprocessing.connection import wait
-from types import FrameType
+from multiprocessing.context import SpawnProcess
 
 from service.server import serve
 from service.settings import Settings
@@ -22,16 +26,16 @@ from service.siblings import Siblings
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
+MARGIN = 5  # seconds that a worker has besides those that the settings give it to end
 
 
 def supervise(settings: Settings, count: int) -> int:
     """Run so many workers until a signal ends them. One that ends by itself ends all, after they have answered what
     they have: whatever restarts the service sees it, as it would see a single process die.
 
-    Returns the exit status.
+    Returns the exit status, 0 if the end was asked for and orderly.
     """
-    stopping = False
-    with _reserved(settings.host, settings.port) as reserved:
+    with _reserved(settings.host, settings.port) as reserved, _signals() as inbox:
         shared = {
             "port": reserved.getsockname()[1],
             "max_queue_rows": -(-settings.max_queue_rows // count),
@@ -40,35 +44,74 @@ def supervise(settings: Settings, count: int) -> int:
         name = secrets.token_hex(8)
         context = get_context("spawn")  # fork would copy the locks of threads that it does not copy
         workers = [
-            context.Process(target=_work, args=(settings.model_copy(update=shared), Siblings(name, number, count)))
+            context.Process(
+                target=_work, args=(settings.model_copy(update=shared), Siblings(name, number, count)), daemon=True
+            )
             for number in range(count)
         ]
-
-        def pass_on(sig: int, frame: FrameType | None) -> None:
-            nonlocal stopping
-            stopping = True
+        with _without_interrupts():
             for worker in workers:
-                if worker.is_alive() and worker.pid is not None:
-                    os.kill(worker.pid, sig)
-
-        for worker in workers:
-            worker.start()
-        signal.signal(signal.SIGTERM, pass_on)
-        signal.signal(signal.SIGINT, pass_on)
+                worker.start()
         host = f"[{settings.host}]" if reserved.family == socket.AF_INET6 else settings.host
-        log.info("serving", extra={"url": f"http://{host}:{shared['port']}", "workers": count})
-        wait([worker.sentinel for worker in workers])
-        if not stopping:
-            ended = next(worker for worker in workers if worker.exitcode is not None)
-            log.error("a worker ended, and with it the service", extra={"pid": ended.pid, "status": ended.exitcode})
-            pass_on(signal.SIGTERM, None)
-        for worker in workers:
+        log.info("starting", extra={"url": f"http://{host}:{shared['port']}", "workers": count})
+        return _watch(workers, inbox, settings.drain_delay + settings.drain_timeout + MARGIN)
+
+
+def _watch(workers: list[SpawnProcess], inbox: socket.socket, patience: float) -> int:
+    """Wait for the end of all. patience: seconds from when it is asked for until they are killed."""
+    stopping = failed = False
+    deadline = inf
+    while workers:
+        left = None if deadline == inf else max(0.0, deadline - time.monotonic())
+        ready = wait([inbox, *(worker.sentinel for worker in workers)], left)
+        asked = len(inbox.recv(64)) if inbox in ready else 0
+        for worker in [worker for worker in workers if worker.sentinel in ready]:
             worker.join()
-    return int(any(worker.exitcode for worker in workers))
+            workers.remove(worker)
+            status = {"pid": worker.pid, "status": worker.exitcode}
+            if not (stopping or asked):
+                log.error("a worker ended, and with it the service", extra=status)
+                asked, failed = 1, True
+            elif worker.exitcode not in (0, -signal.SIGTERM):  # the latter before it was ready
+                log.error("a worker failed", extra=status)
+                failed = True
+        for _ in range(asked):
+            number = signal.SIGINT if stopping else signal.SIGTERM  # two of one might arrive as one; the second hurries
+            for pid in [worker.pid for worker in workers if worker.pid is not None]:
+                os.kill(pid, number)
+            deadline = min(deadline, time.monotonic() + patience)
+            stopping = True
+        if time.monotonic() > deadline:
+            for worker in workers:
+                log.error("a worker did not end and is killed", extra={"pid": worker.pid})
+                worker.kill()
+            failed, deadline = True, inf
+    return int(failed)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that receives a byte for each SIGTERM and SIGINT."""
+    inbox, outbox = socket.socketpair()
+    with inbox, outbox:
+        outbox.setblocking(False)
+        signal.set_wakeup_fd(outbox.fileno())
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        yield inbox
+        signal.set_wakeup_fd(-1)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile ignore a terminal's Ctrl-C until they can handle it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def _work(settings: Settings, siblings: Siblings) -> None:
-    os.setpgrp()  # a terminal's Ctrl-C reaches the parent, which passes it on, once
+    os.setpgrp()  # from here on a terminal's Ctrl-C reaches the parent alone, which passes it on
     listener = socket.create_server(
         (settings.host, settings.port), family=_family(settings.host), backlog=BACKLOG, reuse_port=True
     )
@@ -78,6 +121,7 @@ def _work(settings: Settings, siblings: Siblings) -> None:
 def _reserved(host: str, port: int) -> socket.socket:
     """A port that the workers can share and nobody else has; or the end, if it cannot be had."""
     reserved = socket.socket(_family(host))
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a service before may linger
     try:
         with socket.create_server((host, port), family=reserved.family) as probe:  # fails if another service has it
             port = probe.getsockname()[1]

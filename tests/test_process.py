@@ -104,6 +104,19 @@ def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> No
         assert running.returncode == 0
 
 
+def test_what_has_not_ended_when_the_service_must_is_told_so(repository: Path) -> None:
+    at_once = {"REPARAM_WORKERS": "1", "REPARAM_DRAIN_DELAY": "0", "REPARAM_DRAIN_TIMEOUT": "0"}
+    body = {"model": "tiny-gaussian", "n": 30_000}  # seconds of PNG and JSON
+    with process(repository, **at_once) as (running, url), ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(httpx.post, f"{url}/sample", json=body, timeout=60) for _ in range(8)]
+        wait_until(lambda: "reparam_requests_in_flight 9.0" in httpx.get(f"{url}/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        refused = [answer.result() for answer in answers if answer.result().status_code != 200]
+        assert running.wait(30) == 0
+    assert refused
+    assert {answer.json()["type"] for answer in refused} == {"/problems/unavailable"}
+
+
 def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
     port, done = free_port(), threading.Event()
 

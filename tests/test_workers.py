@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,14 +18,17 @@ from service import devices
 from service.devices import DeviceError
 from tests.conftest import wait_until
 from tests.graphs import SLOW
-from tests.test_process import process, refused
+from tests.test_process import process, refused, start
 
 NPY = {"Accept": "application/x-npy"}
 
 
+TWO = {"REPARAM_WORKERS": "2", "REPARAM_DRAIN_DELAY": "0", "REPARAM_DRAIN_TIMEOUT": "3"}
+
+
 @pytest.fixture
 def service(repository: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    with process(repository, REPARAM_WORKERS="2", REPARAM_DRAIN_DELAY="0") as running:
+    with process(repository, **TWO, REPARAM_LOG_LEVEL="warning") as running:  # nobody reads the log meanwhile
         yield running
 
 
@@ -91,6 +95,42 @@ def test_a_worker_that_dies_ends_the_service_after_what_is_in_flight(
     assert all(outcome == 200 or isinstance(outcome, httpx.TransportError) for outcome in outcomes)
 
 
+def test_a_worker_that_ends_by_itself_is_no_good_end(service: tuple["subprocess.Popen[str]", str]) -> None:
+    running, _ = service
+    os.kill(workers(running)[1], signal.SIGTERM)
+    _, log = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert "a worker ended, and with it the service" in log
+
+
+def test_a_worker_that_does_not_end_is_killed(service: tuple["subprocess.Popen[str]", str]) -> None:
+    running, _ = service
+    os.kill(workers(running)[0], signal.SIGSTOP)
+    running.send_signal(signal.SIGTERM)
+    _, log = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "a worker did not end and is killed" in log
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5])
+def test_a_stop_during_the_start_is_a_good_end(repository: Path, seconds: float) -> None:
+    running = start("--port", "0", "--workers", "2", "--device", "cpu", "--artifacts", str(repository))
+    assert running.stderr is not None
+    assert '"starting"' in running.stderr.readline()
+    time.sleep(seconds)
+    running.send_signal(signal.SIGTERM)
+    _, log = running.communicate(timeout=30)
+    assert running.returncode == 0
+    assert "Traceback" not in log
+
+
+def test_many_probes_at_a_time_find_no_fault(service: tuple["subprocess.Popen[str]", str]) -> None:
+    _, url = service
+    with ThreadPoolExecutor(64) as pool:
+        statuses = pool.map(lambda _: httpx.get(f"{url}/livez", timeout=60).status_code, range(200))
+        assert set(statuses) == {200}
+
+
 def test_workers_end_with_their_parent(service: tuple["subprocess.Popen[str]", str]) -> None:
     running, _ = service
     pids = workers(running)
@@ -106,22 +146,23 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_log_lines_of_workers_do_not_mix(service: tuple["subprocess.Popen[str]", str]) -> None:
-    running, url = service
+def test_log_lines_of_workers_do_not_mix(repository: Path) -> None:
+    long = "x" * 20_000  # more than a pipe takes as a whole
 
-    def sample(_: int) -> None:
+    def sample(url: str) -> None:
         with httpx.Client() as client:
-            for _ in range(200):
+            for _ in range(100):
                 client.post(f"{url}/sample", json={"n": 1})
+                client.get(f"{url}/{long}")
 
-    with ThreadPoolExecutor(9) as pool:
+    with process(repository, **TWO) as (running, url), ThreadPoolExecutor(9) as pool:
         said = pool.submit(running.communicate)  # reads the pipe all the time
-        tuple(pool.map(sample, range(8)))
+        tuple(pool.map(sample, [url] * 8))
         running.send_signal(signal.SIGTERM)
         _, log = said.result()
     assert running.returncode == 0
     lines = [json.loads(line) for line in log.splitlines()]
-    assert sum(line.get("path") == "/sample" for line in lines) == 1600
+    assert sum(line.get("path") == "/sample" for line in lines) == 800
 
 
 def test_a_port_that_others_have_is_refused(service: tuple["subprocess.Popen[str]", str]) -> None:

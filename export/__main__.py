@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
 from export.config import TrainConfig
 from export.errors import ExportError
+from export.recipes import recipe
 from service.artifact import ArtifactError
 
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
@@ -21,7 +22,12 @@ class Command(BaseModel):
 class Train(TrainConfig):
     """Train a VAE on images. Weights, metrics and contact sheets go into a folder, safely after every epoch."""
 
-    kind: CliPositionalArg[Literal["gaussian", "gumbel"]]
+    kind: CliPositionalArg[Literal["gaussian", "gumbel"] | None] = None  # type: ignore[assignment]  # a recipe has it
+    data: str | None = None  # type: ignore[assignment]  # and this
+    """`digits`, an .npz, a folder of IDX files (MNIST family) or of .amat files (static MNIST), or a folder of
+    pictures."""
+    recipe: str | None = None
+    """Take from here what no option says: a file in export/recipes."""
     out: Path
     """Folder of the run, as in runs/NAME."""
     resume: bool = False
@@ -29,10 +35,15 @@ class Train(TrainConfig):
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
 
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        return self  # with the recipe's fields
+
     def cli_cmd(self) -> None:
         from export.train import train
 
-        fields = {key: value for key, value in self if key in TrainConfig.model_fields}
+        fields = recipe(self.recipe) if self.recipe else {}
+        fields |= {key: value for key, value in self if key in TrainConfig.model_fields.keys() & self.model_fields_set}
         train(TrainConfig(**fields), self.out, resume=self.resume, sheet_every=self.sheet_every)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
 
@@ -122,16 +133,17 @@ def main() -> None:
     try:
         CliApp.run(Export)
     except ValidationError as error:
-        sys.exit("\n".join(f"{_option(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors()))
+        sys.exit("\n".join(_explain(item["loc"], item["input"], item["msg"]) for item in error.errors()))
     except (ExportError, ArtifactError, SettingsError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted; `train --resume` continues after the last finished epoch")
 
 
-def _option(location: tuple[int | str, ...]) -> str:
-    """The option that a fault of the configuration lies in: the last name on the way to it."""
-    return "--" + [part for part in location if isinstance(part, str)][-1].replace("_", "-")
+def _explain(location: tuple[int | str, ...], given: object, says: str) -> str:
+    """The option that a fault of the configuration lies in, the last name on the way to it; if it is in one alone."""
+    names = [part for part in location if isinstance(part, str)]
+    return f"--{names[-1].replace('_', '-')} {given!r}: {says}" if names else says
 
 
 if __name__ == "__main__":

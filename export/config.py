@@ -1,8 +1,8 @@
 """What decides a training, besides the images."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
 LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
@@ -16,13 +16,17 @@ class TrainConfig(BaseModel):
     kind: Literal["gaussian", "gumbel"]
     """Kind of latent."""
     data: str
-    """`digits`, an .npz, a folder of IDX files (MNIST family), or a folder of pictures."""
+    """`digits`, an .npz, a folder of IDX files (MNIST family) or of .amat files (static MNIST), or a folder of
+    pictures."""
     body: Literal["mlp", "conv"] = "conv"
     """Network between images and latent."""
     width: tuple[PositiveInt, ...] | None = None
-    """Hidden sizes (mlp) or channels (conv), from the image towards the latent. Default: 512,256 or 32,64,64."""
+    """Hidden sizes (mlp; may be none) or channels (conv), from the image towards the latent. Default: 512,256 or
+    32,64,64."""
     dense: tuple[PositiveInt, ...] = ()
     """Hidden sizes between the convolutions and the latent (conv)."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Between the layers."""
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(max_length=8)] | None = None
     """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
     binarize: bool = True
@@ -34,8 +38,19 @@ class TrainConfig(BaseModel):
     """Images per step."""
     learning_rate: PositiveFloat = 1e-3
     """Of Adam at the first step; decays to 0 along a cosine."""
+    objective: Literal["elbo", "iwae", "dreg"] = "elbo"
+    """The bound that is raised: the evidence lower bound, or for a Gaussian latent the importance-weighted one, with
+    its own gradient or the doubly reparameterized one."""
+    samples: PositiveInt = 1
+    """Latents drawn for each image."""
     kl_warm_up: int = Field(default=1, ge=0)
     """Epochs over which the weight of the KL term rises from 0 to 1."""
+    free_bits: float = Field(default=0.0, ge=0)
+    """Nats that each latent variable may carry at no cost (elbo)."""
+    straight_through: bool = False
+    """Gumbel: decode one-hot codes while training, with the gradient of the relaxed ones."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """The weights that count are a running average, to which each step adds 1 less this; 0 for those of the last."""
     tau_start: PositiveFloat = 1.0
     """Gumbel: temperature of the relaxation at step 0."""
     tau_min: PositiveFloat = 0.5
@@ -46,3 +61,13 @@ class TrainConfig(BaseModel):
     """Gumbel: with t rounded down to a multiple of this many steps."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the initial weights and of every draw."""
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.kind == "gumbel" and self.objective != "elbo":
+            raise ValueError(f"objective {self.objective!r} needs a latent with a density: a Gaussian one")
+        if self.kind == "gaussian" and self.straight_through:
+            raise ValueError("straight_through is for a Gumbel latent")
+        if self.objective != "elbo" and self.free_bits:
+            raise ValueError("free_bits belongs to the objective 'elbo', which has a KL term")
+        return self

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
 from tqdm import tqdm
 
 from export.errors import DataError
@@ -34,14 +35,16 @@ class Dataset:
 def load(source: str) -> Dataset:
     """Read a data set.
 
-    source: `digits`, or the path of a folder of IDX files (gzipped or not), of an .npz with arrays `train` and `test`
-        or `images`, or of a folder of pictures of one size.
+    source: `digits`, or the path of a folder of IDX files (gzipped or not) or of .amat files, of an .npz with arrays
+        `train` and `test` or `images`, or of a folder of pictures of one size.
 
     Raises DataError.
     """
     if source == "digits":
         return _digits()
     path = Path(source)
+    if path.is_dir() and any(path.glob("*.amat")):
+        return _amat_folder(path)
     if path.is_dir():
         return _idx_folder(path) if any(path.glob("*-idx3-ubyte*")) else _picture_folder(path)
     if path.suffix == ".npz" and path.is_file():
@@ -85,6 +88,29 @@ def _idx(path: Path) -> Pixels:
     if len(content) != 16 + count * height * width or min(count, height, width) < 1:
         raise DataError(f"{path} announces {count} images of {height}x{width} but holds {len(content) - 16} pixels")
     return np.frombuffer(content, np.uint8, offset=16).reshape(count, 1, height, width)
+
+
+def _amat_folder(folder: Path) -> Dataset:
+    """MNIST as it was binarized once and for all (Larochelle and Murray, 2011). The 10000 images for validation are
+    trained on neither."""
+    train, test = (_amat(folder / f"binarized_mnist_{split}.amat") for split in ("train", "test"))
+    return Dataset(folder.resolve().name, train, test)
+
+
+def _amat(path: Path) -> Pixels:
+    """MATLAB 5 with a matrix X, or lines of text; (n, 784) of 0 and 1."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"MATLAB 5.0"):
+            images = loadmat(path, variable_names=["X"])["X"]
+        else:
+            images = np.array(content.split(), np.float32).reshape(-1, 784)
+        if images.ndim != 2 or images.shape[1] != 784 or not np.isin(images, (0, 1)).all():
+            raise ValueError("it should hold rows of 784 zeros and ones")
+    except Exception as error:  # scipy raises whatever it comes upon
+        raise DataError(f"{path} is not readable ({error})") from error
+    pixels: Pixels = 255 * images.astype(np.uint8).reshape(-1, 1, 28, 28)
+    return pixels
 
 
 def _npz(path: Path) -> Dataset:

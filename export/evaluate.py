@@ -5,19 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
 from export.data import load
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import EVALUATION_BATCH, as_images, describe, generator
+from export.train import EVALUATION, as_images, describe, generator
+
+IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
+DECODED = 1000  # rows of a run of the decoder
+PARTIAL = ".evaluation.safetensors"
 
 
 @torch.inference_mode()
 def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
-    standard errors. Gumbel codes are one-hot. The same arguments give the same numbers.
+    standard errors. Gumbel codes are one-hot. The same arguments give the same numbers, also after an interruption,
+    from which it goes on.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
@@ -27,15 +34,21 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
     if describe(config.train, data) != config:
         raise RunError(f"{config.train.data} has changed since {folder} was trained on it")
     pixels = torch.from_numpy(data.test[:rows].copy())
-    draws = generator(seed, purpose=0)
-    elbos, kls, bounds = [], [], []
-    for batch in tqdm(pixels.split(EVALUATION_BATCH), desc=f"bound with m={samples}", disable=None):
-        images = as_images(batch, config.train.binarize, draws)
+    stamp = {"checkpoint_sha256": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed}
+    batches = pixels.split(IMAGES)
+    done = _resume(folder / PARTIAL, stamp)
+    progress = tqdm(batches, desc=f"bound with m={samples}", initial=len(done), disable=None)
+    for number in range(len(done), len(batches)):
+        draws = generator(seed, EVALUATION, number)
+        images = as_images(batches[number], config.train.binarize, draws)
         likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
-        elbos.append((likelihood - kl).double())
-        kls.append(kl.double())
-        bounds.append(importance_weighted_bound(model, images, samples, draws))
-    elbo, kl, bound = torch.cat(elbos), torch.cat(kls), torch.cat(bounds)
+        bound = importance_weighted_bound(model, images, samples, draws, max(1, DECODED // len(images)))
+        done.append(torch.stack([(likelihood - kl).double(), kl.double(), bound]))
+        _keep(folder / PARTIAL, stamp, done)
+        progress.update()
+    progress.close()
+    elbo, kl, bound = torch.cat(done, 1)
+    binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
         "elbo": elbo.mean().item(),
         "elbo_standard_error": _standard_error(elbo),
@@ -44,12 +57,33 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
         "bound_standard_error": _standard_error(bound),
         "m": samples,
         "images": len(pixels),
-        "binarization": "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)",
+        "binarization": "static" if config.train.binarize and _is_binary(pixels) else binarization,
         "seed": seed,
     }
-    stamped = {"checkpoint_sha256": run.fingerprint(), **result}
+    stamped = {"checkpoint_sha256": stamp["checkpoint_sha256"], **result}
     write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
+    (folder / PARTIAL).unlink()
     return result
+
+
+def _is_binary(pixels: torch.Tensor) -> bool:
+    return bool(((pixels == 0) | (pixels == 255)).all())
+
+
+def _keep(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:
+    tensors = {str(number): tensor for number, tensor in enumerate(done)}
+    write_atomically(path, save(tensors, {"stamp": json.dumps(stamp)}))
+
+
+def _resume(path: Path, stamp: dict[str, Any]) -> list[torch.Tensor]:
+    """What an interrupted evaluation of the same has found; nothing if it was of something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            if json.loads(file.metadata()["stamp"]) != stamp:
+                return []
+            return [file.get_tensor(str(number)) for number in range(len(file.keys()))]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return []
 
 
 def read_evaluation(run: Run) -> dict[str, str | int | float]:

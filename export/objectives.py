@@ -1,6 +1,7 @@
 """What training maximizes and evaluation reports: bounds on log p(x) in nats, and the schedules of their weights."""
 
-from math import cos, exp, log, pi
+from math import cos, exp, inf, log, pi
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,33 +12,105 @@ from models import GaussianVAE, GumbelVAE
 VAE = GaussianVAE | GumbelVAE
 
 
-def elbo_terms(model: VAE, images: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The two terms of the evidence lower bound, E_q log p(x | z) by one sample and KL(q || p) in closed form.
+class Terms(NamedTuple):
+    """What a step of training minimizes, a scalar, and what it saw, each (n,) in nats and detached: E_q log p(x | z)
+    and KL(q || p); their difference is the ELBO (Kingma and Welling, 2014, equation 3)."""
 
-    images: (n, C, H, W) in [0, 1]. temperature: of the latent sample. Returns two (n,) in nats; their difference is
-    the ELBO (Kingma and Welling, 2014, equation 3).
+    loss: Tensor
+    likelihood: Tensor
+    kl: Tensor
+
+
+def negative_elbo(
+    model: VAE,
+    images: Tensor,
+    draws: torch.Generator,
+    *,
+    temperature: float,
+    samples: int = 1,
+    kl_weight: float = 1.0,
+    free_bits: float = 0.0,
+    straight_through: bool = False,
+) -> Terms:
+    """kl_weight * KL(q || p) - E_q log p(x | z), the first in closed form, the second by the mean of `samples`.
+
+    images: (n, C, H, W) in [0, 1]. temperature: of the latent samples.
+    free_bits: nats that each variable may carry, in the mean over the images, at no cost (Kingma et al., 2016,
+        appendix C.8: sum over variables of max(free_bits, KL)).
+    straight_through: decode one-hot codes, but pass the gradient of the relaxed ones (Jang, Gu and Poole, 2017,
+        section 2.2).
     """
     posterior = model.encode(images)
-    latents = _draw(model, posterior, temperature, generator)
-    return log_likelihood(model.decode(latents), images), model.kl(posterior, model.prior())
+    latents = _draw(model, posterior, samples, temperature, draws)
+    if straight_through:
+        one_hot = one_hot_like(latents)
+        latents = one_hot + latents - latents.detach()
+    likelihood = _likelihoods(model, latents, images).mean(0)
+    kl = model.kl(posterior, model.prior())
+    cost = kl.mean(0).clamp_min(free_bits).sum()
+    return Terms(kl_weight * cost - likelihood.mean(), likelihood.detach(), kl.detach().sum(1))
 
 
-def importance_weighted_bound(model: VAE, images: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """log 1/m sum_i p(x, z_i) / q(z_i | x) with m samples from q, (n,) float64 in nats (Burda, Grosse and
-    Salakhutdinov, 2016, equation 8). Gumbel codes are one-hot."""
+def negative_iwae(
+    model: VAE, images: Tensor, draws: torch.Generator, *, samples: int, kl_weight: float = 1.0, doubly: bool = False
+) -> Terms:
+    """-log 1/k sum_i w_i with k = `samples` and w_i = p(x, z_i) / q(z_i | x) (Burda, Grosse and Salakhutdinov, 2016,
+    equation 8); for a latent with a density.
+
+    kl_weight: of log q - log p in log w_i.
+    doubly: let the encoder follow the doubly reparameterized gradient, whose signal does not drown in noise as k grows
+        (Tucker et al., 2019, equation 8): sum_i (w_i / sum_j w_j)^2  d log w_i / d z_i  d z_i / d phi.
+    """
     posterior = model.encode(images)
-    prior = model.prior()
-    weights = []
-    for _ in range(samples):
-        latents = _draw(model, posterior, model.default_temperature, generator)
-        weight = log_likelihood(model.decode(latents), images)
-        weights.append((weight + model.log_prob(latents, prior) - model.log_prob(latents, posterior)).double())
-    return torch.stack(weights).logsumexp(0) - log(samples)
+    latents = _draw(model, posterior, samples, model.default_temperature, draws)
+    density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior
+    likelihoods = _likelihoods(model, latents, images)
+    ratios = torch.stack([model.log_prob(z, density) - model.log_prob(z, model.prior()) for z in latents])
+    weights = likelihoods - kl_weight * ratios
+    shares = weights.detach().softmax(0)
+    if doubly:
+        # The loss brings each sample's gradient times its share, for decoder and encoder; the encoder's gets it twice.
+        latents.register_hook(lambda gradient: gradient * shares.reshape(*shares.shape, *[1] * (gradient.dim() - 2)))
+        loss = -(shares * weights).sum(0).mean()
+    else:
+        loss = -weights.logsumexp(0).mean() + log(samples)
+    return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
+
+
+def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The two terms of the evidence lower bound, E_q log p(x | z) by one sample and KL(q || p), (n,) each in nats."""
+    terms = negative_elbo(model, images, draws, temperature=temperature)
+    return terms.likelihood, terms.kl
+
+
+def importance_weighted_bound(
+    model: VAE, images: Tensor, samples: int, draws: torch.Generator, at_a_time: int = 1
+) -> Tensor:
+    """log 1/m sum_i p(x, z_i) / q(z_i | x) with m samples from q, (n,) float64 in nats (Burda, Grosse and
+    Salakhutdinov, 2016, equation 8). Gumbel codes are one-hot. The sum runs in float64 as samples come.
+
+    at_a_time: samples that are decoded together.
+    """
+    posterior, prior = model.encode(images), model.prior()
+    total = torch.full((len(images),), -inf, dtype=torch.float64, device=images.device)
+    for begin in range(0, samples, at_a_time):
+        latents = _draw(model, posterior, min(at_a_time, samples - begin), model.default_temperature, draws)
+        likelihoods = _likelihoods(model, latents, images)
+        for z, likelihood in zip(latents, likelihoods, strict=True):
+            weight = likelihood + model.log_prob(z, prior) - model.log_prob(z, posterior)
+            total = torch.logaddexp(total, weight.double())
+    return total - log(samples)
+
+
+def one_hot_like(codes: Tensor) -> Tensor:
+    """The corner of the simplex nearest to each code, (..., K)."""
+    return torch.zeros_like(codes).scatter_(-1, codes.argmax(-1, keepdim=True), 1.0)
 
 
 def log_likelihood(pixel_logits: Tensor, images: Tensor) -> Tensor:
-    """Bernoulli log p(x | z) summed over pixels, (n,) in nats."""
-    return -binary_cross_entropy_with_logits(pixel_logits, images, reduction="none").flatten(1).sum(1)
+    """Bernoulli log p(x | z) summed over pixels, in nats; (..., C, H, W) -> (...)."""
+    losses = binary_cross_entropy_with_logits(pixel_logits, images.expand_as(pixel_logits), reduction="none")
+    return -losses.flatten(-3).sum(-1)
 
 
 def gumbel_temperature(step: int, start: float, minimum: float, rate: float, every: int) -> float:
@@ -56,6 +129,18 @@ def cosine_decay(step: int, steps: int) -> float:
     return 0.5 * (1 + cos(pi * step / steps))
 
 
-def _draw(model: VAE, posterior: tuple[Tensor, ...], temperature: float, generator: torch.Generator) -> Tensor:
-    noise = model.noise(tuple(posterior[0].shape), generator)
-    return model.sample(posterior, noise, torch.full((len(noise),), temperature, device=noise.device))
+def _draw(
+    model: VAE, posterior: tuple[Tensor, ...], samples: int, temperature: float, draws: torch.Generator
+) -> Tensor:
+    """(samples, n, *latent_shape)"""
+    n = len(posterior[0])
+    noise = model.noise((samples * n, *posterior[0].shape[1:]), draws)
+    repeated = tuple(parameter.repeat(samples, *[1] * (parameter.dim() - 1)) for parameter in posterior)
+    temperatures = torch.full((len(noise),), temperature, device=noise.device)
+    return model.sample(repeated, noise, temperatures).reshape(samples, n, *noise.shape[1:])
+
+
+def _likelihoods(model: VAE, latents: Tensor, images: Tensor) -> Tensor:
+    """log p(x | z), (samples, n)."""
+    pixel_logits: Tensor = model.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    return log_likelihood(pixel_logits, images)

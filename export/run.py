@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from export.config import LATENT_SHAPES, WIDTHS, TrainConfig
 from export.errors import RunError
@@ -44,8 +45,9 @@ class RunConfig(BaseModel):
                 image_shape=self.image_shape,
                 latent_shape=train.latent_shape or LATENT_SHAPES[train.kind],
                 body=train.body,
-                width=train.width or WIDTHS[train.body],
+                width=WIDTHS[train.body] if train.width is None else train.width,
                 dense=train.dense,
+                activation=train.activation,
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(train.seed)
@@ -83,16 +85,21 @@ class Run:
         except ValidationError as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
-    def save(self, epoch: int, model: VAE, optimizer: torch.optim.Adam) -> None:
+    def save(self, epoch: int, model: VAE, optimizer: torch.optim.Adam, average: AveragedModel | None) -> None:
         """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        if average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, tensor in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = tensor
         write_atomically(self.checkpoint, save(tensors, {"epoch": str(epoch)}))
 
-    def restore(self, model: VAE, optimizer: torch.optim.Adam | None = None) -> int:
-        """Load the last checkpoint into model and optimizer. Returns the number of finished epochs, 0 without one."""
+    def restore(
+        self, model: VAE, optimizer: torch.optim.Adam | None = None, average: AveragedModel | None = None
+    ) -> int:
+        """Load the last checkpoint into model, optimizer and average. Returns the number of finished epochs, 0 without
+        one."""
         if not self.checkpoint.exists():
             return 0
         try:
@@ -100,6 +107,8 @@ class Run:
                 epoch = int(file.metadata()["epoch"])
                 tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             model.load_state_dict(_under("model.", tensors))
+            if average is not None:
+                average.load_state_dict(_under("average.", tensors))
         except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
             raise RunError(f"{self.checkpoint} is damaged ({error}): delete it to train from the start") from error
         if optimizer is not None:
@@ -111,12 +120,13 @@ class Run:
         """The network with the weights of the last epoch. Raises RunError before training is finished."""
         config = self.config()
         model = config.build()
-        done = self.restore(model)
+        average = AveragedModel(model) if config.train.average else None
+        done = self.restore(model, average=average)
         if done < config.train.epochs:
             raise RunError(
                 f"{self.folder} has finished {done} of {config.train.epochs} epochs: continue it with `train --resume`"
             )
-        return model.eval()
+        return (model if average is None else averaged(average)).eval()
 
     def log(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:
@@ -131,6 +141,11 @@ class Run:
     def fingerprint(self) -> str:
         """SHA-256 of the checkpoint: ties an evaluation to the weights it is of."""
         return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+
+
+def averaged(average: AveragedModel) -> VAE:
+    """The network with the averaged weights."""
+    return average.module  # type: ignore[return-value]  # of the class that it was made of
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -8,45 +8,59 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from export.config import TrainConfig
 from export.data import Dataset, load
 from export.errors import RunError
-from export.objectives import VAE, cosine_decay, elbo_terms, gumbel_temperature, warm_up
-from export.run import Run, RunConfig, write_atomically
+from export.objectives import (
+    VAE,
+    Terms,
+    cosine_decay,
+    elbo_terms,
+    gumbel_temperature,
+    negative_elbo,
+    negative_iwae,
+    warm_up,
+)
+from export.run import Run, RunConfig, averaged, write_atomically
+from models.bodies import start_at
 from service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 
 # What a generator is for: with the seed and the epoch this decides its draws, so a resumed run repeats them.
-TRAINING, HELD_OUT, SHEET = range(3)
+TRAINING, HELD_OUT, SHEET, EVALUATION = range(4)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
     data = load(config.data)
     run, run_config = Run(out), describe(config, data)
+    images, held_out = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
     model = run_config.build()
+    start_at(model.decoder, images.float().mean(0) / 255)
     if resume and (out / "config.json").exists():
         run.resume(run_config)
     else:
         run.start(run_config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    done = run.restore(model, optimizer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
+    counts = model if average is None else averaged(average)
+    done = run.restore(model, optimizer, average)
     run.forget_after(done)
-    images, held_out = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
     for epoch in range(done, config.epochs):
-        metrics = _train_epoch(model, optimizer, images, config, epoch)
-        metrics |= _held_out_metrics(model, held_out, config)
+        metrics = _train_epoch(model, optimizer, average, images, config, epoch)
+        metrics |= _held_out_metrics(counts, held_out, config)
         if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
             raise RunError(f"the bound is no number any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"
-            write_atomically(path, contact_sheet(model, held_out, config))
-        run.save(epoch + 1, model, optimizer)
+            write_atomically(path, contact_sheet(counts, held_out, config))
+        run.save(epoch + 1, model, optimizer, average)
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return run
 
@@ -64,12 +78,19 @@ def generator(seed: int, purpose: int, epoch: int = 0) -> torch.Generator:
 
 def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
     """uint8 pixels -> float32 images in [0, 1], each pixel drawn from its grey value if `binarize`."""
-    grey = pixels.float() / 255
-    return torch.bernoulli(grey, generator=draws) if binarize else grey
+    if not binarize:
+        return pixels.float() / 255
+    thresholds = torch.empty_like(pixels).random_(0, 255, generator=draws)  # 0 .. 254: a third of bernoulli's time
+    return (thresholds < pixels).float()
 
 
 def _train_epoch(
-    model: VAE, optimizer: torch.optim.Adam, pixels: Tensor, config: TrainConfig, epoch: int
+    model: VAE,
+    optimizer: torch.optim.Adam,
+    average: AveragedModel | None,
+    pixels: Tensor,
+    config: TrainConfig,
+    epoch: int,
 ) -> dict[str, float]:
     draws = generator(config.seed, TRAINING, epoch)
     order = torch.randperm(len(pixels), generator=draws)
@@ -84,12 +105,13 @@ def _train_epoch(
             temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * cosine_decay(step, last_step)
-        likelihood, kl = elbo_terms(model, images, temperature, draws)
-        loss = (warm_up(step, config.kl_warm_up * len(batches)) * kl - likelihood).mean()
+        terms = _objective(model, images, draws, config, temperature, warm_up(step, config.kl_warm_up * len(batches)))
         optimizer.zero_grad()
-        loss.backward()
+        terms.loss.backward()
         optimizer.step()
-        totals += torch.stack([likelihood.detach().sum(), kl.detach().sum()])
+        if average is not None:
+            average.update_parameters(model)
+        totals += torch.stack([terms.likelihood.sum(), terms.kl.sum()])
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
     seconds = time.perf_counter() - started
     return {
@@ -98,6 +120,24 @@ def _train_epoch(
         "temperature": temperature,
         "images_per_second": len(pixels) / seconds,
     }
+
+
+def _objective(
+    model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, temperature: float, kl_weight: float
+) -> Terms:
+    if config.objective != "elbo":
+        doubly = config.objective == "dreg"
+        return negative_iwae(model, images, draws, samples=config.samples, kl_weight=kl_weight, doubly=doubly)
+    return negative_elbo(
+        model,
+        images,
+        draws,
+        temperature=temperature,
+        samples=config.samples,
+        kl_weight=kl_weight,
+        free_bits=config.free_bits,
+        straight_through=config.straight_through,
+    )
 
 
 @torch.inference_mode()

@@ -6,7 +6,12 @@ from itertools import pairwise
 from math import prod, sqrt
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["relu", "tanh"]
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+RAREST = 1e-3  # a pixel's mean is taken to lie between this and 1 less this
 
 
 @dataclass(frozen=True)
@@ -16,8 +21,10 @@ class VAEConfig:
     image_shape: (C, H, W).
     latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel one.
     body: "mlp" or "conv".
-    width: sizes of the hidden layers of an MLP, or channels of the convolutions, each of which halves the image.
+    width: sizes of the hidden layers of an MLP, of which there may be none, or channels of the convolutions, each of
+        which halves the image.
     dense: sizes of the hidden layers between the convolutions and the latent.
+    activation: after each layer but the last.
 
     width and dense run from the image towards the latent; the decoder mirrors the encoder.
     """
@@ -27,11 +34,13 @@ class VAEConfig:
     body: Literal["mlp", "conv"]
     width: tuple[int, ...]
     dense: tuple[int, ...] = ()
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "latent_shape", "width"):
             sizes = getattr(self, name)
-            if not sizes or min(sizes) < 1:
+            may_be_empty = name == "width" and self.body == "mlp"
+            if not (sizes or may_be_empty) or min(sizes, default=1) < 1:
                 raise ValueError(f"{name} must hold positive sizes, got {list(sizes)}")
         if self.dense and self.body == "mlp":
             raise ValueError("dense belongs to the convolutions; an MLP has all its layers in width")
@@ -39,62 +48,78 @@ class VAEConfig:
 
 def encoder(config: VAEConfig, features: int) -> nn.Sequential:
     """Images (n, C, H, W) in [0, 1] -> (n, features), unbounded."""
-    return _he_normal(_mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features))
+    network = _mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features)
+    return _initialized(network, config.activation)
 
 
 def decoder(config: VAEConfig) -> nn.Sequential:
     """Latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
-    return _he_normal(_mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config))
+    network = _mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config)
+    return _initialized(network, config.activation)
+
+
+@torch.no_grad()
+def start_at(decoder: nn.Sequential, mean: Tensor) -> None:
+    """Let a fresh decoder's pixel logits lie around those of a mean image, (C, H, W) in [0, 1], so that training need
+    not find out first where images are black (Burda, Grosse and Salakhutdinov, 2016, appendix C). Convolutions have one
+    bias a channel."""
+    *_, last = (layer for layer in decoder if isinstance(layer, nn.Linear | nn.ConvTranspose2d))
+    mean = mean if isinstance(last, nn.Linear) else mean.mean((1, 2))
+    assert last.bias is not None  # noqa: S101  # every layer here has one
+    last.bias.copy_(torch.logit(mean.clamp(RAREST, 1 - RAREST)).flatten())
 
 
 def _mlp_encoder(config: VAEConfig, features: int) -> nn.Sequential:
     sizes = (prod(config.image_shape), *config.width)
-    return nn.Sequential(nn.Flatten(), *_dense(sizes), nn.Linear(sizes[-1], features))
+    return nn.Sequential(nn.Flatten(), *_dense(sizes, config), nn.Linear(sizes[-1], features))
 
 
 def _mlp_decoder(config: VAEConfig) -> nn.Sequential:
     sizes = (prod(config.latent_shape), *reversed(config.width))
     pixels = prod(config.image_shape)
     return nn.Sequential(
-        nn.Flatten(), *_dense(sizes), nn.Linear(sizes[-1], pixels), nn.Unflatten(1, config.image_shape)
+        nn.Flatten(), *_dense(sizes, config), nn.Linear(sizes[-1], pixels), nn.Unflatten(1, config.image_shape)
     )
 
 
-def _dense(sizes: tuple[int, ...]) -> Iterator[nn.Module]:
+def _dense(sizes: tuple[int, ...], config: VAEConfig) -> Iterator[nn.Module]:
     for before, after in pairwise(sizes):
         yield nn.Linear(before, after)
-        yield nn.ReLU()
+        yield _ACTIVATIONS[config.activation]()
 
 
 def _conv_encoder(config: VAEConfig, features: int) -> nn.Sequential:
     channels, sizes = _pyramid(config)
     layers: list[nn.Module] = []
     for (before, after), size in zip(pairwise(channels), sizes, strict=False):
-        layers += [nn.Conv2d(before, after, _kernel(size), stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, _kernel(size), stride=2, padding=1), _ACTIVATIONS[config.activation]()]
     dense = (channels[-1] * prod(sizes[-1]), *config.dense)
-    return nn.Sequential(*layers, nn.Flatten(), *_dense(dense), nn.Linear(dense[-1], features))
+    return nn.Sequential(*layers, nn.Flatten(), *_dense(dense, config), nn.Linear(dense[-1], features))
 
 
 def _conv_decoder(config: VAEConfig) -> nn.Sequential:
     channels, sizes = _pyramid(config)
     top = (channels[-1], *sizes[-1])
     dense = (prod(config.latent_shape), *reversed(config.dense))
-    layers: list[nn.Module] = [nn.Flatten(), *_dense(dense), nn.Linear(dense[-1], prod(top)), nn.Unflatten(1, top)]
+    layers: list[nn.Module] = [nn.Flatten(), *_dense(dense, config)]
+    layers += [nn.Linear(dense[-1], prod(top)), nn.Unflatten(1, top)]
     for (after, before), size in reversed(list(zip(pairwise(channels), sizes, strict=False))):
-        layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, _kernel(size), stride=2, padding=1)]
+        layers += [_ACTIVATIONS[config.activation]()]
+        layers += [nn.ConvTranspose2d(before, after, _kernel(size), stride=2, padding=1)]
     return nn.Sequential(*layers)
 
 
-def _he_normal(network: nn.Sequential) -> nn.Sequential:
+def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequential:
     """Initial weights that keep the scale of activations through ReLU (He et al., 2015,
-    https://arxiv.org/abs/1502.01852); PyTorch's own shrink it layer by layer, and deep bodies never learn to use the
-    latent."""
+    https://arxiv.org/abs/1502.01852), or through another activation by its gain; PyTorch's own shrink it layer by
+    layer, and deep bodies never learn to use the latent."""
+    gain = nn.init.calculate_gain(activation)
     for layer in network:
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(layer.weight, nonlinearity=activation)
         elif isinstance(layer, nn.ConvTranspose2d):
             inputs = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)  # that meet in one output
-            nn.init.normal_(layer.weight, std=sqrt(2 / inputs))
+            nn.init.normal_(layer.weight, std=gain / sqrt(inputs))
         else:
             continue
         if layer.bias is not None:

@@ -62,10 +62,11 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) in nats, (n,); Kingma and Welling, appendix B, for any two Gaussians."""
+        """KL(posterior || prior) of each variable in nats, (n, D); Kingma and Welling, appendix B, for any two
+        Gaussians."""
         (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
         squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
-        return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1).sum(1)
+        return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1)
 
 
 def _per_row(temperature: Tensor, like: Tensor) -> Tensor:

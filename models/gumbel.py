@@ -74,7 +74,7 @@ class GumbelVAE(nn.Module):
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) in nats, (n,), between the categories, not their relaxations; log-softmax, never
-        log(p + eps)."""
+        """KL(posterior || prior) of each variable in nats, (n, D), between the categories, not their relaxations;
+        log-softmax, never log(p + eps)."""
         log_q, log_p = posterior[0].log_softmax(-1), prior[0].log_softmax(-1)
-        return (log_q.exp() * (log_q - log_p)).flatten(1).sum(1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from export.data import load
 from export.errors import DataError
@@ -143,3 +144,24 @@ def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
     assert "other.png is 9x9" in refusal(folder)
     (folder / "other.png").write_bytes((folder / "000.png").read_bytes()[:40])
     assert "other.png is not a readable picture" in refusal(folder)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_amat_files(tmp_path: Path, as_text: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 2, (7, 784))
+    for split in ("train", "test"):
+        path = tmp_path / f"binarized_mnist_{split}.amat"
+        if as_text:
+            np.savetxt(path, images, "%d")
+        else:
+            savemat(path, {"X": images}, appendmat=False)
+    data = load(str(tmp_path))
+    assert data.image_shape == (1, 28, 28)
+    assert np.array_equal(data.test.reshape(7, 784), images * 255)
+
+
+@pytest.mark.parametrize("content", [b"MATLAB 5.0 and no more", b"0 1 1", b"2 " * 784, b"x " * 784])
+def test_amat_files_that_are_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "binarized_mnist_train.amat").write_bytes(content)
+    with pytest.raises(DataError, match=r"binarized_mnist_train\.amat is not readable"):
+        load(str(tmp_path))

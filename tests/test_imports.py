@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "models": {"torch"},
     "export": {
         "models", "service", "torch", "onnx", "onnxruntime", "safetensors",
-        "numpy", "pydantic", "pydantic_settings", "PIL", "sklearn", "tqdm",
+        "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "tqdm",
     },
     "service": {
         "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "numpy", "scipy", "onnxruntime",

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from export import recipes
 from export.config import TrainConfig
 from export.errors import RunError
-from export.evaluate import evaluate
+from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
 from export.run import Run
 from export.train import train
@@ -137,6 +139,55 @@ def test_evaluation_repeats_itself_and_more_samples_tighten_the_bound(runs: dict
     (folder / "evaluation.json").write_bytes(kept)
 
 
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        shutil.copytree(runs["tiny-gumbel"], tmp_path / name)
+    arguments = ["--samples", "3000", "--images", "180", "--seed", "4"]
+
+    def start(name: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "export", "evaluate", str(tmp_path / name), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    killed = start("killed")
+    wait_until(lambda: (tmp_path / "killed" / PARTIAL).exists())
+    killed.kill()
+    killed.communicate()
+    for name in ("whole", "killed"):
+        start(name).communicate(timeout=120)
+    whole, resumed = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed"))
+    assert whole == resumed
+    assert not (tmp_path / "killed" / PARTIAL).exists()
+
+
+def test_an_evaluation_of_something_else_starts_anew(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["tiny-gumbel"], tmp_path / "r")
+    expected = evaluate(tmp_path / "r", samples=2, rows=150, seed=0)
+    for content in (b"", save({"0": torch.zeros(3, 100)}, {"stamp": "{}"}), save({"0": torch.zeros(3, 100)})):
+        (tmp_path / "r" / PARTIAL).write_bytes(content)
+        assert evaluate(tmp_path / "r", samples=2, rows=150, seed=0) == expected
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_a_whole_configuration(name: str) -> None:
+    TrainConfig(**recipes.recipe(name))
+
+
+def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
+    small = ["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "r")]
+    command = [sys.executable, "-m", "export", "train", "--recipe", "dreg-50", *small]
+    finished(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    config = Run(tmp_path / "r").config().train
+    assert (config.objective, config.samples, config.data, config.epochs) == ("dreg", 50, "digits", 1)
+
+
+def test_an_average_of_the_weights_is_what_counts(tmp_path: Path) -> None:
+    run = train(small(average=0.9, epochs=2), tmp_path / "r", resume=False, sheet_every=9)
+    tensors = load_file(run.checkpoint)
+    name = next(name for name in run.trained().state_dict() if name.startswith("decoder"))
+    assert torch.equal(run.trained().state_dict()[name], tensors[f"average.module.{name}"])
+    assert not torch.equal(tensors[f"model.{name}"], tensors[f"average.module.{name}"])
+
+
 def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
     import numpy as np
 
@@ -173,6 +224,11 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
         (["train", "gaussian", "--data", "digits", "--out", "x", "--epochs", "0"], "--epochs"),
         (["train", "flow", "--data", "digits", "--out", "x"], "flow"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--latent-shape", "4"], "D x K, got [4]"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "dreg"], "needs a latent with a density"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--free-bits", "1"], "elbo"),
+        (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
+        (["train", "--out", "x"], "--kind"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--body", "mlp", "--dense", "8"], "all its layers in"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["inspect", "nowhere"], "cannot be read"),

@@ -1,0 +1,175 @@
+"""What training minimizes, against values computed another way."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from export.objectives import (
+    VAE,
+    elbo_terms,
+    importance_weighted_bound,
+    log_likelihood,
+    negative_elbo,
+    negative_iwae,
+)
+from export.train import generator
+from models import GaussianVAE, GumbelVAE, VAEConfig
+from models.bodies import start_at
+
+IMAGE = (1, 2, 2)
+
+
+def gaussian(width: tuple[int, ...] = (4,)) -> GaussianVAE:
+    """A VAE of four pixels and one latent."""
+    torch.manual_seed(0)
+    return GaussianVAE(VAEConfig(IMAGE, (1,), "mlp", width)).double()
+
+
+def images(n: int) -> Tensor:
+    return torch.bernoulli(torch.full((n, *IMAGE), 0.5, dtype=torch.float64), generator=generator(5, 0))
+
+
+def quadrature(model: GaussianVAE, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A grid of latents: q(z | x) dz, log p(x | z), log p(z) and log q(z | x) on it."""
+    z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    mu, log_var = (parameter.item() for parameter in model.encode(image))
+    q = stats.norm(mu, math.exp(0.5 * log_var))
+    likelihood = log_likelihood(model.decode(z[:, None]), image)
+    weight = torch.from_numpy(q.pdf(z.numpy())) * (z[1] - z[0])
+    return weight, likelihood, torch.from_numpy(stats.norm.logpdf(z.numpy())), torch.from_numpy(q.logpdf(z.numpy()))
+
+
+def gradient(model: VAE, loss: Tensor) -> Tensor:
+    parameters = [parameter for _, parameter in model.named_parameters()]
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+
+
+def last_weight(network: nn.Sequential) -> Tensor:
+    layer = network[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
+def test_the_elbo_is_that_of_quadrature() -> None:
+    model, image = gaussian(), images(1)
+    with torch.no_grad():
+        weight, likelihood, prior, posterior = quadrature(model, image)
+        exact = (weight * (likelihood + prior - posterior)).sum().item()
+        terms = negative_elbo(model, image, generator(0, 0), temperature=1.0, samples=200_000)
+    assert -terms.loss.item() == pytest.approx(exact, abs=0.01)
+    assert (terms.likelihood - terms.kl).item() == pytest.approx(-terms.loss.item())
+    kl = (weight * (posterior - prior)).sum().item()
+    assert terms.kl.item() == pytest.approx(kl, abs=1e-6)
+
+
+def test_iwae_rises_from_the_elbo_to_the_likelihood_that_quadrature_finds() -> None:
+    model, image = gaussian(), images(1)
+    with torch.no_grad():
+        weight, likelihood, prior, posterior = quadrature(model, image)
+        elbo = (weight * (likelihood + prior - posterior)).sum().item()
+        exact = (likelihood + prior).exp().sum().log().item() + math.log(24 / 4000)
+        copies = image.expand(100_000, -1, -1, -1)
+        one = -negative_iwae(model, copies, generator(0, 0), samples=1).loss.item()
+        many = -negative_iwae(model, image, generator(0, 0), samples=200_000).loss.item()
+    assert one == pytest.approx(elbo, abs=0.01)
+    assert many == pytest.approx(exact, abs=0.005)
+    assert elbo < exact
+
+
+def test_dreg_has_the_gradient_of_iwae_and_less_noise() -> None:
+    """The decoder's is the same for the same draws; the encoder's in the mean."""
+    model, image = gaussian(), images(1).expand(200, -1, -1, -1)
+    encoder = sum(parameter.numel() for parameter in model.encoder.parameters())
+
+    def gradients(seed: int) -> Tensor:
+        losses = (
+            negative_iwae(model, image, generator(seed, 0), samples=8, doubly=doubly).loss for doubly in (False, True)
+        )
+        return torch.stack([gradient(model, loss) for loss in losses])
+
+    iwae, dreg = torch.stack([gradients(seed) for seed in range(200)]).unbind(1)
+    torch.testing.assert_close(dreg[:, encoder:], iwae[:, encoder:])
+    difference = (dreg - iwae)[:, :encoder]
+    error = difference.std(0) / len(difference) ** 0.5
+    assert (difference.mean(0).abs() <= 4.5 * error).all()
+    assert dreg[:, :encoder].var(0).sum() < 0.5 * iwae[:, :encoder].var(0).sum()
+
+
+def test_free_bits_charge_only_what_is_above() -> None:
+    model, batch = GaussianVAE(VAEConfig(IMAGE, (5,), "mlp", (4,))), images(6).float()
+    with torch.no_grad():
+        kl = model.kl(model.encode(batch), model.prior()).mean(0)
+        bits = kl.median().item()  # two of the five carry less
+        free = negative_elbo(model, batch, generator(0, 0), temperature=1.0, free_bits=bits)
+        none = negative_elbo(model, batch, generator(0, 0), temperature=1.0)
+    charged = (kl.clamp_min(bits) - kl).sum().item()
+    assert charged > 0
+    assert (free.loss - none.loss).item() == pytest.approx(charged, abs=1e-5)
+
+
+def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> None:
+    """Against the chain rule by hand: d loss / d codes at the corner times d codes / d logits of the relaxation."""
+    torch.manual_seed(0)
+    model, batch = GumbelVAE(VAEConfig(IMAGE, (2, 3), "mlp", ())).double(), images(4)
+    loss = negative_elbo(model, batch, generator(0, 0), temperature=0.7, kl_weight=0.0, straight_through=True).loss
+    weight = last_weight(model.encoder)
+    found = torch.autograd.grad(loss, weight)[0]
+    (logits,) = model.encode(batch)
+    relaxed = model.sample((logits,), model.noise((4, 2, 3), generator(0, 0)), torch.full((4,), 0.7))
+    corner = nn.functional.one_hot(relaxed.argmax(-1), 3).double().requires_grad_()
+    by_hand = -log_likelihood(model.decode(corner), batch).mean()
+    assert loss.item() == pytest.approx(by_hand.item())
+    (at_corner,) = torch.autograd.grad(by_hand, corner)
+    torch.testing.assert_close(found, torch.autograd.grad(relaxed, weight, at_corner)[0])
+
+
+def test_the_bound_is_exact_where_the_posterior_is() -> None:
+    """With one variable and linear maps, log p(z | x) is linear in x, so an encoder can hold it: then every weight is
+    p(x), and each bound is the finite sum over all codes."""
+    torch.manual_seed(0)
+    model = GumbelVAE(VAEConfig(IMAGE, (1, 6), "mlp", ())).double().eval()
+    encoder = model.encoder[1]
+    assert isinstance(encoder, nn.Linear)
+    with torch.no_grad():
+        model.prior_logits.normal_()
+        pixel_logits = model.decode(torch.eye(6, dtype=torch.float64)[:, None]).flatten(1)
+        encoder.weight.copy_(pixel_logits)
+        log_prior = model.prior_logits.log_softmax(-1)[0]
+        encoder.bias.copy_(log_prior - nn.functional.softplus(pixel_logits).sum(1))
+        every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64).reshape(16, *IMAGE)
+        exact = torch.stack(
+            [(log_likelihood(pixel_logits.reshape(6, *IMAGE), image) + log_prior).logsumexp(0) for image in every]
+        )
+        assert exact.exp().sum().item() == pytest.approx(1)
+        for samples, at_a_time in ((1, 1), (7, 3), (50, 50)):
+            bound = importance_weighted_bound(model, every, samples, generator(0, 0), at_a_time)
+            torch.testing.assert_close(bound, exact, atol=1e-6, rtol=0)
+        likelihood, kl = elbo_terms(model, every.repeat(20_000, 1, 1, 1), 0.0, generator(0, 0))
+    elbo = (likelihood - kl).unflatten(0, (20_000, 16)).mean(0)
+    torch.testing.assert_close(elbo, exact, atol=0.05, rtol=0)
+
+
+def test_how_many_are_decoded_together_decides_nothing_but_time() -> None:
+    model, batch = gaussian(), images(3)
+    with torch.no_grad():
+        one, other = (importance_weighted_bound(model, batch, 12, generator(0, 0), size) for size in (12, 5))
+    torch.testing.assert_close(one, other, atol=0.5, rtol=0)  # other draws of the same law
+    assert torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize(("body", "width"), [("mlp", (4,)), ("mlp", ()), ("conv", (3, 4))])
+def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int, ...]) -> None:
+    model = GaussianVAE(VAEConfig((1, 8, 8), (2,), body, width))  # type: ignore[arg-type]
+    mean = torch.from_numpy(np.random.default_rng(0).random((1, 8, 8), np.float32)) * 0.5
+    start_at(model.decoder, mean)
+    with torch.no_grad():
+        found = torch.sigmoid(model.decode(torch.zeros(1, 2)))[0]
+    if body == "mlp":
+        torch.testing.assert_close(found, mean.clamp_min(1e-3))
+    else:
+        assert found.mean().item() == pytest.approx(mean.mean().item(), abs=0.01)

@@ -40,11 +40,13 @@ class Train(TrainConfig):
         return self  # with the recipe's fields
 
     def cli_cmd(self) -> None:
-        from export.train import train
-
         fields = recipe(self.recipe) if self.recipe else {}
         fields |= {key: value for key, value in self if key in TrainConfig.model_fields.keys() & self.model_fields_set}
-        train(TrainConfig(**fields), self.out, resume=self.resume, sheet_every=self.sheet_every)
+        config = TrainConfig(**fields)
+
+        from export.train import train
+
+        train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
 
 

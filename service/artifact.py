@@ -135,13 +135,22 @@ class Contract(BaseModel):
         }
 
 
+# How the operators that run another graph, as often as the data says, are named in a file: field 4 of a NodeProto and
+# the length of the name come before it. Where weights happen to look like that, a graph counts as not steady.
+_BRANCHES = tuple(b'"%c%b' % (len(name), name) for name in (b"If", b"Loop", b"Scan", b"SequenceMap"))
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """A sampler that is loaded and keeps its contract."""
+    """A sampler that is loaded and keeps its contract.
+
+    size: bytes of the file. steady: how long a run takes depends on its rows alone, not on what is in them.
+    """
 
     contract: Contract
     session: ort.InferenceSession
-    size: int  # bytes of the file
+    size: int
+    steady: bool
 
     @property
     def provider(self) -> str:
@@ -168,7 +177,7 @@ def load(path: Path, attempts: Sequence[Providers] = (("CPUExecutionProvider",),
         session = _open_first(content, attempts, threads)
         contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         _check_signature(session, contract)
-        artifact = Artifact(contract, session, len(content))
+        artifact = Artifact(contract, session, len(content), steady=not any(sign in content for sign in _BRANCHES))
         _check_run(artifact)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error

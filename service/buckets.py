@@ -41,6 +41,7 @@ class Buckets:
         self._outputs: Arrays = {
             name: np.zeros((max_rows, *shape), _TYPES[type_]) for name, (type_, shape) in contract.outputs().items()
         }
+        self._with_prior = 0  # rows of the inputs whose parameters are the prior's
         self._bound: dict[int, _Bound] = {}
 
     def run(self, n: int) -> Arrays:
@@ -55,6 +56,17 @@ class Buckets:
         outputs = bound.run()
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
+    def fill_prior(self, n: int) -> None:
+        """Let the first n rows of the inputs hold the parameters of the prior; most do, from the batch before."""
+        if n > self._with_prior:
+            for name, array in self.prior.items():
+                self.inputs[name][self._with_prior : n] = array
+            self._with_prior = n
+
+    def spoil_prior(self, first: int) -> None:
+        """Rows from this one on will hold other parameters."""
+        self._with_prior = min(self._with_prior, first)
+
     def size(self, n: int) -> int:
         """Rows that are run when n are asked for."""
         return min(1 << (n - 1).bit_length(), self.max_rows) if self.powers else n
@@ -65,8 +77,7 @@ class Buckets:
 
         Returns the first that takes `seconds`, or all rows if none does; larger ones are not run.
         """
-        for name, array in self.prior.items():
-            self.inputs[name][:] = array
+        self.fill_prior(self.max_rows)
         rows = 1
         while True:
             self.run(rows)

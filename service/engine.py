@@ -157,7 +157,7 @@ class Engine:
 
     def _open_gate_soon(self) -> None:
         """When the loop has read what had come, so that requests that came together run together."""
-        if not self._turns and self._gate.locked():
+        if not self._turns and self._gate.locked() and not self._run_here():
             self._gather(0)
 
     def _gather(self, before: int) -> None:
@@ -168,6 +168,22 @@ class Engine:
             self.loop.call_soon(self._gather, waiting)
         else:
             self._open_gate()
+
+    def _run_here(self) -> bool:
+        """A few rows of the one request there is, whose deadline is not near: they are computed before a runner would
+        have woken up."""
+        if len(self.jobs) > 1:
+            return False
+        (job,) = self.jobs
+        if job.timer is not None:
+            return False
+        with self._lock:
+            prompt = job.waiting <= job.model.prompt_rows and self._free == len(self.runners)
+            batch = self._scheduler.take() if prompt else None
+        if batch is None:
+            return False
+        self._delivered(batch, *self.runners[0].compute(batch))
+        return True
 
     def _open_gate(self) -> None:
         self._turns = 0
@@ -209,6 +225,7 @@ class Engine:
     def _delivered(self, batch: Batch[Job], results: list[Arrays | Problem], started: float, ended: float) -> None:
         seconds = ended - started
         self._seconds_per_row += FORGETTING * (seconds / batch.rows / len(self.runners) - self._seconds_per_row)
-        self._metrics.batch(batch, seconds, [started - piece.ticket.since for piece in batch.pieces])
+        waited = [started - piece.ticket.since for piece in batch.pieces]
         for piece, result in zip(batch.pieces, results, strict=True):
             piece.ticket.take(result, piece.lo, piece.hi, started, ended)
+        self.loop.call_soon(self._metrics.batch, batch, seconds, waited)  # when the answers have left

@@ -10,10 +10,12 @@ from typing import Any
 
 from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, ArtifactError, Contract, load
 from service.buckets import Buckets
-from service.devices import Device
+from service.devices import CPU, Device
 from service.errors import Unavailable, UnknownModel
 
 log = logging.getLogger(__name__)
+
+PROMPT = 64  # so many times as many rows fill a batch, and take milliseconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,12 @@ class Model:
     @property
     def contract(self) -> Contract:
         return self.artifact.contract
+
+    @cached_property
+    def prompt_rows(self) -> int:
+        """Rows that take less time to run than another thread to wake up."""
+        steady = self.artifact.steady and self.artifact.provider == CPU
+        return self.batch_rows // PROMPT if steady else 0
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:

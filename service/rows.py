@@ -66,8 +66,7 @@ def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
     """Write the graph's inputs for the batch. Returns its rows."""
     contract, inputs, draw, blocks = buckets.artifact.contract, buckets.inputs, buckets.source.draw, buckets.blocks
     total = sum(hi - lo for _, lo, hi in batch)
-    for name, array in buckets.prior.items():
-        inputs[name][:total] = array
+    buckets.fill_prior(total)
     drawn, temperatures, counts = [], [], []
     end = 0
     for rows, lo, hi in batch:
@@ -77,9 +76,15 @@ def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
         temperatures.append(0.0 if rows.hard else rows.temperature)
         counts.append(n)
         for name, array in rows.parameters.items():
+            buckets.spoil_prior(begin)
             inputs[name][begin:end] = array[lo:hi] if array.ndim == inputs[name].ndim else array
-    inputs["temperature"][:total] = np.repeat(temperatures, counts)
-    words = np.concatenate(drawn).reshape(total, -1)[:, : contract.elements]
+    if len(batch) == 1:
+        inputs["temperature"][:total] = temperatures[0]
+        words = drawn[0]
+    else:
+        inputs["temperature"][:total] = np.repeat(temperatures, counts)
+        words = np.concatenate(drawn)
+    words = words.reshape(total, -1)[:, : contract.elements]
     inputs["noise"][:total] = buckets.noise(words).reshape(total, *contract.latent_shape)
     return total
 

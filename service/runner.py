@@ -46,14 +46,18 @@ class Runner(threading.Thread):
     def run(self) -> None:
         try:
             while (batch := self._work.next_batch()) is not None:
-                self.busy_since = started = time.perf_counter()
-                results = self._attempt(batch.pieces)
-                self.busy_since = None
-                self._work.deliver(batch, results, started, time.perf_counter())
+                self._work.deliver(batch, *self.compute(batch))
         except BaseException as error:  # whatever it was, /livez tells
             log.exception("the runner died")
             self.failure = error
             self._work.died()
+
+    def compute(self, batch: Batch[Job]) -> tuple[list[Arrays | Problem], float, float]:
+        """The result of each piece, when it was started and when it had ended; on any thread, but one at a time."""
+        self.busy_since = started = time.perf_counter()
+        results = self._attempt(batch.pieces)
+        self.busy_since = None
+        return results, started, time.perf_counter()
 
     def _attempt(self, pieces: list[Piece[Job]]) -> list[Arrays | Problem]:
         """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone."""

@@ -149,3 +149,8 @@ def test_a_default_model_that_is_not_served_is_an_answer_not_a_crash(serve: Any)
     service: Running = serve(default_model="gone")
     assert service.post({}).json()["detail"].startswith("unknown model 'gone'")
     assert service.get("/models").json()["default"] == "gone"
+
+
+def test_a_graph_with_a_loop_is_not_steady(repository: Path) -> None:
+    assert load(repository / "tiny-gaussian" / "1" / "model.onnx").steady
+    assert not load(repository / "trouble" / "1" / "model.onnx").steady

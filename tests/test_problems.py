@@ -280,7 +280,7 @@ def test_a_runner_that_died_is_no_life(serve: Any) -> None:
     service: Running = serve()
     assert service.get("/livez").status_code == 200
     service.service.engine._scheduler.take = None  # type: ignore[method-assign,assignment]
-    problem(service.post({}), "unavailable")
+    problem(service.post({"n": 500}), "unavailable")  # more than are computed without a runner
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
     assert "NoneType" in response.json()["failure"]

@@ -157,7 +157,7 @@ class Engine:
 
     def _open_gate_soon(self) -> None:
         """When the loop has read what had come, so that requests that came together run together."""
-        if not self._turns and self._gate.locked() and not self._run_here():
+        if not self._turns and self._gate.locked():
             self._gather(0)
 
     def _gather(self, before: int) -> None:
@@ -166,22 +166,21 @@ class Engine:
         if self._turns < GATHERING and waiting > before:
             self._turns += 1
             self.loop.call_soon(self._gather, waiting)
-        else:
+        elif not self._run_here():
             self._open_gate()
 
     def _run_here(self) -> bool:
         """A few rows of the one request there is, whose deadline is not near: they are computed before a runner would
         have woken up."""
-        if len(self.jobs) > 1:
+        if len(self.jobs) != 1:
             return False
         (job,) = self.jobs
-        if job.timer is not None:
-            return False
         with self._lock:
-            prompt = job.waiting <= job.model.prompt_rows and self._free == len(self.runners)
-            batch = self._scheduler.take() if prompt else None
+            prompt = 0 < job.waiting <= job.model.prompt_rows and self._free == len(self.runners)
+            batch = self._scheduler.take() if prompt and job.timer is None else None
         if batch is None:
             return False
+        self._turns = 0
         self._delivered(batch, *self.runners[0].compute(batch))
         return True
 

@@ -92,7 +92,7 @@ def _idx(path: Path) -> Pixels:
 
 def _amat_folder(folder: Path) -> Dataset:
     """MNIST as it was binarized once and for all (Larochelle and Murray, 2011). The 10000 images for validation are
-    trained on neither."""
+    left aside."""
     train, test = (_amat(folder / f"binarized_mnist_{split}.amat") for split in ("train", "test"))
     return Dataset(folder.resolve().name, train, test)
 

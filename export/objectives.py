@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from models import GaussianVAE, GumbelVAE
 
@@ -43,8 +43,8 @@ def negative_elbo(
     posterior = model.encode(images)
     latents = _draw(model, posterior, samples, temperature, draws)
     if straight_through:
-        one_hot = one_hot_like(latents)
-        latents = one_hot + latents - latents.detach()
+        nearest = one_hot(latents.argmax(-1), latents.shape[-1])
+        latents = nearest + latents - latents.detach()
     likelihood = _likelihoods(model, latents, images).mean(0)
     kl = model.kl(posterior, model.prior())
     cost = kl.mean(0).clamp_min(free_bits).sum()
@@ -100,11 +100,6 @@ def importance_weighted_bound(
             weight = likelihood + model.log_prob(z, prior) - model.log_prob(z, posterior)
             total = torch.logaddexp(total, weight.double())
     return total - log(samples)
-
-
-def one_hot_like(codes: Tensor) -> Tensor:
-    """The corner of the simplex nearest to each code, (..., K)."""
-    return torch.zeros_like(codes).scatter_(-1, codes.argmax(-1, keepdim=True), 1.0)
 
 
 def log_likelihood(pixel_logits: Tensor, images: Tensor) -> Tensor:

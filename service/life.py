@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator
+from functools import lru_cache
 
 from fastapi import FastAPI
 
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 STATES = ("failed", "draining", "no model", "starting", "ready")
 
 
+@lru_cache(1)
 def device_of(settings: Settings) -> Device:
-    """Raises DeviceError."""
+    """Looked for once: to ask CUDA takes a second. Raises DeviceError."""
     return choose(settings.device, settings.tf32, settings.threads, settings.runners, settings.workers)
 
 

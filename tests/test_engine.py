@@ -80,7 +80,7 @@ def runners() -> int:
 @pytest.fixture
 def engine(serve: Callable[..., Running], runners: int) -> Iterator[Running]:
     """A server of its own, which must be at rest in the end and go on."""
-    service = serve(runners=runners, max_queue_rows=2**15)  # nobody here asks for more at a time
+    service = serve(runners=runners)
     yield service
     wait_until(lambda: at_rest(service))
     assert service.get("/livez").status_code == 200

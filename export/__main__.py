@@ -1,4 +1,4 @@
-"""python -m export train|evaluate|publish|inspect|verify [--help]"""
+"""python -m export train|fit-prior|evaluate|publish|inspect|verify [--help]"""
 
 import sys
 from pathlib import Path
@@ -48,6 +48,22 @@ class Train(TrainConfig):
 
         train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
+
+
+class FitPrior(Command):
+    """Fit a mixture to the latents of the training images, as the prior to sample from; nothing is trained anew."""
+
+    run: CliPositionalArg[Path]
+    components: PositiveInt = 50
+    """Of the mixture."""
+    seed: NonNegativeInt = 0
+    """Of the draws and of where the fit begins."""
+
+    def cli_cmd(self) -> None:
+        from export.prior import fit_prior
+
+        for name, value in fit_prior(self.run, components=self.components, seed=self.seed).items():
+            print(f"log p(z) of held-out latents, {name} prior: {value:.3f} nats")
 
 
 class Evaluate(Command):
@@ -122,6 +138,7 @@ class Export(BaseSettings):
     )
 
     train: CliSubCommand[Train] = Field(description="train a VAE on images")
+    fit_prior: CliSubCommand[FitPrior] = Field(description="fit a mixture to the latents, as the prior to sample from")
     evaluate: CliSubCommand[Evaluate] = Field(description="bounds on log p(x) of the held-out images")
     publish: CliSubCommand[Publish] = Field(description="export a run and add it to the model repository")
     inspect: CliSubCommand[Inspect] = Field(description="what an artifact says of itself")

@@ -23,6 +23,8 @@ class TrainConfig(BaseModel):
     width: tuple[PositiveInt, ...] | None = None
     """Hidden sizes (mlp; may be none) or channels (conv), from the image towards the latent. Default: 512,256 or
     32,64,64."""
+    decoder_width: tuple[PositiveInt, ...] | None = None
+    """Hidden sizes of the decoder (mlp), from the image towards the latent too. Default: those of width."""
     dense: tuple[PositiveInt, ...] = ()
     """Hidden sizes between the convolutions and the latent (conv)."""
     activation: Literal["relu", "tanh"] = "relu"

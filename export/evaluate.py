@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from export.data import load
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import EVALUATION, as_images, describe, generator
+from export.train import EVALUATION, as_images, generator, match
+from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
 DECODED = 1000  # rows of a run of the decoder
@@ -23,18 +23,17 @@ PARTIAL = ".evaluation.safetensors"
 @torch.inference_mode()
 def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
-    standard errors. Gumbel codes are one-hot. The same arguments give the same numbers, also after an interruption,
-    from which it goes on.
+    standard errors; if a mixture was fitted, the bound with it as the prior too. Gumbel codes are one-hot. The same
+    arguments give the same numbers, also after an interruption, from which it goes on.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
     run = Run(folder)
-    config, model = run.config(), run.trained()
-    data = load(config.train.data)
-    if describe(config.train, data) != config:
-        raise RunError(f"{config.train.data} has changed since {folder} was trained on it")
+    config, model, mixture = run.config(), run.trained(), run.mixture()
+    priors = [Mixture.standard(model), *([] if mixture is None else [mixture])]
+    data = match(run)
     pixels = torch.from_numpy(data.test[:rows].copy())
-    stamp = {"checkpoint_sha256": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed}
+    stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed}
     batches = pixels.split(IMAGES)
     done = _resume(folder / PARTIAL, stamp)
     progress = tqdm(batches, desc=f"bound with m={samples}", initial=len(done), disable=None)
@@ -42,12 +41,13 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
         draws = generator(seed, EVALUATION, number)
         images = as_images(batches[number], config.train.binarize, draws)
         likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
-        bound = importance_weighted_bound(model, images, samples, draws, max(1, DECODED // len(images)))
-        done.append(torch.stack([(likelihood - kl).double(), kl.double(), bound]))
+        at_a_time = max(1, DECODED // len(images))
+        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors)
+        done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]))
         _keep(folder / PARTIAL, stamp, done)
         progress.update()
     progress.close()
-    elbo, kl, bound = torch.cat(done, 1)
+    elbo, kl, bound, *with_mixture = torch.cat(done, 1)
     binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
         "elbo": elbo.mean().item(),
@@ -55,15 +55,27 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
         "kl": kl.mean().item(),
         "bound": bound.mean().item(),
         "bound_standard_error": _standard_error(bound),
+        **_with_mixture(mixture, with_mixture),
         "m": samples,
         "images": len(pixels),
         "binarization": "static" if config.train.binarize and _is_binary(pixels) else binarization,
         "seed": seed,
     }
-    stamped = {"checkpoint_sha256": stamp["checkpoint_sha256"], **result}
+    stamped = {"fingerprint": stamp["fingerprint"], **result}
     write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
     (folder / PARTIAL).unlink()
     return result
+
+
+def _with_mixture(mixture: Mixture | None, bounds: list[torch.Tensor]) -> dict[str, Any]:
+    if mixture is None:
+        return {}
+    [bound] = bounds
+    return {
+        "mixture_components": len(mixture.log_weights),
+        "mixture_bound": bound.mean().item(),
+        "mixture_bound_standard_error": _standard_error(bound),
+    }
 
 
 def _is_binary(pixels: torch.Tensor) -> bool:
@@ -93,9 +105,9 @@ def read_evaluation(run: Run) -> dict[str, str | int | float]:
         stamped: dict[str, str | int | float] = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         stamped = {}
-    if stamped.pop("checkpoint_sha256", None) != run.fingerprint():
+    if stamped.pop("fingerprint", None) != run.fingerprint():
         raise RunError(
-            f"{run.folder} has no evaluation of its last checkpoint: `python -m export evaluate {run.folder}`"
+            f"{run.folder} has no evaluation of its last checkpoint and prior: `python -m export evaluate {run.folder}`"
         )
     return stamped
 

@@ -18,6 +18,7 @@ def inspect(folder: Path) -> str:
         "default temperature": f"{contract.default_temperature:g}",
         "noise version": contract.noise_version,
         **{f"prior {name}": _summary(values) for name, values in contract.prior.items()},
+        **{f"mixture {name}": _summary(values) for name, values in (contract.mixture or {}).items()},
         "inputs": _signature({name: ("tensor(float)", shape) for name, shape in contract.inputs().items()}),
         "outputs": _signature(contract.outputs()),
         MODEL_FILE: f"{artifact.size / 1e6:.2f} MB",

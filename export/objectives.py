@@ -1,5 +1,6 @@
 """What training maximizes and evaluation reports: bounds on log p(x) in nats, and the schedules of their weights."""
 
+from collections.abc import Sequence
 from math import cos, exp, inf, log, pi
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from models import GaussianVAE, GumbelVAE
+from models import GaussianVAE, GumbelVAE, Mixture
 
 VAE = GaussianVAE | GumbelVAE
 
@@ -84,21 +85,27 @@ def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Gene
 
 
 def importance_weighted_bound(
-    model: VAE, images: Tensor, samples: int, draws: torch.Generator, at_a_time: int = 1
+    model: VAE,
+    images: Tensor,
+    samples: int,
+    draws: torch.Generator,
+    at_a_time: int = 1,
+    priors: Sequence[Mixture] | None = None,
 ) -> Tensor:
-    """log 1/m sum_i p(x, z_i) / q(z_i | x) with m samples from q, (n,) float64 in nats (Burda, Grosse and
-    Salakhutdinov, 2016, equation 8). Gumbel codes are one-hot. The sum runs in float64 as samples come.
+    """log 1/m sum_i p(x, z_i) / q(z_i | x) with m samples from q in nats (Burda, Grosse and Salakhutdinov, 2016,
+    equation 8), for each prior p(z), (priors, n) float64. Gumbel codes are one-hot. The sum runs in float64 as samples
+    come.
 
-    at_a_time: samples that are decoded together.
+    at_a_time: samples that are decoded together. priors: default: the model's own alone.
     """
-    posterior, prior = model.encode(images), model.prior()
-    total = torch.full((len(images),), -inf, dtype=torch.float64, device=images.device)
+    posterior, priors = model.encode(images), priors or [Mixture.standard(model)]
+    total = torch.full((len(priors), len(images)), -inf, dtype=torch.float64, device=images.device)
     for begin in range(0, samples, at_a_time):
         latents = _draw(model, posterior, min(at_a_time, samples - begin), model.default_temperature, draws)
         likelihoods = _likelihoods(model, latents, images)
         for z, likelihood in zip(latents, likelihoods, strict=True):
-            weight = likelihood + model.log_prob(z, prior) - model.log_prob(z, posterior)
-            total = torch.logaddexp(total, weight.double())
+            densities = torch.stack([prior.log_prob(model, z) for prior in priors])
+            total = torch.logaddexp(total, (likelihood + densities - model.log_prob(z, posterior)).double())
     return total - log(samples)
 
 

@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import orjson
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from export.verify import (
     varied_feeds,
     verify,
 )
+from models import Mixture
 from service import __version__
 from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, Contract, load, open_session
 from service.noise import NOISE_VERSION
@@ -71,6 +74,7 @@ def describe(model: VAE, source: Run) -> Contract:
             key: _compact(parameter.detach()[0])
             for key, parameter in zip(model.parameter_names, model.prior(), strict=True)
         },
+        mixture=_mixture(model, source.mixture()),
         default_temperature=model.default_temperature,
         noise_version=NOISE_VERSION,  # type: ignore[arg-type]  # Literal[1], checked here
         trained_on={"data": config.data_name, "sha256": config.data_sha256, "epochs": config.train.epochs},
@@ -152,6 +156,19 @@ def _claim(partial: Path, model: Path) -> Path:
         except OSError:
             if not target.exists():
                 raise
+
+
+def _mixture(model: VAE, mixture: Mixture | None) -> dict[str, Any] | None:
+    if mixture is None:
+        return None
+    weights = mixture.log_weights.double().softmax(0)
+    parameters = dict(zip(model.parameter_names, mixture.parameters, strict=True))
+    # orjson writes a float32 with as few digits as tell it from the next one.
+    shortest = {
+        name: orjson.loads(orjson.dumps(values.numpy(), option=orjson.OPT_SERIALIZE_NUMPY))
+        for name, values in parameters.items()
+    }
+    return {"weights": weights.tolist(), **shortest}
 
 
 def _compact(parameter: Tensor) -> float | list[object]:

@@ -3,6 +3,7 @@
 config.json             how it was started; what `--resume` must agree with
 checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced in one rename
 metrics.jsonl           one line an epoch
+prior.safetensors       the mixture that `fit-prior` found
 evaluation.json         what `evaluate` found
 sheets/                 samples and reconstructions
 """
@@ -24,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from export.config import LATENT_SHAPES, WIDTHS, TrainConfig
 from export.errors import RunError
 from export.objectives import VAE
-from models import MODELS, VAEConfig
+from models import MODELS, Mixture, VAEConfig
 
 
 class RunConfig(BaseModel):
@@ -48,6 +49,7 @@ class RunConfig(BaseModel):
                 width=WIDTHS[train.body] if train.width is None else train.width,
                 dense=train.dense,
                 activation=train.activation,
+                decoder_width=train.decoder_width,
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(train.seed)
@@ -62,6 +64,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.safetensors"
+        self.prior = folder / "prior.safetensors"
         self.metrics = folder / "metrics.jsonl"
 
     def start(self, config: RunConfig) -> None:
@@ -128,6 +131,29 @@ class Run:
             )
         return (model if average is None else averaged(average)).eval()
 
+    def keep_prior(self, mixture: Mixture) -> None:
+        """Write what `mixture` reads."""
+        names = MODELS[self.config().train.kind].parameter_names
+        tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
+        write_atomically(self.prior, save(tensors, {"checkpoint_sha256": _sha256(self.checkpoint)}))
+
+    def mixture(self) -> Mixture | None:
+        """The prior that was fitted to the weights of the last epoch, if one was. Raises RunError."""
+        if not self.prior.exists():
+            return None
+        try:
+            with safe_open(self.prior, "pt") as file:
+                if file.metadata()["checkpoint_sha256"] != _sha256(self.checkpoint):
+                    raise RunError(
+                        f"{self.prior} was fitted to other weights: `python -m export fit-prior {self.folder}`"
+                    )
+                log_weights, *parameters = map(
+                    file.get_tensor, ("log_weights", *MODELS[self.config().train.kind].parameter_names)
+                )
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{self.prior} is damaged ({error}): fit it again") from error
+        return Mixture(log_weights, tuple(parameters))
+
     def log(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -139,13 +165,17 @@ class Run:
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the checkpoint: ties an evaluation to the weights it is of."""
-        return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+        """SHA-256 of weights and fitted prior: ties an evaluation to what it is of."""
+        return _sha256(self.checkpoint, *([self.prior] if self.prior.exists() else []))
 
 
 def averaged(average: AveragedModel) -> VAE:
     """The network with the averaged weights."""
     return average.module  # type: ignore[return-value]  # of the class that it was made of
+
+
+def _sha256(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

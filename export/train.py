@@ -32,7 +32,7 @@ SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 
 # What a generator is for: with the seed and the epoch this decides its draws, so a resumed run repeats them.
-TRAINING, HELD_OUT, SHEET, EVALUATION = range(4)
+TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR = range(5)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
@@ -68,6 +68,15 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
 def describe(config: TrainConfig, data: Dataset) -> RunConfig:
     digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
     return RunConfig(train=config, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
+
+
+def match(run: Run) -> Dataset:
+    """The images that the run was trained on. Raises DataError; RunError if they have changed since."""
+    config = run.config()
+    data = load(config.train.data)
+    if describe(config.train, data) != config:
+        raise RunError(f"{config.train.data} has changed since {run.folder} was trained on it")
+    return data
 
 
 def generator(seed: int, purpose: int, epoch: int = 0) -> torch.Generator:

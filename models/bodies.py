@@ -25,8 +25,9 @@ class VAEConfig:
         which halves the image.
     dense: sizes of the hidden layers between the convolutions and the latent.
     activation: after each layer but the last.
+    decoder_width: like width, of an MLP's decoder alone; None for the same.
 
-    width and dense run from the image towards the latent; the decoder mirrors the encoder.
+    All run from the image towards the latent; the decoder mirrors the encoder.
     """
 
     image_shape: tuple[int, int, int]
@@ -35,15 +36,18 @@ class VAEConfig:
     width: tuple[int, ...]
     dense: tuple[int, ...] = ()
     activation: Activation = "relu"
+    decoder_width: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_shape", "latent_shape", "width"):
-            sizes = getattr(self, name)
-            may_be_empty = name == "width" and self.body == "mlp"
+        for name in ("image_shape", "latent_shape", "width", "decoder_width"):
+            sizes = getattr(self, name) or ()
+            may_be_empty = (name.endswith("width") and self.body == "mlp") or name == "decoder_width"
             if not (sizes or may_be_empty) or min(sizes, default=1) < 1:
                 raise ValueError(f"{name} must hold positive sizes, got {list(sizes)}")
         if self.dense and self.body == "mlp":
             raise ValueError("dense belongs to the convolutions; an MLP has all its layers in width")
+        if self.decoder_width is not None and self.body == "conv":
+            raise ValueError("decoder_width belongs to an MLP; the decoder of a conv body mirrors the encoder")
 
 
 def encoder(config: VAEConfig, features: int) -> nn.Sequential:
@@ -75,7 +79,8 @@ def _mlp_encoder(config: VAEConfig, features: int) -> nn.Sequential:
 
 
 def _mlp_decoder(config: VAEConfig) -> nn.Sequential:
-    sizes = (prod(config.latent_shape), *reversed(config.width))
+    width = config.width if config.decoder_width is None else config.decoder_width
+    sizes = (prod(config.latent_shape), *reversed(width))
     pixels = prod(config.image_shape)
     return nn.Sequential(
         nn.Flatten(), *_dense(sizes, config), nn.Linear(sizes[-1], pixels), nn.Unflatten(1, config.image_shape)

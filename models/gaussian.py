@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.bodies import VAEConfig, decoder, encoder
 
 Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
+LEAST_VARIANCE = 1e-4  # of a component that was fitted to few latents
 
 
 class GaussianVAE(nn.Module):
@@ -53,12 +54,22 @@ class GaussianVAE(nn.Module):
         mu, log_var = parameters
         return mu + _per_row(temperature, noise) * torch.exp(0.5 * log_var) * noise
 
-    @staticmethod
-    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """log N(latents; mu, exp(log_var)) in nats, (n,)."""
+    def log_prob(self, latents: Tensor, parameters: Parameters) -> Tensor:
+        """log N(latents; mu, exp(log_var)) in nats; (..., *latent_shape) -> (...)."""
         mu, log_var = parameters
         density = -0.5 * (log(2 * pi) + log_var + (latents - mu) ** 2 / log_var.exp())
-        return density.flatten(1).sum(1)
+        return density.flatten(-len(self.config.latent_shape)).sum(-1)
+
+    @staticmethod
+    def most_likely(latents: Tensor, weights: Tensor) -> Parameters:
+        """The parameters under which weighted latents have the largest log_prob.
+
+        latents: (n, *latent_shape). weights: (n, C), at least 0. Returns mu and log_var, each (C, *latent_shape).
+        """
+        shares = weights / weights.sum(0)
+        mu = torch.einsum("nc,n...->c...", shares, latents)
+        variance = torch.einsum("nc,n...->c...", shares, latents**2) - mu**2
+        return mu, variance.clamp_min(LEAST_VARIANCE).log()
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:

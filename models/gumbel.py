@@ -66,11 +66,20 @@ class GumbelVAE(nn.Module):
         one_hot = (scores.argmax(-1, keepdim=True) == categories).to(scores.dtype)
         return torch.where(relaxes, relaxed, one_hot)
 
-    @staticmethod
-    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """log of the probability of one-hot codes in nats, (n,)."""
+    def log_prob(self, latents: Tensor, parameters: Parameters) -> Tensor:
+        """log of the probability of one-hot codes in nats; (..., D, K) -> (...)."""
         (logits,) = parameters
-        return (latents * logits.log_softmax(-1)).flatten(1).sum(1)
+        return (latents * logits.log_softmax(-1)).flatten(-len(self.config.latent_shape)).sum(-1)
+
+    @staticmethod
+    def most_likely(latents: Tensor, weights: Tensor) -> Parameters:
+        """The parameters under which weighted codes have the largest log_prob, had each category been seen half a time
+        more (Krichevsky and Trofimov, 1981), so that none is impossible.
+
+        latents: one-hot codes (n, D, K). weights: (n, C), at least 0. Returns logits (C, D, K), normalized.
+        """
+        counts = torch.einsum("nc,ndk->cdk", weights, latents) + 0.5
+        return (counts.log() - counts.sum(-1, keepdim=True).log(),)
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:

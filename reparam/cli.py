@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--version", type=int, help="version of the model (default: the latest)")
     sample.add_argument("--temperature", type=float, help="default: the model's")
     sample.add_argument("--hard", action="store_true", default=None, help="one-hot codes at any temperature (Gumbel)")
+    sample.add_argument("--prior", choices=("mixture", "standard"), help="default: the mixture where the model has one")
     sample.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
     sample.add_argument("--start", type=int, default=0, help="first row of the seed (default: %(default)s)")
     sample.add_argument(
@@ -77,7 +78,7 @@ def _sample(client: Client, options: argparse.Namespace) -> None:
         raise ValueError(f"{path.suffix} holds one output, got {', '.join(outputs)}; write a .npz")
     if path.suffix == ".png" and outputs != ["images"]:
         raise ValueError(f".png holds images, got {outputs[0]}; write a .npy")
-    names = ("n", "model", "version", "temperature", "hard", "seed", "start")
+    names = ("n", "model", "version", "temperature", "hard", "prior", "seed", "start")
     drawn = {name: getattr(options, name) for name in names}
     if path.suffix == ".npy":
         samples = _stream(client, path, outputs[0], drawn)

@@ -47,6 +47,7 @@ class Client:
         version: int | None = None,
         temperature: float | None = None,
         hard: bool | None = None,
+        prior: str | None = None,
         seed: int | None = None,
         start: int = 0,
         mu: npt.ArrayLike | None = None,
@@ -60,12 +61,14 @@ class Client:
         temperature: at least 0. Gaussian: scale of the noise, 0 gives z = mu. Gumbel: of the relaxation, 0 gives
         one-hot codes.
         hard: Gumbel: one-hot codes at any temperature.
+        prior: what rows without parameters are drawn from: "standard", the prior that the model was trained with, or
+        "mixture", the one fitted to its latents, where it has one, which is then the default.
         seed: 0 .. 2**64 - 1.
         mu, log_var: Gaussian, logits: Gumbel; of the latent shape, for every row, or (n, *latent_shape). Default: the
         model's prior.
         outputs: some of "images", "latents" (Gaussian), "codes" and "indices" (Gumbel).
         """
-        request = sample_request(n, model, version, temperature, hard, seed, start, mu, log_var, logits, outputs)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
         [samples] = self._carry_out(self._calls.sample(request))
         return samples
 
@@ -77,6 +80,7 @@ class Client:
         version: int | None = None,
         temperature: float | None = None,
         hard: bool | None = None,
+        prior: str | None = None,
         seed: int | None = None,
         start: int = 0,
         mu: npt.ArrayLike | None = None,
@@ -92,7 +96,7 @@ class Client:
 
         output: one of those of `sample`. progress: a progress bar on stderr; default: if that is a terminal.
         """
-        request = sample_request(n, model, version, temperature, hard, seed, start, mu, log_var, logits, output)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, output)
         return self._carry_out(self._calls.stream(request, progress))
 
     def models(self) -> list[Model]:
@@ -169,6 +173,7 @@ class AsyncClient:
         version: int | None = None,
         temperature: float | None = None,
         hard: bool | None = None,
+        prior: str | None = None,
         seed: int | None = None,
         start: int = 0,
         mu: npt.ArrayLike | None = None,
@@ -177,7 +182,7 @@ class AsyncClient:
         outputs: str | Sequence[str] = ("images",),
     ) -> Samples:
         """As `Client.sample`."""
-        request = sample_request(n, model, version, temperature, hard, seed, start, mu, log_var, logits, outputs)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
         [samples] = [one async for one in self._carry_out(self._calls.sample(request))]
         return samples
 
@@ -189,6 +194,7 @@ class AsyncClient:
         version: int | None = None,
         temperature: float | None = None,
         hard: bool | None = None,
+        prior: str | None = None,
         seed: int | None = None,
         start: int = 0,
         mu: npt.ArrayLike | None = None,
@@ -198,7 +204,7 @@ class AsyncClient:
         progress: bool | None = None,
     ) -> AsyncGenerator[Samples, None]:
         """As `Client.iter_samples`, for `async for`. To leave it early, `aclose` it: see contextlib.aclosing."""
-        request = sample_request(n, model, version, temperature, hard, seed, start, mu, log_var, logits, output)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, output)
         return self._carry_out(self._calls.stream(request, progress))
 
     async def models(self) -> list[Model]:

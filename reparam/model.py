@@ -13,6 +13,7 @@ class Model:
     kind: "gaussian" or "gumbel". latent_shape: of one row; for Gumbel (variables, categories).
     image_shape: (channels, height, width). default_temperature: of a request that gives none.
     parameters: what a request may give, ("mu", "log_var") or ("logits",). outputs: what it may ask for.
+    priors: what rows without parameters can be drawn from; the first is the default.
     trained_on: the data. evaluation: the numbers measured on it. provider: what runs the model in onnxruntime.
     """
 
@@ -25,6 +26,7 @@ class Model:
     default_temperature: float
     noise_version: int
     parameters: tuple[str, ...]
+    priors: tuple[str, ...]
     outputs: tuple[str, ...]
     trained_on: Mapping[str, str | int]
     evaluation: Mapping[str, str | int | float]
@@ -37,4 +39,4 @@ class Model:
         return cls(**fields | {name: tuple(fields[name]) for name in _TUPLES})
 
 
-_TUPLES = ("versions", "latent_shape", "image_shape", "parameters", "outputs")
+_TUPLES = ("versions", "latent_shape", "image_shape", "parameters", "priors", "outputs")

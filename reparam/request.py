@@ -32,7 +32,7 @@ class SampleRequest:
     seed: int
     start: int
     outputs: tuple[str, ...]
-    options: Mapping[str, Any]  # model, version, temperature, hard: those that were given
+    options: Mapping[str, Any]  # model, version, temperature, hard, prior: those that were given
     parameters: Mapping[str, npt.NDArray[np.float64]]
 
     def content(self) -> bytes:
@@ -57,6 +57,7 @@ def sample_request(
     version: int | None,
     temperature: float | None,
     hard: bool | None,
+    prior: str | None,
     seed: int | None,
     start: int,
     mu: npt.ArrayLike | None,
@@ -85,6 +86,7 @@ def sample_request(
         "version": None if version is None else index(version),
         "temperature": None if temperature is None else float(temperature),
         "hard": None if hard is None else bool(hard),
+        "prior": prior,
     }
     parameters = {"mu": mu, "log_var": log_var, "logits": logits}
     return SampleRequest(

@@ -127,6 +127,7 @@ def _describe(service: Service, model: Model) -> dict[str, Any]:
         "default_temperature": contract.default_temperature,
         "noise_version": contract.noise_version,
         "parameters": contract.traits.parameters,
+        "priors": contract.priors,
         "outputs": model.outputs,
         "trained_on": contract.trained_on,
         "evaluation": contract.evaluation,

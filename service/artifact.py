@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from service import noise
 
 Arrays = dict[str, npt.NDArray[Any]]
+Prior = Literal["standard", "mixture"]
 Providers = Sequence[Any]  # each a name, or a name and options
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
@@ -28,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
+WEIGHTS_TOLERANCE = 1e-6  # of the sum of a mixture's weights
 
 
 class ArtifactError(Exception):
@@ -63,6 +65,7 @@ class Contract(BaseModel):
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
     image_shape: tuple[Literal[1, 3], PositiveInt, PositiveInt]
     prior: dict[str, Any]  # each parameter: nested lists of latent_shape, or one number for every element
+    mixture: dict[str, Any] | None = None  # a prior of C components: weights (C), each parameter (C, *latent_shape)
     default_temperature: Annotated[float, Field(ge=0)]
     noise_version: Literal[1]
     trained_on: dict[str, str | int]
@@ -77,16 +80,18 @@ class Contract(BaseModel):
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Contract":
         """Raises ArtifactError naming the key."""
         fields: dict[str, Any] = {}
-        for key in cls.model_fields:
+        for key, field in cls.model_fields.items():
             try:
                 fields[key] = json.loads(metadata[KEY_PREFIX + key])
             except KeyError:
-                raise ArtifactError(f"the metadata has no key {KEY_PREFIX + key!r}") from None
+                if field.is_required():
+                    raise ArtifactError(f"the metadata has no key {KEY_PREFIX + key!r}") from None
             except ValueError as error:
                 raise ArtifactError(f"metadata key {KEY_PREFIX + key!r} is not JSON: {error}") from error
         try:
             contract = cls.model_validate(fields)
             contract.prior_arrays()
+            contract.mixture_arrays()
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -101,24 +106,45 @@ class Contract(BaseModel):
         return prod(self.latent_shape)
 
     @property
+    def priors(self) -> tuple[Prior, ...]:
+        """What rows can be drawn from without parameters; the first is the default."""
+        return ("standard",) if self.mixture is None else ("mixture", "standard")
+
+    @property
     def traits(self) -> Kind:
         return KINDS[self.kind]
 
     def prior_arrays(self) -> Arrays:
         """The parameters of the prior, float32 (*latent_shape) each. Raises ArtifactError."""
-        if self.prior.keys() != set(self.traits.parameters):
+        return self._parameter_arrays("prior", self.prior, self.latent_shape)
+
+    def mixture_arrays(self) -> tuple[noise.Float64, Arrays]:
+        """The weights of the mixture's components, float64 (C,), and their parameters, float32 (C, *latent_shape)
+        each; without a mixture C is 0. Raises ArtifactError."""
+        if self.mixture is None:
+            return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.traits.parameters}
+        parameters = dict(self.mixture)
+        try:
+            weights = np.asarray(parameters.pop("weights", None), np.float64)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"the weights of the mixture are no numbers: {error}") from error
+        if weights.ndim != 1 or not (weights > 0).all() or not abs(weights.sum() - 1) < WEIGHTS_TOLERANCE:
+            raise ArtifactError("the weights of the mixture must be a list of positive numbers that sum to 1")
+        return weights, self._parameter_arrays("mixture", parameters, (len(weights), *self.latent_shape))
+
+    def _parameter_arrays(self, what: str, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Arrays:
+        if parameters.keys() != set(self.traits.parameters):
             raise ArtifactError(
-                f"the prior has {sorted(self.prior)}, a {self.kind} has {sorted(self.traits.parameters)}"
+                f"the {what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
             )
         try:
             arrays = {
-                name: np.broadcast_to(np.asarray(values, np.float32), self.latent_shape)
-                for name, values in self.prior.items()
+                name: np.broadcast_to(np.asarray(values, np.float32), shape) for name, values in parameters.items()
             }
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"the prior does not fit latent shape {list(self.latent_shape)}: {error}") from error
+            raise ArtifactError(f"the {what} does not fit the shape {list(shape)}: {error}") from error
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ArtifactError("the prior holds NaN or infinity")
+            raise ArtifactError(f"the {what} holds NaN or infinity")
         return arrays
 
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,9 @@ class Buckets:
         self.on_gpu = artifact.provider == CUDA
         self.powers = self.on_gpu if powers is None else powers
         self.prior = contract.prior_arrays()
+        self.weights, components = contract.mixture_arrays()
+        # Last of all the standard prior, component -1.
+        self.components = {name: np.concatenate([components[name], array[None]]) for name, array in self.prior.items()}
         self.source = noise.Source()
         self.noise = contract.traits.noise
         self.blocks = noise.blocks_of(contract.elements)
@@ -66,6 +69,12 @@ class Buckets:
     def spoil_prior(self, first: int) -> None:
         """Rows from this one on will hold other parameters."""
         self._with_prior = min(self._with_prior, first)
+
+    def fill_components(self, components: noise.Int64) -> None:
+        """Let the first rows of the inputs hold the parameters of these components, -1 for those of the standard
+        prior."""
+        for name, table in self.components.items():
+            np.take(table, components, 0, out=self.inputs[name][: len(components)], mode="wrap")
 
     def size(self, n: int) -> int:
         """Rows that are run when n are asked for."""

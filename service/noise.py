@@ -13,10 +13,11 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 NOISE_VERSION = 1
-LATENT_STREAM = 0  # the other streams of a seed are kept for later uses
+LATENT_STREAM, COMPONENT_STREAM = 0, 1  # the other streams of a seed are kept for later uses
 
 Words = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
 WORDS_PER_BLOCK = 4
@@ -57,6 +58,16 @@ def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = L
 def blocks_of(elements: int) -> int:
     """Blocks of four words that a row of so many elements owns."""
     return -(-elements // WORDS_PER_BLOCK)
+
+
+def component(words: Words, weights: Float64) -> Int64:
+    """The component of a mixture that each row is drawn from, 0 .. C - 1, by inversion of its distribution function.
+
+    words: (n,), the first of each row in COMPONENT_STREAM. weights: (C,), positive.
+    """
+    sums = weights.cumsum()
+    components: Int64 = np.searchsorted(sums[:-1], uniform(words) * sums[-1], side="right")
+    return components
 
 
 def uniform(words: Words) -> Float64:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from service.artifact import Prior
 from service.errors import InvalidRequest, TooLarge
 from service.repository import Model, Repository
 from service.rows import Float32, Output, Rows
@@ -49,6 +50,10 @@ class SampleRequest(BaseModel):
     """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
+    prior: Prior | None = None
+    """What rows without parameters are drawn from: `standard`, the prior that the model was trained with, or `mixture`,
+    the one that was fitted to its latents afterwards; which component, the row and its seed decide. Default: the
+    mixture where the model has one. With parameters it is `standard`, for those that are not given."""
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
@@ -92,18 +97,21 @@ def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Ro
     if request.start + request.n > SEEDS:
         raise _invalid([(("start",), f"start + n must be at most 2**64 = {SEEDS}", request.start)])
     parameters: dict[str, Float32] = {}
+    prior = model.contract.priors[0]
     if not request.model_fields_set <= _OF_EVERY_KIND:
         _check_kind(request, model)
         given = {name: getattr(request, name) for name in model.contract.traits.parameters}
         parameters = {
             name: _parameter(name, values, request.n, model) for name, values in given.items() if values is not None
         }
+        prior = _prior(request, model, parameters)
     return Rows(
         model=model,
         # Below 2**53, so that any reader of JSON can hand it back.
         seed=secrets.randbelow(2**53) if request.seed is None else request.seed,
         start=request.start,
         n=request.n,
+        prior=prior,
         parameters=parameters,
         temperature=model.contract.default_temperature if request.temperature is None else request.temperature,
         hard=request.hard,
@@ -123,6 +131,19 @@ def _check_kind(request: SampleRequest, model: Model) -> None:
         if name not in known and value is not None and value is not False:
             problem = f"model {model.name!r} is {model.contract.kind} and has no {name}; it has: {', '.join(known)}"
             raise _invalid([((name,), problem, value)])
+
+
+def _prior(request: SampleRequest, model: Model, parameters: dict[str, Float32]) -> Prior:
+    has = model.contract.priors
+    if request.prior is None:
+        return "standard" if parameters else has[0]
+    if request.prior not in has:
+        problem = f"model {model.name!r} has no such prior; it has: {', '.join(has)}"
+        raise _invalid([(("prior",), problem, request.prior)])
+    if parameters and request.prior == "mixture":
+        problem = f"with {' and '.join(parameters)} given no component is drawn: leave out one or the other"
+        raise _invalid([(("prior",), problem, request.prior)])
+    return request.prior
 
 
 @lru_cache(1024)

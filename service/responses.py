@@ -116,6 +116,7 @@ def _json(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
         "n": rows.n,
         "temperature": rows.temperature,
         "hard": rows.hard,
+        "prior": rows.prior,
         "noise_version": NOISE_VERSION,
     }
     values = {

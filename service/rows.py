@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from service.artifact import Arrays
+from service import noise
+from service.artifact import Arrays, Prior
 from service.buckets import Buckets
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
@@ -21,7 +22,8 @@ Share = tuple["Rows", int, int]  # rows lo .. hi - 1 of a request
 class Rows:
     """Rows start .. start + n - 1 of a seed, with their parameters.
 
-    parameters: those given, float32, (*latent_shape) for all rows or (n, *latent_shape); the others are the prior's.
+    prior: what each row's parameters are drawn from. parameters: those given instead, float32, (*latent_shape) for all
+        rows or (n, *latent_shape).
     temperature: for all rows. hard: draw at temperature 0, where a Gumbel code is one-hot. given: whether the caller
         chose any of these. outputs: what of the rows is asked for.
     """
@@ -30,6 +32,7 @@ class Rows:
     seed: int
     start: int
     n: int
+    prior: Prior
     parameters: Mapping[str, Float32]
     temperature: float
     hard: bool
@@ -66,7 +69,10 @@ def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
     """Write the graph's inputs for the batch. Returns its rows."""
     contract, inputs, draw, blocks = buckets.artifact.contract, buckets.inputs, buckets.source.draw, buckets.blocks
     total = sum(hi - lo for _, lo, hi in batch)
-    buckets.fill_prior(total)
+    if len(buckets.weights):
+        buckets.fill_components(_components(buckets, batch))
+    else:
+        buckets.fill_prior(total)
     drawn, temperatures, counts = [], [], []
     end = 0
     for rows, lo, hi in batch:
@@ -87,6 +93,19 @@ def _fill(buckets: Buckets, batch: Sequence[Share]) -> int:
     words = words.reshape(total, -1)[:, : contract.elements]
     inputs["noise"][:total] = buckets.noise(words).reshape(total, *contract.latent_shape)
     return total
+
+
+def _components(buckets: Buckets, batch: Sequence[Share]) -> noise.Int64:
+    """The component of the mixture that each row is drawn from, -1 for the standard prior."""
+    draw = buckets.source.draw
+    words = [draw(rows.seed, rows.start + lo, hi - lo, 1, noise.COMPONENT_STREAM) for rows, lo, hi in batch]
+    components = noise.component(np.concatenate(words)[:: noise.WORDS_PER_BLOCK], buckets.weights)
+    end = 0
+    for rows, lo, hi in batch:
+        begin, end = end, end + hi - lo
+        if rows.prior == "standard":
+            components[begin:end] = -1
+    return components
 
 
 def _finite(model: Model, outputs: Arrays) -> bool:

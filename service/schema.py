@@ -25,6 +25,7 @@ class SampleAnswer(BaseModel):
     n: int
     temperature: float
     hard: bool
+    prior: str
     noise_version: int
     images: list[str] | None = None
     """One base64 PNG a row."""
@@ -37,6 +38,8 @@ class SampleAnswer(BaseModel):
 
 
 class ModelDescription(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     name: str
     version: int
     versions: list[int]
@@ -46,6 +49,8 @@ class ModelDescription(BaseModel):
     default_temperature: float
     noise_version: int
     parameters: list[str]
+    priors: list[str]
+    """What rows without parameters can be drawn from; the first is the default."""
     outputs: list[str]
     trained_on: dict[str, Any]
     evaluation: dict[str, Any]

@@ -147,7 +147,7 @@ def test_the_bound_is_exact_where_the_posterior_is() -> None:
         )
         assert exact.exp().sum().item() == pytest.approx(1)
         for samples, at_a_time in ((1, 1), (7, 3), (50, 50)):
-            bound = importance_weighted_bound(model, every, samples, generator(0, 0), at_a_time)
+            [bound] = importance_weighted_bound(model, every, samples, generator(0, 0), at_a_time)
             torch.testing.assert_close(bound, exact, atol=1e-6, rtol=0)
         likelihood, kl = elbo_terms(model, every.repeat(20_000, 1, 1, 1), 0.0, generator(0, 0))
     elbo = (likelihood - kl).unflatten(0, (20_000, 16)).mean(0)

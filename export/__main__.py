@@ -1,8 +1,8 @@
-"""python -m export train|fit-prior|evaluate|publish|inspect|verify [--help]"""
+"""python -m export train|fit-prior|evaluate|classifier|quality|publish|inspect|verify [--help]"""
 
 import sys
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
@@ -84,6 +84,44 @@ class Evaluate(Command):
             print(f"{key:22} {value:.4f}" if isinstance(value, float) else f"{key:22} {value}")
 
 
+class Quality(Command):
+    """How far samples are from held-out images, in the features of a classifier, and whether they are copies."""
+
+    run: CliPositionalArg[Path]
+    classifier: Path
+    """Folder of one that `classifier` has trained on such images."""
+    samples: Annotated[int, Field(ge=100)] = 10_000
+    """Images drawn from each prior."""
+    seed: NonNegativeInt = 0
+    """Of the draws."""
+
+    def cli_cmd(self) -> None:
+        from export.quality import quality
+
+        found = quality(self.run, classifier=self.classifier, samples=self.samples, seed=self.seed)
+        for key, value in found.items():
+            print(f"{key:30} {value:.4f}")
+
+
+class Classifier(Command):
+    """Train a small classifier on images with labels, for `quality`."""
+
+    data: str
+    """`digits`, or a folder of IDX files with labels."""
+    out: Path
+    """Its folder."""
+    epochs: PositiveInt = 5
+    """Passes over the training images."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the initial weights and of every draw."""
+
+    def cli_cmd(self) -> None:
+        from export.classifier import train_classifier
+
+        accuracy = train_classifier(self.data, self.out, epochs=self.epochs, seed=self.seed)
+        print(f"{self.out}: {accuracy:.2%} of the held-out images are put right")
+
+
 class Publish(Command):
     """Export a run to ONNX, compare it with the network, and add it to the model repository as the next version."""
 
@@ -140,6 +178,8 @@ class Export(BaseSettings):
     train: CliSubCommand[Train] = Field(description="train a VAE on images")
     fit_prior: CliSubCommand[FitPrior] = Field(description="fit a mixture to the latents, as the prior to sample from")
     evaluate: CliSubCommand[Evaluate] = Field(description="bounds on log p(x) of the held-out images")
+    classifier: CliSubCommand[Classifier] = Field(description="train the classifier that quality is measured with")
+    quality: CliSubCommand[Quality] = Field(description="how far samples are from held-out images")
     publish: CliSubCommand[Publish] = Field(description="export a run and add it to the model repository")
     inspect: CliSubCommand[Inspect] = Field(description="what an artifact says of itself")
     verify: CliSubCommand[Verify] = Field(description="check an artifact, without torch")

@@ -40,9 +40,9 @@ class TrainConfig(BaseModel):
     """Images per step."""
     learning_rate: PositiveFloat = 1e-3
     """Of Adam at the first step; decays to 0 along a cosine."""
-    objective: Literal["elbo", "iwae", "dreg"] = "elbo"
-    """The bound that is raised: the evidence lower bound, or for a Gaussian latent the importance-weighted one, with
-    its own gradient or the doubly reparameterized one."""
+    objective: Literal["elbo", "iwae", "dreg", "vimco"] = "elbo"
+    """The bound that is raised: the evidence lower bound, or the importance-weighted one. That of a Gaussian latent is
+    followed by its own gradient or the doubly reparameterized one, that of one-hot codes by VIMCO's."""
     samples: PositiveInt = 1
     """Latents drawn for each image."""
     kl_warm_up: int = Field(default=1, ge=0)
@@ -66,8 +66,10 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        if self.kind == "gumbel" and self.objective != "elbo":
+        if self.kind == "gumbel" and self.objective in ("iwae", "dreg"):
             raise ValueError(f"objective {self.objective!r} needs a latent with a density: a Gaussian one")
+        if self.objective == "vimco" and (self.kind == "gaussian" or self.samples < 2):
+            raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
         if self.objective != "elbo" and self.free_bits:

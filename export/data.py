@@ -15,6 +15,7 @@ from tqdm import tqdm
 from export.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]  # (n, C, H, W)
+Labels = npt.NDArray[np.int64]  # (n,), 0 .. classes - 1
 
 HELD_OUT = 0.1  # share kept for evaluation where the data brings no test set of its own
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -54,6 +55,21 @@ def load(source: str) -> Dataset:
     )
 
 
+def load_labels(source: str) -> tuple[Labels, Labels]:
+    """The classes of the training images and of those held out, for `digits` and folders of IDX files.
+
+    Raises DataError.
+    """
+    if source == "digits":
+        from sklearn.datasets import load_digits
+
+        labels = load_digits().target.astype(np.int64)
+        kept, held_out = _parts(len(labels))
+        return labels[kept], labels[held_out]
+    train, test = (_idx_labels(_idx_file(Path(source), split, "labels-idx1")) for split in ("train", "t10k"))
+    return train, test
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits  # a second to import, for this source alone
 
@@ -62,25 +78,38 @@ def _digits() -> Dataset:
 
 
 def _idx_folder(folder: Path) -> Dataset:
-    train, test = (_idx(_idx_file(folder, split)) for split in ("train", "t10k"))
+    train, test = (_idx(_idx_file(folder, split, "images-idx3")) for split in ("train", "t10k"))
     if train.shape[1:] != test.shape[1:]:
         raise DataError(f"{folder}: training images are {train.shape[1:]}, test images {test.shape[1:]}")
     return Dataset(folder.resolve().name, train, test)
 
 
-def _idx_file(folder: Path, split: str) -> Path:
-    for name in (f"{split}-images-idx3-ubyte.gz", f"{split}-images-idx3-ubyte"):
+def _idx_file(folder: Path, split: str, what: str) -> Path:
+    for name in (f"{split}-{what}-ubyte.gz", f"{split}-{what}-ubyte"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder} has no {split}-images-idx3-ubyte.gz")
+    raise DataError(f"{folder} has no {split}-{what}-ubyte.gz")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a readable gzip file ({error}): fetch it again") from error
+
+
+def _idx_labels(path: Path) -> Labels:
+    """Of the same format: magic 0x00000801, one big-endian size, then bytes."""
+    content = _content(path)
+    header = np.frombuffer(content[:8], ">u4")
+    if len(header) != 2 or header[0] != 0x801 or len(content) != 8 + header[1]:
+        raise DataError(f"{path} is not an IDX file of labels: it should start with 00 00 08 01 and their number")
+    return np.frombuffer(content, np.uint8, offset=8).astype(np.int64)
 
 
 def _idx(path: Path) -> Pixels:
     """The format of http://yann.lecun.com/exdb/mnist: magic 0x00000803, three big-endian sizes, then bytes."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a readable gzip file ({error}): fetch it again") from error
+    content = _content(path)
     header = np.frombuffer(content[:16], ">u4")
     if len(header) != 4 or header[0] != 0x803:
         raise DataError(f"{path} is not an IDX file of images: it should start with 00 00 08 03")
@@ -174,9 +203,14 @@ def _picture(path: Path) -> Image.Image:
 
 
 def _split(name: str, images: Pixels) -> Dataset:
-    """Hold out the same random tenth every time."""
     if len(images) < 2:
         raise DataError(f"{name} holds {len(images)} image: at least 2 are needed, one to train on and one to hold out")
-    order = np.random.default_rng(0).permutation(len(images))
-    held_out = max(1, round(HELD_OUT * len(images)))
-    return Dataset(name, images[order[held_out:]], images[order[:held_out]])
+    kept, held_out = _parts(len(images))
+    return Dataset(name, images[kept], images[held_out])
+
+
+def _parts(n: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Which of n images to keep, and the same random tenth every time to hold out."""
+    order = np.random.default_rng(0).permutation(n)
+    held_out = max(1, round(HELD_OUT * n))
+    return order[held_out:], order[:held_out]

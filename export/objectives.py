@@ -78,6 +78,31 @@ def negative_iwae(
     return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
 
 
+def negative_vimco(
+    model: VAE, images: Tensor, draws: torch.Generator, *, samples: int, kl_weight: float = 1.0
+) -> Terms:
+    """As negative_iwae, for codes that are one-hot: no relaxation, and no bias. The encoder follows the score function,
+    each sample judged against the others (VIMCO; Mnih and Rezende, 2016, equations 9 and 10): with
+    L = log 1/k sum_i w_i and L_i the same with w_i replaced by the geometric mean of the others,
+
+        sum_i (L - L_i)  d log q(z_i | x) / d phi  +  sum_i w_i / sum_j w_j  d log w_i / d phi.
+    """
+    posterior = model.encode(images)
+    latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)
+    likelihoods = _likelihoods(model, latents, images)
+    log_q = torch.stack([model.log_prob(z, posterior) for z in latents])
+    log_p = torch.stack([model.log_prob(z, model.prior()) for z in latents])
+    weights = likelihoods - kl_weight * (log_q - log_p)
+    bound = weights.logsumexp(0) - log(samples)
+    with torch.no_grad():
+        others = (weights.sum(0) - weights) / (samples - 1)
+        itself = torch.eye(samples, dtype=torch.bool, device=images.device).unsqueeze(-1)
+        without = torch.where(itself, others, weights).logsumexp(1) - log(samples)  # of the matrix (i, j, n), over j
+        gains = bound - without
+    loss = -(bound + (gains * log_q).sum(0)).mean()
+    return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
+
+
 def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """The two terms of the evidence lower bound, E_q log p(x | z) by one sample and KL(q || p), (n,) each in nats."""
     terms = negative_elbo(model, images, draws, temperature=temperature)

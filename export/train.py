@@ -22,6 +22,7 @@ from export.objectives import (
     gumbel_temperature,
     negative_elbo,
     negative_iwae,
+    negative_vimco,
     warm_up,
 )
 from export.run import Run, RunConfig, averaged, write_atomically
@@ -32,7 +33,7 @@ SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 
 # What a generator is for: with the seed and the epoch this decides its draws, so a resumed run repeats them.
-TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR = range(5)
+TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY = range(7)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
@@ -134,6 +135,8 @@ def _train_epoch(
 def _objective(
     model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, temperature: float, kl_weight: float
 ) -> Terms:
+    if config.objective == "vimco":
+        return negative_vimco(model, images, draws, samples=config.samples, kl_weight=kl_weight)
     if config.objective != "elbo":
         doubly = config.objective == "dreg"
         return negative_iwae(model, images, draws, samples=config.samples, kl_weight=kl_weight, doubly=doubly)

@@ -1,0 +1,91 @@
+"""A small classifier, whose features sample quality is measured in: Inception's are made for photographs."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from export.data import load, load_labels
+from export.errors import DataError, RunError
+from export.objectives import cosine_decay
+from export.run import write_atomically
+from export.train import CLASSIFIER, generator
+from models import VAEConfig
+from models.bodies import encoder
+
+FILE = "classifier.safetensors"
+WIDTH, FEATURES = (32, 64), 64
+BATCH = 128
+LEARNING_RATE = 2e-3
+
+
+class Classifier:
+    """Two convolutions, a layer of features and one of classes."""
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        config = VAEConfig(image_shape, (classes,), "conv", WIDTH, dense=(FEATURES,))
+        self.image_shape = image_shape
+        self.network: nn.Sequential = encoder(config, classes)
+
+    def classes(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, C, H, W) -> scores (n, classes)."""
+        return self.network(pixels.float() / 255)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, C, H, W) -> (n, FEATURES), at least 0: what the last layer sees."""
+        return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(1000)])
+
+    @classmethod
+    def load(cls, folder: Path) -> "Classifier":
+        """Raises RunError."""
+        try:
+            with safe_open(folder / FILE, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                classifier = cls(tuple(about["image_shape"]), about["classes"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            classifier.network.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise RunError(
+                f"{folder} holds no classifier ({error}): `python -m export classifier` trains one"
+            ) from error
+        return classifier
+
+
+def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float:
+    """Train on images with labels; Adam, cosine decay. Returns the share of held-out images it puts right.
+
+    Raises DataError.
+    """
+    data, (labels, held_out_labels) = load(source), load_labels(source)
+    for one, other in ((labels, data.train), (held_out_labels, data.test)):
+        if len(one) != len(other):
+            raise DataError(f"{source} has {len(one)} labels for {len(other)} images")
+    pixels, targets = torch.from_numpy(data.train.copy()), torch.from_numpy(labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(data.image_shape, int(labels.max()) + 1)
+    optimizer = torch.optim.Adam(classifier.network.parameters(), lr=LEARNING_RATE, fused=True)
+    orders = (torch.randperm(len(pixels), generator=generator(seed, CLASSIFIER, epoch)) for epoch in range(epochs))
+    batches = [rows for order in orders for rows in order.split(BATCH)]
+    for step, rows in enumerate(tqdm(batches, desc="classifier", leave=False, disable=None)):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * cosine_decay(step, len(batches))
+        loss = cross_entropy(classifier.classes(pixels[rows]), targets[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        found = torch.cat(
+            [classifier.classes(part).argmax(1) for part in torch.from_numpy(data.test.copy()).split(1000)]
+        )
+    accuracy = (found == torch.from_numpy(held_out_labels)).double().mean().item()
+    about = {"image_shape": data.image_shape, "classes": int(labels.max()) + 1, "data": data.name, "accuracy": accuracy}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / FILE, save(dict(classifier.network.state_dict()), {"about": json.dumps(about)}))
+    return accuracy

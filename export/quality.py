@@ -1,0 +1,107 @@
+"""Sample quality: how far the images that a prior decodes to are from real ones, in the features of a classifier, and
+whether they are copies."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from export.classifier import Classifier
+from export.errors import RunError
+from export.objectives import VAE
+from export.run import Run, write_atomically
+from export.train import QUALITY, generator, match
+from models import Mixture
+
+Float64 = npt.NDArray[np.float64]
+
+DECODED = 1000  # rows at a time
+KERNEL_BLOCK = 1000  # images that are compared with as many others
+
+
+@torch.inference_mode()
+def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[str, float]:
+    """Compare images sampled from each prior of the run, as they are served, with the held-out images.
+
+    Returns for the standard prior and, if one was fitted, for the mixture: `frechet`, `kernel` and its standard error,
+    and `nearer_to_training`; and, as the least that a perfect sampler could reach, the first two for training images.
+    Written to quality.json in the run's folder. Raises RunError, DataError.
+    """
+    run = Run(folder)
+    model, mixture, data = run.trained(), run.mixture(), match(run)
+    features = Classifier.load(classifier)
+    if features.image_shape != data.image_shape:
+        raise RunError(f"{classifier} was trained on images of {features.image_shape}, {folder} on {data.image_shape}")
+    train, test = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
+    draws = generator(seed, QUALITY)
+    train = train[torch.randperm(len(train), generator=draws)[: len(test)]]
+    priors = {"standard": Mixture.standard(model)} | ({} if mixture is None else {"mixture": mixture})
+    real = features.features(test).double().numpy()
+    result = dict(_distances("training", features.features(train).double().numpy(), real))
+    for name, prior in priors.items():
+        images = torch.cat(list(_images(model, prior, samples, draws)))
+        result |= _distances(name, features.features(images).double().numpy(), real)
+        result[f"{name}_nearer_to_training"] = nearer(images, train, test)
+    write_atomically(folder / "quality.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def frechet(one: Float64, other: Float64) -> float:
+    """Distance of the Gaussians that fit two sets of features, (n, F) and (m, F): |mu_1 - mu_2|^2 + tr(C_1 + C_2 -
+    2 (C_1 C_2)^(1/2)) (Heusel et al., 2017, https://arxiv.org/abs/1706.08500, equation 6)."""
+    first, second = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    # C_1 C_2 has the eigenvalues of a symmetric matrix that is nowhere negative; rounding may tell otherwise.
+    roots = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0))
+    return float(((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * roots.sum())
+
+
+def kernel_distance(one: Float64, other: Float64) -> tuple[float, float]:
+    """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased, and its
+    standard error: mean over blocks of 1000 (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4)."""
+    n = min(len(one), len(other))
+    block = min(KERNEL_BLOCK, n)
+    found = []
+    for begin in range(0, n - block + 1, block):
+        x, y = one[begin : begin + block], other[begin : begin + block]
+        within = sum(_kernel(z, z).sum() - np.trace(_kernel(z, z)) for z in (x, y)) / (block * (block - 1))
+        found.append(within - 2 * _kernel(x, y).mean())
+    error = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else 0.0
+    return float(np.mean(found)), float(error)
+
+
+def nearer(images: Tensor, train: Tensor, test: Tensor) -> float:
+    """The share of images whose nearest neighbour (by squared differences of pixels) among training images and as many
+    held-out ones is a training image: near 0.5 where nothing is learnt by heart, near 1 for copies."""
+    count = 0
+    for part in images.split(DECODED):
+        to_train, to_test = (
+            torch.cdist(part.flatten(1).float(), real.flatten(1).float()).amin(1) for real in (train, test)
+        )
+        count += int((to_train < to_test).sum())
+    return count / len(images)
+
+
+def _distances(name: str, sampled: Float64, real: Float64) -> Iterator[tuple[str, float]]:
+    kernel, error = kernel_distance(sampled, real)
+    yield f"{name}_frechet", frechet(sampled, real)
+    yield f"{name}_kernel", kernel
+    yield f"{name}_kernel_standard_error", error
+
+
+def _kernel(one: Float64, other: Float64) -> Float64:
+    values: Float64 = (one @ other.T / one.shape[1] + 1) ** 3
+    return values
+
+
+def _images(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
+    """uint8 (<= DECODED, C, H, W), n in all: the mean of p(x | z), as it is served."""
+    components = torch.multinomial(prior.log_weights.exp(), n, replacement=True, generator=draws)
+    for part in components.split(DECODED):
+        parameters = tuple(parameter[part] for parameter in prior.parameters)
+        noise = model.noise(tuple(parameters[0].shape), draws)
+        latents = model.sample(parameters, noise, torch.full((len(part),), model.default_temperature))
+        yield (torch.sigmoid(model.decode(latents)) * 255).round().byte()

@@ -1,0 +1,100 @@
+"""Sample quality: distances that are known, copies that are found, a classifier that learns."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from export.classifier import Classifier, train_classifier
+from export.data import load, load_labels
+from export.errors import DataError, RunError
+from export.prior import fit_prior
+from export.quality import frechet, kernel_distance, nearer, quality
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    assert train_classifier("digits", folder, epochs=12, seed=0) > 0.9
+    return folder
+
+
+def test_the_frechet_distance_is_that_of_the_formula() -> None:
+    random = np.random.default_rng(0)
+    one = random.normal(size=(500, 4)) @ random.normal(size=(4, 4))
+    other = random.normal(size=(400, 4)) + np.array([3, 0, 0, 1])
+    first, second = np.cov(one.T), np.cov(other.T)
+    root = np.real(linalg.sqrtm(first @ second))
+    expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert frechet(one, other) == pytest.approx(expected)
+    assert frechet(one, one) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_is_that_of_its_double_sum_and_unbiased() -> None:
+    random = np.random.default_rng(0)
+    one, other = random.normal(size=(30, 3)), random.normal(size=(30, 3)) + 0.5
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    within = [kernel(z[i], z[j]) for z in (one, other) for i in range(30) for j in range(30) if i != j]
+    between = [kernel(x, y) for x in one for y in other]
+    expected = sum(within) / (30 * 29) - 2 * sum(between) / (30 * 30)
+    value, error = kernel_distance(one, other)
+    assert value == pytest.approx(expected)
+    assert error == 0
+    value, error = kernel_distance(random.normal(size=(20_000, 3)), random.normal(size=(20_000, 3)))
+    assert abs(value) < 3 * error
+
+
+def test_copies_are_told_from_new_images() -> None:
+    images = torch.from_numpy(load("digits").train[:400].copy())
+    train, test, new = images[:150], images[150:300], images[300:]
+    assert nearer(train[:100], train, test) == 1
+    assert nearer(test[:100], train, test) == 0
+    assert 0.3 < nearer(new, train, test) < 0.7
+
+
+def test_labels_belong_to_the_images_kept_and_held_out() -> None:
+    from sklearn.datasets import load_digits
+
+    data, (labels, held_out) = load("digits"), load_labels("digits")
+    assert (len(labels), len(held_out)) == (len(data.train), len(data.test))
+    everything = load_digits()
+    by_image = {
+        np.rint(image * (255 / 16)).astype(np.uint8).tobytes(): target
+        for image, target in zip(everything.images, everything.target, strict=True)
+    }
+    assert [by_image[image.tobytes()] for image in data.test] == held_out.tolist()
+    assert [by_image[image.tobytes()] for image in data.train] == labels.tolist()
+
+
+def test_quality_is_measured_for_each_prior_and_repeats(
+    runs: dict[str, Path], classifier: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs["tiny-gaussian"], folder)
+    plain = quality(folder, classifier=classifier, samples=500, seed=0)
+    assert not any(key.startswith("mixture") for key in plain)
+    fit_prior(folder, components=10, seed=0)
+    found = quality(folder, classifier=classifier, samples=500, seed=0)
+    assert found == quality(folder, classifier=classifier, samples=500, seed=0)
+    assert found == json.loads((folder / "quality.json").read_text())
+    assert plain.items() <= found.items()
+    assert found["training_frechet"] < found["mixture_frechet"]
+    assert found["training_kernel"] < found["standard_kernel"]
+    assert 0 <= found["mixture_nearer_to_training"] <= 1
+
+
+def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no classifier"):
+        quality(runs["tiny-gaussian"], classifier=tmp_path, samples=500, seed=0)
+    (tmp_path / "classifier.safetensors").write_bytes(b"none")
+    with pytest.raises(RunError, match="holds no classifier"):
+        Classifier.load(tmp_path)
+    with pytest.raises(DataError, match="has no train-labels-idx1-ubyte"):
+        load_labels(str(tmp_path))

@@ -61,6 +61,9 @@ class TrainConfig(BaseModel):
     """Gumbel: the temperature at step t is max(tau_min, tau_start * exp(-tau_rate * t))."""
     tau_every: PositiveInt = 500
     """Gumbel: with t rounded down to a multiple of this many steps."""
+    shares: PositiveInt | None = None
+    """Parts of a batch that are computed at the same time, each with draws of its own. Default: one a core, of at least
+    64 latents."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the initial weights and of every draw."""
 

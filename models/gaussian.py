@@ -54,11 +54,19 @@ class GaussianVAE(nn.Module):
         mu, log_var = parameters
         return mu + _per_row(temperature, noise) * torch.exp(0.5 * log_var) * noise
 
-    def log_prob(self, latents: Tensor, parameters: Parameters) -> Tensor:
-        """log N(latents; mu, exp(log_var)) in nats; (..., *latent_shape) -> (...)."""
+    @staticmethod
+    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
+        """log N(latents; mu, exp(log_var)) in nats, (n,)."""
         mu, log_var = parameters
         density = -0.5 * (log(2 * pi) + log_var + (latents - mu) ** 2 / log_var.exp())
-        return density.flatten(-len(self.config.latent_shape)).sum(-1)
+        return density.flatten(1).sum(1)
+
+    @staticmethod
+    def log_probs(latents: Tensor, parameters: Parameters) -> Tensor:
+        """The same of each latent under each of C parameters: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
+        return torch.stack(
+            [GaussianVAE.log_prob(latents, component) for component in zip(*parameters, strict=True)], dim=1
+        )
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:

@@ -68,10 +68,17 @@ class GumbelVAE(nn.Module):
         one_hot = (scores.argmax(-1, keepdim=True) == categories).to(scores.dtype)
         return torch.where(relaxes, relaxed, one_hot)
 
-    def log_prob(self, latents: Tensor, parameters: Parameters) -> Tensor:
-        """log of the probability of one-hot codes in nats; (..., D, K) -> (...)."""
+    @staticmethod
+    def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
+        """log of the probability of one-hot codes in nats, (n,)."""
         (logits,) = parameters
-        return (latents * _over_categories(torch.log_softmax, logits)).flatten(-len(self.config.latent_shape)).sum(-1)
+        return (latents * _over_categories(torch.log_softmax, logits)).flatten(1).sum(1)
+
+    @staticmethod
+    def log_probs(latents: Tensor, parameters: Parameters) -> Tensor:
+        """The same of each code under each of C parameters: (n, D, K), (C, D, K) -> (n, C)."""
+        (logits,) = parameters
+        return latents.flatten(1) @ _over_categories(torch.log_softmax, logits).flatten(1).T
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:

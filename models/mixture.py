@@ -25,7 +25,7 @@ class Mixture(NamedTuple):
 
     def joint(self, model: GaussianVAE | GumbelVAE, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
-        return self.log_weights + model.log_prob(latents.unsqueeze(1), self.parameters)
+        return self.log_weights + model.log_probs(latents, self.parameters)
 
     def log_prob(self, model: GaussianVAE | GumbelVAE, latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""

@@ -14,14 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from export import recipes
 from export.config import TrainConfig
+from export.data import load
 from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
 from export.run import Run
-from export.train import train
+from export.train import generator, share_of, train
+from models import GaussianVAE, VAEConfig
 from tests.conftest import wait_until
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
@@ -65,6 +68,40 @@ def finished_epochs(folder: Path) -> int:
 
 def small(**options: Any) -> TrainConfig:
     return TrainConfig(**{"kind": "gaussian", "data": "digits", "epochs": 1, "width": (4,), **options})
+
+
+@torch.no_grad()
+def without_noise(model: GaussianVAE) -> None:
+    """Let q(z | x) have next to no variance."""
+    last = model.encoder[-1]
+    assert isinstance(last, torch.nn.Linear)
+    last.weight[len(last.weight) // 2 :] = 0
+    last.bias[len(last.bias) // 2 :] = -50
+
+
+def test_shares_of_a_batch_add_up_to_its_gradient() -> None:
+    config = small(binarize=False)
+    pixels = torch.from_numpy(load("digits").train[:11].copy())
+    model = GaussianVAE(VAEConfig((1, 8, 8), (3,), "mlp", (4,)))
+    without_noise(model)
+
+    def gradients(shares: int) -> list[Tensor]:
+        parts = [share_of(model, config, 1.0, 1.0, 1 / 11, part, generator(0, 0)) for part in pixels.chunk(shares)]
+        return [torch.stack(gradient).sum(0) for gradient in zip(*(found for found, _ in parts), strict=True)]
+
+    for whole, summed in zip(gradients(1), gradients(3), strict=True):
+        torch.testing.assert_close(whole, summed, rtol=1e-4, atol=1e-4)
+
+
+def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    for name in ("one", "other"):
+        train(small(shares=3), tmp_path / name, resume=False, sheet_every=1)
+    assert torch.get_num_threads() == threads
+    one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(RunError, match="was started with shares=3, not 2"):
+        train(small(shares=2), tmp_path / "one", resume=True, sheet_every=1)
 
 
 def test_a_run_leaves_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None:

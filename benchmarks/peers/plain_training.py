@@ -1,0 +1,79 @@
+"""A training loop as tutorials and VAE collections write it (https://github.com/pytorch/examples/tree/main/vae,
+https://github.com/AntixK/PyTorch-VAE), around the network, the optimizer and the batches of one of our recipes.
+
+python -m benchmarks.peers.plain_training RECIPE DATA WORKERS prints images per second.
+"""
+
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, gumbel_softmax
+from torch.utils.data import DataLoader, Dataset
+
+from export.config import TrainConfig
+from export.data import load
+from export.objectives import VAE
+from export.recipes import recipe
+from export.train import describe
+
+
+class Images(Dataset[Tensor]):
+    """What torchvision's MNIST with ToTensor does, and a draw of each pixel."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = torch.from_numpy(pixels.copy())
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, row: int) -> Tensor:
+        picture = Image.fromarray(self.pixels[row, 0].numpy(), mode="L")
+        grey = torch.from_numpy(np.array(picture, np.uint8, copy=True)).unsqueeze(0).float().div(255)
+        return torch.bernoulli(grey)
+
+
+def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tensor], kind: str) -> float:
+    model.train()
+    total = 0.0
+    for images in loader:
+        optimizer.zero_grad()
+        posterior = model.encode(images)
+        if kind == "gaussian":
+            mu, log_var = posterior
+            latents = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+            kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
+        else:
+            (logits,) = posterior
+            latents = gumbel_softmax(logits, tau=1.0)
+            q, log_p = logits.softmax(-1), model.prior()[0].log_softmax(-1)
+            kl = torch.sum(q * (torch.log(q + 1e-7) - log_p))
+        decoded = torch.sigmoid(model.decode(latents))
+        loss = binary_cross_entropy(decoded, images, reduction="sum") + kl
+        (loss / len(images)).backward()
+        optimizer.step()
+        total += loss.item()
+    return total
+
+
+def main() -> None:
+    name, source, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    config = TrainConfig(**{**recipe(name), "data": source})
+    data = load(source)
+    model = describe(config, data).build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    dataset = Images(data.train)
+    loader = DataLoader(
+        dataset, batch_size=config.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    epoch(model, optimizer, loader, config.kind)  # warm
+    started = time.perf_counter()
+    epoch(model, optimizer, loader, config.kind)
+    print(len(dataset) / (time.perf_counter() - started))
+
+
+if __name__ == "__main__":
+    main()

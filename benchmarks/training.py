@@ -1,0 +1,78 @@
+"""How fast recipes train, beside a plain loop around the same network: python -m benchmarks training"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.options import Options
+from benchmarks.report import Report, ratio
+
+RECIPES = ("kingma-gaussian", "jang-categorical", "gaussian-best")
+IMAGES, HELD_OUT = 12_000, 500
+WORKERS = (0, 2)  # of the plain loop's DataLoader; the better number counts
+WARM = 1  # epochs before the one that is measured
+
+
+def measure(options: Options) -> Report:
+    """Images per second of an epoch, the second one of a fresh process, ours and theirs in turn."""
+    ours: dict[str, list[float]] = {name: [] for name in RECIPES}
+    plain: dict[str, list[float]] = {name: [] for name in RECIPES}
+    with TemporaryDirectory() as folder:
+        data = Path(folder) / "images.npz"
+        _write_images(data)
+        for turn in range(options.rounds):
+            for name in RECIPES:
+                ours[name].append(_ours(name, data, Path(folder) / f"{name}-{turn}"))
+                plain[name].append(max(_plain(name, data, workers) for workers in WORKERS))
+    results = {
+        name: {"ours": median(ours[name]), "plain": median(plain[name]), "ratios": _ratios(ours[name], plain[name])}
+        for name in RECIPES
+    }
+    return Report(
+        title="Training on this machine: images per second",
+        columns=["recipe", "ours", "plain loop", "ratio"],
+        rows=[
+            [
+                name,
+                f"{median(ours[name]):.0f}",
+                f"{median(plain[name]):.0f}",
+                ratio(median(ours[name]), median(plain[name])),
+            ]
+            for name in RECIPES
+        ],
+        results={"images_per_second": results},
+        notes=[
+            f"Grey noise of the size of MNIST, {IMAGES} images; the plain loop: a DataLoader over pictures (0 or 2 "
+            "workers, the better counts), Adam as it comes, a loss read in every step"
+        ],
+    )
+
+
+def _write_images(path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (IMAGES + HELD_OUT, 28, 28)) * (random.random((IMAGES + HELD_OUT, 28, 28)) < 0.2)
+    np.savez(path, train=images[:IMAGES].astype(np.uint8), test=images[IMAGES:].astype(np.uint8))
+
+
+def _ours(recipe: str, data: Path, out: Path) -> float:
+    options = ["--recipe", recipe, "--data", str(data), "--out", str(out), "--epochs", str(WARM + 1)]
+    _run("export", "train", *options, "--kl-warm-up", "0")
+    *_, last = (out / "metrics.jsonl").read_text().splitlines()
+    return float(json.loads(last)["images_per_second"])
+
+
+def _plain(recipe: str, data: Path, workers: int) -> float:
+    return float(_run("benchmarks.peers.plain_training", recipe, str(data), str(workers)))
+
+
+def _run(*arguments: str) -> str:
+    return subprocess.run([sys.executable, "-m", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _ratios(ours: list[float], plain: list[float]) -> list[float]:
+    return [round(one / other, 2) for one, other in zip(ours, plain, strict=True)]

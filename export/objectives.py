@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import one_hot, softplus
 
 from models import GaussianVAE, GumbelVAE, Mixture
 
@@ -135,9 +135,11 @@ def importance_weighted_bound(
 
 
 def log_likelihood(pixel_logits: Tensor, images: Tensor) -> Tensor:
-    """Bernoulli log p(x | z) summed over pixels, in nats; (..., C, H, W) -> (...)."""
-    losses = binary_cross_entropy_with_logits(pixel_logits, images.expand_as(pixel_logits), reduction="none")
-    return -losses.flatten(-3).sum(-1)
+    """Bernoulli log p(x | z) in nats, the sum over pixels x and their logits l of x l - log(1 + e^l);
+    (..., C, H, W) -> (...)."""
+    logits = pixel_logits.flatten(-3)
+    white: Tensor = torch.linalg.vecdot(images.flatten(-3).expand_as(logits), logits)
+    return white - softplus(logits).sum(-1)
 
 
 def gumbel_temperature(step: int, start: float, minimum: float, rate: float, every: int) -> float:

@@ -56,7 +56,7 @@ class FitPrior(Command):
     run: CliPositionalArg[Path]
     components: PositiveInt = 50
     """Of the mixture."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the draws and of where the fit begins."""
 
     def cli_cmd(self) -> None:
@@ -196,7 +196,7 @@ def main() -> None:
     except (ExportError, ArtifactError, SettingsError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("interrupted; `train --resume` continues after the last finished epoch")
+        sys.exit("interrupted; the same `train` with --resume, or the same `evaluate`, goes on where it was")
 
 
 def _explain(location: tuple[int | str, ...], given: object, says: str) -> str:

@@ -75,6 +75,10 @@ class TrainConfig(BaseModel):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
+        if self.objective == "vimco" and self.straight_through:
+            raise ValueError("straight_through relaxes codes, objective 'vimco' does not: leave out one or the other")
+        if self.free_bits and (self.shares or 1) > 1:
+            raise ValueError("free_bits are counted in the mean over a whole batch: leave out shares")
         if self.objective != "elbo" and self.free_bits:
             raise ValueError("free_bits belongs to the objective 'elbo', which has a KL term")
         return self

@@ -101,8 +101,8 @@ def _content(path: Path) -> bytes:
 def _idx_labels(path: Path) -> Labels:
     """Of the same format: magic 0x00000801, one big-endian size, then bytes."""
     content = _content(path)
-    header = np.frombuffer(content[:8], ">u4")
-    if len(header) != 2 or header[0] != 0x801 or len(content) != 8 + header[1]:
+    header = np.frombuffer(content[:8].ljust(8), ">u4")
+    if header[0] != 0x801 or len(content) != 8 + header[1]:
         raise DataError(f"{path} is not an IDX file of labels: it should start with 00 00 08 01 and their number")
     return np.frombuffer(content, np.uint8, offset=8).astype(np.int64)
 
@@ -110,8 +110,8 @@ def _idx_labels(path: Path) -> Labels:
 def _idx(path: Path) -> Pixels:
     """The format of http://yann.lecun.com/exdb/mnist: magic 0x00000803, three big-endian sizes, then bytes."""
     content = _content(path)
-    header = np.frombuffer(content[:16], ">u4")
-    if len(header) != 4 or header[0] != 0x803:
+    header = np.frombuffer(content[:16].ljust(16), ">u4")
+    if header[0] != 0x803:
         raise DataError(f"{path} is not an IDX file of images: it should start with 00 00 08 03")
     count, height, width = (int(size) for size in header[1:])
     if len(content) != 16 + count * height * width or min(count, height, width) < 1:

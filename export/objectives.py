@@ -94,13 +94,16 @@ def negative_vimco(
     log_p = torch.stack([model.log_prob(z, model.prior()) for z in latents])
     weights = likelihoods - kl_weight * (log_q - log_p)
     bound = weights.logsumexp(0) - log(samples)
-    with torch.no_grad():
-        others = (weights.sum(0) - weights) / (samples - 1)
-        itself = torch.eye(samples, dtype=torch.bool, device=images.device).unsqueeze(-1)
-        without = torch.where(itself, others, weights).logsumexp(1) - log(samples)  # of the matrix (i, j, n), over j
-        gains = bound - without
-    loss = -(bound + (gains * log_q).sum(0)).mean()
+    loss = -(bound + (gains(weights.detach()) * log_q).sum(0)).mean()
     return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
+
+
+def gains(weights: Tensor) -> Tensor:
+    """What each sample adds to the bound, L - L_i of negative_vimco; weights: log w, (samples, n)."""
+    others = (weights.sum(0) - weights) / (len(weights) - 1)
+    itself = torch.eye(len(weights), dtype=torch.bool, device=weights.device).unsqueeze(-1)
+    without = torch.where(itself, others.unsqueeze(1), weights).logsumexp(1)  # of the matrix (i, j, n), over j
+    return weights.logsumexp(0) - without
 
 
 def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:

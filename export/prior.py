@@ -32,8 +32,6 @@ def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
     """
     run = Run(folder)
     model, data = run.trained(), match(run)
-    if len(data.train) < components:
-        raise RunError(f"{components} components need as many training images, {data.name} has {len(data.train)}")
     draws = generator(seed, PRIOR)
     binarize = run.config().train.binarize
     seen, unseen = (
@@ -51,8 +49,11 @@ def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixt
     """The mixture with the largest likelihood near where k-means begins, by expectation maximization (Dempster, Laird
     and Rubin, 1977).
 
-    latents: (n, *latent_shape), one-hot codes for a categorical model.
+    latents: (n, *latent_shape), one-hot codes for a categorical model. Raises RunError if too few of them differ.
     """
+    distinct = len(latents.flatten(1).unique(dim=0))
+    if distinct < components:
+        raise RunError(f"{components} components need as many different latents, there are {distinct}: fit fewer")
     clusters = KMeans(components, n_init=1, random_state=seed).fit_predict(latents.flatten(1).numpy())
     shares = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
     before = -torch.inf

@@ -21,6 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 DECODED = 1000  # rows at a time
 KERNEL_BLOCK = 1000  # images that are compared with as many others
+NEIGHBOURS = 2000  # images whose nearest neighbours are looked for
 
 
 @torch.inference_mode()
@@ -28,8 +29,9 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
     """Compare images sampled from each prior of the run, as they are served, with the held-out images.
 
     Returns for the standard prior and, if one was fitted, for the mixture: `frechet`, `kernel` and its standard error,
-    and `nearer_to_training`; and, as the least that a perfect sampler could reach, the first two for training images.
-    Written to quality.json in the run's folder. Raises RunError, DataError.
+    and `near_training`, which is about `training_share` where nothing is learnt by heart and 1 for copies. The first
+    two also for as many training images: about what a perfect sampler would reach. Written to quality.json in the run's
+    folder. Raises RunError, DataError.
     """
     run = Run(folder)
     model, mixture, data = run.trained(), run.mixture(), match(run)
@@ -37,15 +39,18 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
     if features.image_shape != data.image_shape:
         raise RunError(f"{classifier} was trained on images of {features.image_shape}, {folder} on {data.image_shape}")
     train, test = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
+    if min(len(train), len(test)) < 2:
+        raise RunError(f"{data.name} holds out {len(test)} of {len(train) + len(test)} images: distances need two")
     draws = generator(seed, QUALITY)
-    train = train[torch.randperm(len(train), generator=draws)[: len(test)]]
+    some = train[torch.randperm(len(train), generator=draws)[:samples]]
     priors = {"standard": Mixture.standard(model)} | ({} if mixture is None else {"mixture": mixture})
     real = features.features(test).double().numpy()
-    result = dict(_distances("training", features.features(train).double().numpy(), real))
+    result = dict(_distances("training", features.features(some).double().numpy(), real))
+    result["training_share"] = len(train) / (len(train) + len(test))
     for name, prior in priors.items():
-        images = torch.cat(list(_images(model, prior, samples, draws)))
+        images = torch.cat(list(sampled(model, prior, samples, draws)))
         result |= _distances(name, features.features(images).double().numpy(), real)
-        result[f"{name}_nearer_to_training"] = nearer(images, train, test)
+        result[f"{name}_near_training"] = near_training(images[:NEIGHBOURS], train, test)
     write_atomically(folder / "quality.json", json.dumps(result, indent=2).encode())
     return result
 
@@ -59,9 +64,10 @@ def frechet(one: Float64, other: Float64) -> float:
     return float(((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * roots.sum())
 
 
-def kernel_distance(one: Float64, other: Float64) -> tuple[float, float]:
-    """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased, and its
-    standard error: mean over blocks of 1000 (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4)."""
+def kernel_distance(one: Float64, other: Float64) -> tuple[float, float | None]:
+    """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased: the mean over
+    blocks of 1000 (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4), and its standard error if
+    there are two or more."""
     n = min(len(one), len(other))
     block = min(KERNEL_BLOCK, n)
     found = []
@@ -69,13 +75,12 @@ def kernel_distance(one: Float64, other: Float64) -> tuple[float, float]:
         x, y = one[begin : begin + block], other[begin : begin + block]
         within = sum(_kernel(z, z).sum() - np.trace(_kernel(z, z)) for z in (x, y)) / (block * (block - 1))
         found.append(within - 2 * _kernel(x, y).mean())
-    error = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else 0.0
-    return float(np.mean(found)), float(error)
+    return float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
 
 
-def nearer(images: Tensor, train: Tensor, test: Tensor) -> float:
-    """The share of images whose nearest neighbour (by squared differences of pixels) among training images and as many
-    held-out ones is a training image: near 0.5 where nothing is learnt by heart, near 1 for copies."""
+def near_training(images: Tensor, train: Tensor, test: Tensor) -> float:
+    """The share of images whose nearest neighbour among all others, by squared differences of pixels, is a training
+    one: about the share of training images among them where nothing is learnt by heart, 1 for copies."""
     count = 0
     for part in images.split(DECODED):
         to_train, to_test = (
@@ -89,7 +94,8 @@ def _distances(name: str, sampled: Float64, real: Float64) -> Iterator[tuple[str
     kernel, error = kernel_distance(sampled, real)
     yield f"{name}_frechet", frechet(sampled, real)
     yield f"{name}_kernel", kernel
-    yield f"{name}_kernel_standard_error", error
+    if error is not None:
+        yield f"{name}_kernel_standard_error", error
 
 
 def _kernel(one: Float64, other: Float64) -> Float64:
@@ -97,7 +103,7 @@ def _kernel(one: Float64, other: Float64) -> Float64:
     return values
 
 
-def _images(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
+def sampled(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
     """uint8 (<= DECODED, C, H, W), n in all: the mean of p(x | z), as it is served."""
     components = torch.multinomial(prior.log_weights.exp(), n, replacement=True, generator=draws)
     for part in components.split(DECODED):

@@ -150,9 +150,24 @@ class Run:
                 log_weights, *parameters = map(
                     file.get_tensor, ("log_weights", *MODELS[self.config().train.kind].parameter_names)
                 )
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            raise RunError(f"{self.prior} is damaged ({error}): fit it again") from error
-        return Mixture(log_weights, tuple(parameters))
+            mixture = Mixture(log_weights, tuple(parameters))
+            self._check(mixture)
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise RunError(f"{self.prior} is damaged ({error}): `python -m export fit-prior {self.folder}`") from error
+        return mixture
+
+    def _check(self, mixture: Mixture) -> None:
+        """Raises ValueError."""
+        config = self.config().train
+        latent_shape = config.latent_shape or LATENT_SHAPES[config.kind]
+        components = (len(mixture.log_weights),)
+        for tensor, shape in ((mixture.log_weights, ()), *((each, latent_shape) for each in mixture.parameters)):
+            if tensor.shape != components + shape or tensor.dtype != torch.float32:
+                raise ValueError(f"it holds {tensor.dtype}{list(tensor.shape)}, not float32{[*components, *shape]}")
+            if not tensor.isfinite().all():
+                raise ValueError("it holds NaN or infinity")
+        if not (mixture.log_weights.exp() > 0).all():
+            raise ValueError("a component has no weight")
 
     def log(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:

@@ -47,13 +47,14 @@ TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY, ORDER = range
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
     data = load(config.data)
-    shares = config.shares or max(1, min(torch.get_num_threads(), config.batch_size * config.samples // LEAST_SHARE))
-    config = config.model_copy(update={"shares": shares})
-    run, run_config = Run(out), describe(config, data)
+    run, goes_on = Run(out), resume and (out / "config.json").exists()
+    if config.shares is None:
+        config = config.model_copy(update={"shares": run.config().train.shares if goes_on else _shares(config)})
+    run_config = describe(config, data)
     images, held_out = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
     model = run_config.build()
     start_at(model.decoder, images.float().mean(0) / 255)
-    if resume and (out / "config.json").exists():
+    if goes_on:
         run.resume(run_config)
     else:
         run.start(run_config)
@@ -63,8 +64,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     done = run.restore(model, optimizer, average)
     run.forget_after(done)
     for epoch in range(done, config.epochs):
-        with _one_core_each(shares) as in_parallel:
-            metrics = _train_epoch(model, optimizer, average, images, config, epoch, shares, in_parallel)
+        metrics = train_epoch(model, optimizer, average, images, config, epoch)
         metrics |= _held_out_metrics(counts, held_out, config)
         if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
             raise RunError(f"the bound is no number any more in epoch {epoch + 1}: lower --learning-rate")
@@ -75,6 +75,12 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
         run.save(epoch + 1, model, optimizer, average)
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return run
+
+
+def _shares(config: TrainConfig) -> int:
+    """Free bits are counted in the mean over a whole batch."""
+    worth = 1 if config.free_bits else config.batch_size * config.samples // LEAST_SHARE
+    return max(1, min(torch.get_num_threads(), worth))
 
 
 def describe(config: TrainConfig, data: Dataset) -> RunConfig:
@@ -105,16 +111,16 @@ def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
     return (thresholds < pixels).float()
 
 
-def _train_epoch(
+def train_epoch(
     model: VAE,
     optimizer: torch.optim.Adam,
     average: AveragedModel | None,
     pixels: Tensor,
     config: TrainConfig,
     epoch: int,
-    shares: int,
-    in_parallel: Map,
 ) -> dict[str, float]:
+    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw."""
+    shares = config.shares or 1
     order = torch.randperm(len(pixels), generator=generator(config.seed, ORDER, epoch))
     draws = [generator(config.seed, TRAINING, epoch, share) for share in range(shares)]
     batches = order.split(config.batch_size)
@@ -122,20 +128,23 @@ def _train_epoch(
     started, temperature = time.perf_counter(), model.default_temperature
     totals = torch.zeros(2, dtype=torch.float64)
     model.train()
-    for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
-        if config.kind == "gumbel":
-            temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * cosine_decay(step, last_step)
-        kl_weight = warm_up(step, config.kl_warm_up * len(batches))
-        compute = partial(share_of, model, config, temperature, kl_weight, 1 / len(rows))
-        gradients, sums = zip(*in_parallel(compute, pixels[rows].chunk(shares), draws), strict=True)
-        for parameter, *parts in zip(model.parameters(), *gradients, strict=True):
-            parameter.grad = reduce(Tensor.add_, parts)
-        totals += torch.stack(sums).sum(0)
-        optimizer.step()
-        if average is not None:
-            average.update_parameters(model)
+    with _one_core_each(shares) as in_parallel:
+        for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
+            if config.kind == "gumbel":
+                temperature = gumbel_temperature(
+                    step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * cosine_decay(step, last_step)
+            kl_weight = warm_up(step, config.kl_warm_up * len(batches))
+            compute = partial(share_of, model, config, temperature, kl_weight, 1 / len(rows))
+            gradients, sums = zip(*in_parallel(compute, pixels[rows].chunk(shares), draws), strict=True)
+            for parameter, *parts in zip(model.parameters(), *gradients, strict=True):
+                parameter.grad = reduce(Tensor.add_, parts)
+            totals += torch.stack(sums).sum(0)
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
     seconds = time.perf_counter() - started
     return {

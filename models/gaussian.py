@@ -64,9 +64,10 @@ class GaussianVAE(nn.Module):
     @staticmethod
     def log_probs(latents: Tensor, parameters: Parameters) -> Tensor:
         """The same of each latent under each of C parameters: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
-        return torch.stack(
-            [GaussianVAE.log_prob(latents, component) for component in zip(*parameters, strict=True)], dim=1
-        )
+        z, mu, log_var = (tensor.flatten(1).double() for tensor in (latents, *parameters))  # squares cancel below
+        precision = (-log_var).exp()
+        squares = z**2 @ precision.T - 2 * z @ (precision * mu).T + (precision * mu**2).sum(1)
+        return (-0.5 * (squares + (log(2 * pi) + log_var).sum(1))).to(latents.dtype)
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:
@@ -74,10 +75,11 @@ class GaussianVAE(nn.Module):
 
         latents: (n, *latent_shape). weights: (n, C), at least 0. Returns mu and log_var, each (C, *latent_shape).
         """
-        shares = weights / weights.sum(0)
-        mu = torch.einsum("nc,n...->c...", shares, latents)
-        variance = torch.einsum("nc,n...->c...", shares, latents**2) - mu**2
-        return mu, variance.clamp_min(LEAST_VARIANCE).log()
+        z, shares = latents.double(), weights.double()  # squares cancel below
+        shares = shares / shares.sum(0)
+        mu = torch.einsum("nc,n...->c...", shares, z)
+        variance = torch.einsum("nc,n...->c...", shares, z**2) - mu**2
+        return mu.to(latents.dtype), variance.clamp_min(LEAST_VARIANCE).log().to(latents.dtype)
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:

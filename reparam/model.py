@@ -35,6 +35,7 @@ class Model:
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> "Model":
         """Raises KeyError where a field is missing. Fields that this version of the SDK does not know are left out."""
+        described = {"priors": ("standard",), **described}  # services older than the field
         fields = {name: described[name] for name in cls.__dataclass_fields__}
         return cls(**fields | {name: tuple(fields[name]) for name in _TUPLES})
 

@@ -29,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
+TRIED = 64  # components that are run at a time when a file is loaded
 WEIGHTS_TOLERANCE = 1e-6  # of the sum of a mixture's weights
 
 
@@ -86,7 +87,7 @@ class Contract(BaseModel):
             except KeyError:
                 if field.is_required():
                     raise ArtifactError(f"the metadata has no key {KEY_PREFIX + key!r}") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ArtifactError(f"metadata key {KEY_PREFIX + key!r} is not JSON: {error}") from error
         try:
             contract = cls.model_validate(fields)
@@ -125,8 +126,8 @@ class Contract(BaseModel):
             return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.traits.parameters}
         parameters = dict(self.mixture)
         try:
-            weights = np.asarray(parameters.pop("weights", None), np.float64)
-        except (ValueError, TypeError) as error:
+            weights = _numbers(parameters.pop("weights", ()), np.float64)
+        except ValueError as error:
             raise ArtifactError(f"the weights of the mixture are no numbers: {error}") from error
         if weights.ndim != 1 or not (weights > 0).all() or not abs(weights.sum() - 1) < WEIGHTS_TOLERANCE:
             raise ArtifactError("the weights of the mixture must be a list of positive numbers that sum to 1")
@@ -138,10 +139,8 @@ class Contract(BaseModel):
                 f"the {what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
             )
         try:
-            arrays = {
-                name: np.broadcast_to(np.asarray(values, np.float32), shape) for name, values in parameters.items()
-            }
-        except (ValueError, TypeError) as error:
+            arrays = {name: np.broadcast_to(_numbers(values, np.float32), shape) for name, values in parameters.items()}
+        except ValueError as error:
             raise ArtifactError(f"the {what} does not fit the shape {list(shape)}: {error}") from error
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ArtifactError(f"the {what} holds NaN or infinity")
@@ -159,6 +158,15 @@ class Contract(BaseModel):
             "images": ("tensor(float)", self.image_shape),
             "pixels": ("tensor(uint8)", self.image_shape),
         }
+
+
+def _numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Nested lists as JSON has them -> an array. Raises ValueError."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf":  # what does not fit into 64 bits is an object
+        raise ValueError(f"it holds {array.dtype}")
+    with np.errstate(over="ignore"):  # infinity is refused later
+        return array.astype(dtype)
 
 
 # How the operators that run another graph, as often as the data says, are named in a file: field 4 of a NodeProto and
@@ -268,10 +276,28 @@ def _check_run(artifact: Artifact) -> None:
     except Exception as error:  # onnxruntime's errors have no common base but this
         raise ArtifactError(f"it does not run on two rows of its prior: {error}") from error
     for name, array in first.items():
-        if not np.isfinite(array).all():
-            raise ArtifactError(f"output {name!r} holds NaN or infinity for the prior")
+        _check_finite(name, array, "the prior")
         if not np.array_equal(array, second[name]):
             raise ArtifactError(f"output {name!r} differs between two runs on the same input: the graph draws noise")
+
+    for begin in range(0, len(contract.mixture_arrays()[0]), TRIED):
+        for name, array in artifact.run(_component_feeds(contract, begin)).items():
+            _check_finite(name, array, "the mixture")
+
+
+def _check_finite(name: str, array: npt.NDArray[Any], what: str) -> None:
+    if not np.isfinite(array).all():
+        raise ArtifactError(f"output {name!r} holds NaN or infinity for {what}")
+
+
+def _component_feeds(contract: Contract, begin: int) -> dict[str, npt.NDArray[np.float32]]:
+    """The graph's inputs for a row of each component, from this one on."""
+    parameters = {name: array[begin : begin + TRIED] for name, array in contract.mixture_arrays()[1].items()}
+    rows = len(next(iter(parameters.values())))
+    words = noise.words(0, begin, rows, contract.latent_shape)
+    return prior_feeds(contract, words, contract.default_temperature) | {
+        name: np.ascontiguousarray(array) for name, array in parameters.items()
+    }
 
 
 def prior_feeds(contract: Contract, words: noise.Words, temperature: float) -> dict[str, npt.NDArray[np.float32]]:

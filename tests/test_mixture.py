@@ -1,6 +1,7 @@
 """The fitted prior: found by expectation maximization, stored in the artifact, drawn by noise of its own."""
 
 import io
+import itertools
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ from scipy import special, stats
 import reparam
 from export.errors import RunError
 from export.evaluate import evaluate
+from export.objectives import importance_weighted_bound, log_likelihood
 from export.prior import fit_mixture, fit_prior
 from export.publish import publish
 from export.run import Run
+from export.train import generator
 from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
 from service.artifact import ArtifactError, load
 from tests.conftest import Running
@@ -182,6 +185,9 @@ def test_a_model_without_a_mixture_says_so(serve: Any, repository: Path) -> None
         ({"weights": [1.5, -0.5], "mu": 0, "log_var": 0}, "positive numbers that sum to 1"),
         ({"weights": 1.0, "mu": 0, "log_var": 0}, "positive numbers that sum to 1"),
         ({"mu": 0, "log_var": 0}, "positive numbers that sum to 1"),
+        ({"weights": ["0.5", "0.5"], "mu": 0, "log_var": 0}, "the weights of the mixture are no numbers"),
+        ({"weights": [0.5, 0.5], "mu": 10**400, "log_var": 0}, "does not fit the shape [2, 3]: it holds object"),
+        ({"weights": [0.5, 0.5], "mu": 0, "log_var": [[0] * 3, [1000] * 3]}, "holds NaN or infinity for the mixture"),
         ({"weights": ["a"], "mu": 0, "log_var": 0}, "the weights of the mixture are no numbers"),
         ({"weights": [0.5, 0.5], "mu": 0}, "the mixture has ['mu'], a gaussian has ['log_var', 'mu']"),
         ({"weights": [0.5, 0.5], "mu": [[0, 0, 0]] * 3, "log_var": 0}, "does not fit the shape [2, 3]"),
@@ -235,6 +241,46 @@ def test_the_fit_finds_the_mixture_that_codes_come_from() -> None:
     np.testing.assert_allclose(mixture.parameters[0][order].exp(), expected, atol=0.02)
 
 
+def test_the_density_keeps_its_digits_far_from_zero() -> None:
+    model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
+    z = 300 + 0.1 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
+    mu, log_var = model.most_likely(z, torch.ones(5000, 1))
+    np.testing.assert_allclose((log_var / 2).exp(), 0.1, rtol=0.05)
+    [found] = model.log_probs(z, (mu, log_var)).mean(0)
+    assert found.item() == pytest.approx(model.log_prob(z, (mu, log_var)).mean().item(), rel=1e-3)
+
+
+def test_a_component_of_one_latent_stays_a_density() -> None:
+    model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
+    z = torch.cat([torch.randn(500, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[90.0, 90.0]])])
+    mixture = fit_mixture(model, z, 2, seed=0)
+    assert all(tensor.isfinite().all() for tensor in (mixture.log_weights, *mixture.parameters))
+    assert mixture.log_weights.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    codes = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,)))
+    same = torch.eye(3)[torch.tensor([[0, 1]] * 50 + [[2, 2]])]
+    mixture = fit_mixture(codes, same, 2, seed=0)
+    assert mixture.parameters[0].isfinite().all()
+    with pytest.raises(RunError, match="3 components need as many different latents, there are 2: fit fewer"):
+        fit_mixture(codes, same, 3, seed=0)
+
+
+def test_the_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
+    torch.manual_seed(0)
+    model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,))).eval()
+    mixture = Mixture(torch.tensor([0.2, 0.8]).log(), (torch.randn(2, 2, 3),))
+    images = torch.bernoulli(torch.full((3, 1, 2, 2), 0.5))
+    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all nine
+    with torch.inference_mode():
+        decoded, prior = model.decode(codes), mixture.log_prob(model, codes)
+        exact = torch.stack([(log_likelihood(decoded, image) + prior).logsumexp(0) for image in images])
+        priors = [Mixture.standard(model), mixture]
+        alone, bound = importance_weighted_bound(model, images, 4000, generator(0, 0), 10, priors)
+        [standard] = importance_weighted_bound(model, images, 4000, generator(0, 0), 10)
+    assert prior.exp().sum().item() == pytest.approx(1)
+    torch.testing.assert_close(bound.float(), exact, atol=0.03, rtol=0)
+    assert torch.equal(alone, standard)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fit_raises_the_density_of_held_out_latents_and_repeats(fitted: dict[str, Path], kind: str) -> None:
     before = fitted[kind].joinpath("prior.safetensors").read_bytes()
@@ -257,16 +303,28 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
     shutil.copy(fitted["gumbel"] / "checkpoint.safetensors", folder)
     with pytest.raises(RunError, match="fitted to other weights: `python -m export fit-prior"):
         Run(folder).mixture()
+    shutil.copy(fitted["gaussian"] / "checkpoint.safetensors", folder)
+    mixture = Run(folder).mixture()
+    assert mixture is not None
+    nan = mixture.parameters[0] * torch.nan
+    for broken in (
+        mixture._replace(log_weights=mixture.log_weights * 1000),
+        mixture._replace(parameters=(mixture.parameters[0][:2], mixture.parameters[1])),
+        mixture._replace(parameters=(mixture.parameters[0].double(), mixture.parameters[1])),
+        mixture._replace(parameters=(nan, mixture.parameters[1])),
+    ):
+        Run(folder).keep_prior(broken)
+        with pytest.raises(RunError, match=r"prior\.safetensors is damaged"):
+            Run(folder).mixture()
     (folder / "prior.safetensors").write_bytes(b"none")
     with pytest.raises(RunError, match=r"prior\.safetensors is damaged"):
         Run(folder).mixture()
     # What was evaluated with another prior may not be published either.
     (folder / "prior.safetensors").unlink()
-    shutil.copy(fitted["gaussian"] / "checkpoint.safetensors", folder)
     with pytest.raises(RunError, match="no evaluation of its last checkpoint and prior"):
         publish(folder, "stale", tmp_path / "artifacts")
 
 
 def test_more_components_than_images_are_refused(fitted: dict[str, Path]) -> None:
-    with pytest.raises(RunError, match="5000 components need as many training images, digits has 1617"):
+    with pytest.raises(RunError, match="5000 components need as many different latents, there are 1617: fit fewer"):
         fit_prior(fitted["gaussian"], components=5000, seed=0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from export.objectives import (
     VAE,
     elbo_terms,
+    gains,
     importance_weighted_bound,
     log_likelihood,
     negative_elbo,
@@ -174,6 +175,15 @@ def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int
         torch.testing.assert_close(found, mean.clamp_min(1e-3))
     else:
         assert found.mean().item() == pytest.approx(mean.mean().item(), abs=0.01)
+
+
+def test_what_a_sample_adds_is_the_bound_less_that_with_the_mean_of_the_others() -> None:
+    weights = torch.tensor([[0.3], [-1.0], [2.0]], dtype=torch.float64)
+    [bound] = (weights.exp().mean(0)).log()
+    for number, gain in enumerate(gains(weights)):
+        others = [weight for other, weight in enumerate(weights[:, 0].tolist()) if other != number]
+        replaced = math.log((sum(map(math.exp, others)) + math.exp(sum(others) / 2)) / 3)
+        assert gain.item() == pytest.approx(bound.item() - replaced)
 
 
 def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:

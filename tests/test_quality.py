@@ -13,7 +13,9 @@ from export.classifier import Classifier, train_classifier
 from export.data import load, load_labels
 from export.errors import DataError, RunError
 from export.prior import fit_prior
-from export.quality import frechet, kernel_distance, nearer, quality
+from export.quality import frechet, kernel_distance, near_training, quality, sampled
+from export.train import generator
+from models import GaussianVAE, Mixture, VAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +48,30 @@ def test_the_kernel_distance_is_that_of_its_double_sum_and_unbiased() -> None:
     expected = sum(within) / (30 * 29) - 2 * sum(between) / (30 * 30)
     value, error = kernel_distance(one, other)
     assert value == pytest.approx(expected)
-    assert error == 0
+    assert error is None
     value, error = kernel_distance(random.normal(size=(20_000, 3)), random.normal(size=(20_000, 3)))
+    assert error is not None
     assert abs(value) < 3 * error
 
 
 def test_copies_are_told_from_new_images() -> None:
-    images = torch.from_numpy(load("digits").train[:400].copy())
-    train, test, new = images[:150], images[150:300], images[300:]
-    assert nearer(train[:100], train, test) == 1
-    assert nearer(test[:100], train, test) == 0
-    assert 0.3 < nearer(new, train, test) < 0.7
+    images = torch.from_numpy(load("digits").train.copy())
+    train, test, new = images[:900], images[900:1200], images[1200:]
+    assert near_training(train, train, test) == 1
+    assert near_training(test, train, test) == 0
+    assert near_training(new, train, test) == pytest.approx(0.75, abs=0.08)
+
+
+def test_components_are_sampled_as_often_as_they_weigh() -> None:
+    torch.manual_seed(0)
+    model = GaussianVAE(VAEConfig((1, 2, 2), (1,), "mlp", ())).eval()
+    mixture = Mixture(torch.tensor([0.25, 0.75]).log(), (torch.tensor([[-9.0], [9.0]]), torch.full((2, 1), -9.0)))
+    with torch.inference_mode():
+        first, _ = (torch.sigmoid(model.decode(mu[None])) * 255 for mu in mixture.parameters[0])
+        images = torch.cat(list(sampled(model, mixture, 4000, generator(0, 0))))
+    from_first = ((images - first).abs() < 20).flatten(1).all(1)
+    assert len(images) == 4000
+    assert from_first.double().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_labels_belong_to_the_images_kept_and_held_out() -> None:
@@ -87,7 +102,8 @@ def test_quality_is_measured_for_each_prior_and_repeats(
     assert plain.items() <= found.items()
     assert found["training_frechet"] < found["mixture_frechet"]
     assert found["training_kernel"] < found["standard_kernel"]
-    assert 0 <= found["mixture_nearer_to_training"] <= 1
+    assert found["training_share"] == pytest.approx(0.9, abs=1e-3)
+    assert 0.7 < found["mixture_near_training"] <= 1
 
 
 def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classifier: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: killed or not, the same weights; and the schedules that make it so."""
 
+import copy
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
 from export.run import Run
-from export.train import generator, share_of, train
+from export.train import train, train_epoch
 from models import GaussianVAE, VAEConfig
 from tests.conftest import wait_until
 
@@ -80,17 +81,21 @@ def without_noise(model: GaussianVAE) -> None:
 
 
 def test_shares_of_a_batch_add_up_to_its_gradient() -> None:
-    config = small(binarize=False)
     pixels = torch.from_numpy(load("digits").train[:11].copy())
-    model = GaussianVAE(VAEConfig((1, 8, 8), (3,), "mlp", (4,)))
+    torch.manual_seed(0)
+    model = GaussianVAE(VAEConfig((1, 8, 8), (3,), "mlp", (4,), activation="tanh"))
     without_noise(model)
 
     def gradients(shares: int) -> list[Tensor]:
-        parts = [share_of(model, config, 1.0, 1.0, 1 / 11, part, generator(0, 0)) for part in pixels.chunk(shares)]
-        return [torch.stack(gradient).sum(0) for gradient in zip(*(found for found, _ in parts), strict=True)]
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
+        train_epoch(twin, optimizer, None, pixels, small(binarize=False, shares=shares, kl_warm_up=0), 0)
+        return [parameter.grad for parameter in twin.parameters() if parameter.grad is not None]
 
-    for whole, summed in zip(gradients(1), gradients(3), strict=True):
-        torch.testing.assert_close(whole, summed, rtol=1e-4, atol=1e-4)
+    whole, parts = gradients(1), gradients(3)
+    assert len(whole) == len(list(model.parameters()))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> None:
@@ -102,6 +107,12 @@ def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> N
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(RunError, match="was started with shares=3, not 2"):
         train(small(shares=2), tmp_path / "one", resume=True, sheet_every=1)
+    # Where nothing is said of them, they stay as they were, whatever machine goes on.
+    train(small(), tmp_path / "one", resume=True, sheet_every=1)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    del config["train"]["shares"]
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    train(small(), tmp_path / "one", resume=True, sheet_every=1)
 
 
 def test_a_run_leaves_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None:
@@ -262,6 +273,16 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
         (["train", "flow", "--data", "digits", "--out", "x"], "flow"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--latent-shape", "4"], "D x K, got [4]"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "dreg"], "needs a latent with a density"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "vimco"], "compares samples: at least 2"),
+        (
+            ["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "vimco", "--samples", "2",
+             "--straight-through"], "leave out one or the other",
+        ),
+        (
+            ["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "1", "--shares", "2"],
+            "leave out shares",
+        ),
+        (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--free-bits", "1"], "elbo"),
         (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),

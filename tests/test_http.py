@@ -153,7 +153,7 @@ def test_the_api_is_documented(service: Running) -> None:
     sample = api["paths"]["/sample"]["post"]
     fields = sample["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert list(fields) == [
-        "model", "version", "n", "temperature", "hard", "seed", "start", "mu", "log_var", "logits", "outputs",
+        "model", "version", "n", "temperature", "hard", "seed", "start", "mu", "log_var", "logits", "prior", "outputs",
     ]  # fmt: skip
     assert all(field["description"] for field in fields.values())
     assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}

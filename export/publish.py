@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import orjson
 import torch
 from torch import Tensor, nn
 
@@ -163,12 +162,9 @@ def _mixture(model: VAE, mixture: Mixture | None) -> dict[str, Any] | None:
         return None
     weights = mixture.log_weights.double().softmax(0)
     parameters = dict(zip(model.parameter_names, mixture.parameters, strict=True))
-    # orjson writes a float32 with as few digits as tell it from the next one.
-    shortest = {
-        name: orjson.loads(orjson.dumps(values.numpy(), option=orjson.OPT_SERIALIZE_NUMPY))
-        for name, values in parameters.items()
-    }
-    return {"weights": weights.tolist(), **shortest}
+    # As text a float32 has as few digits as tell it from the next one.
+    shortest = {name: values.numpy().astype(str).astype(np.float64) for name, values in parameters.items()}
+    return {"weights": weights.tolist(), **{name: values.tolist() for name, values in shortest.items()}}
 
 
 def _compact(parameter: Tensor) -> float | list[object]:

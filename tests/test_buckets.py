@@ -14,7 +14,7 @@ from service.buckets import Buckets
 from service.devices import CUDA, choose
 
 MOST = 50
-DEMOS = sorted(Path("artifacts").glob("*/1/model.onnx"))
+DEMOS = sorted(Path("artifacts").glob("*/*/model.onnx"))
 
 
 def buckets_of(path: Path, powers: bool) -> Buckets:

@@ -280,8 +280,11 @@ def _check_run(artifact: Artifact) -> None:
         if not np.array_equal(array, second[name]):
             raise ArtifactError(f"output {name!r} differs between two runs on the same input: the graph draws noise")
 
-    for begin in range(0, len(contract.mixture_arrays()[0]), TRIED):
-        for name, array in artifact.run(_component_feeds(contract, begin)).items():
+    weights, components = contract.mixture_arrays()
+    for begin in range(0, len(weights), TRIED):
+        parameters = {name: array[begin : begin + TRIED] for name, array in components.items()}
+        words = noise.words(0, begin, min(TRIED, len(weights) - begin), contract.latent_shape)
+        for name, array in artifact.run(_feeds(contract, words, parameters, contract.default_temperature)).items():
             _check_finite(name, array, "the mixture")
 
 
@@ -290,22 +293,19 @@ def _check_finite(name: str, array: npt.NDArray[Any], what: str) -> None:
         raise ArtifactError(f"output {name!r} holds NaN or infinity for {what}")
 
 
-def _component_feeds(contract: Contract, begin: int) -> dict[str, npt.NDArray[np.float32]]:
-    """The graph's inputs for a row of each component, from this one on."""
-    parameters = {name: array[begin : begin + TRIED] for name, array in contract.mixture_arrays()[1].items()}
-    rows = len(next(iter(parameters.values())))
-    words = noise.words(0, begin, rows, contract.latent_shape)
-    return prior_feeds(contract, words, contract.default_temperature) | {
-        name: np.ascontiguousarray(array) for name, array in parameters.items()
-    }
-
-
 def prior_feeds(contract: Contract, words: noise.Words, temperature: float) -> dict[str, npt.NDArray[np.float32]]:
-    """The graph's inputs for rows of the prior with this noise."""
+    """The graph's inputs for rows of the standard prior with this noise."""
+    return _feeds(contract, words, contract.prior_arrays(), temperature)
+
+
+def _feeds(
+    contract: Contract, words: noise.Words, parameters: Arrays, temperature: float
+) -> dict[str, npt.NDArray[np.float32]]:
+    """parameters: by name, of the latent shape for all rows or (n, *latent_shape)."""
     n = len(words)
     per_row = partial(np.broadcast_to, shape=(n, *contract.latent_shape))
     return {
         "noise": contract.traits.noise(words),
-        **{name: np.ascontiguousarray(per_row(array)) for name, array in contract.prior_arrays().items()},
+        **{name: np.ascontiguousarray(per_row(array)) for name, array in parameters.items()},
         "temperature": np.full(n, temperature, np.float32),
     }

@@ -51,6 +51,9 @@ class TrainConfig(BaseModel):
     """Nats that each latent variable may carry at no cost (elbo)."""
     straight_through: bool = False
     """Gumbel: decode one-hot codes while training, with the gradient of the relaxed ones."""
+    relaxed_epochs: int = Field(default=0, ge=0)
+    """Gumbel: first epochs, which raise the ELBO by one relaxed code an image, before straight_through or vimco
+    begins."""
     average: float = Field(default=0.0, ge=0, lt=1)
     """The weights that count are a running average, to which each step adds 1 less this; 0 for those of the last."""
     tau_start: PositiveFloat = 1.0
@@ -75,6 +78,14 @@ class TrainConfig(BaseModel):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
+        if self.relaxed_epochs and not (self.straight_through or self.objective == "vimco"):
+            raise ValueError(
+                "relaxed_epochs come before straight_through or objective 'vimco', and neither is asked for"
+            )
+        if self.relaxed_epochs >= self.epochs:
+            raise ValueError(
+                f"relaxed_epochs are {self.relaxed_epochs} of {self.epochs} epochs: leave some for what follows"
+            )
         if self.objective == "vimco" and self.straight_through:
             raise ValueError("straight_through relaxes codes, objective 'vimco' does not: leave out one or the other")
         if self.free_bits and (self.shares or 1) > 1:

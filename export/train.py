@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,19 +125,15 @@ def train_epoch(
     draws = [generator(config.seed, TRAINING, epoch, share) for share in range(shares)]
     batches = order.split(config.batch_size)
     first_step, last_step = epoch * len(batches), config.epochs * len(batches)
-    started, temperature = time.perf_counter(), model.default_temperature
+    started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64)
     model.train()
     with _one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
-            if config.kind == "gumbel":
-                temperature = gumbel_temperature(
-                    step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every
-                )
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * cosine_decay(step, last_step)
-            kl_weight = warm_up(step, config.kl_warm_up * len(batches))
-            compute = partial(share_of, model, config, temperature, kl_weight, 1 / len(rows))
+            now = schedule(config, step, len(batches))
+            compute = partial(share_of, model, config, now, 1 / len(rows))
             gradients, sums = zip(*in_parallel(compute, pixels[rows].chunk(shares), draws), strict=True)
             for parameter, *parts in zip(model.parameters(), *gradients, strict=True):
                 parameter.grad = reduce(Tensor.add_, parts)
@@ -150,22 +146,39 @@ def train_epoch(
     return {
         "elbo": likelihood_mean - kl_mean,
         "kl": kl_mean,
-        "temperature": temperature,
+        "temperature": now.temperature,
         "images_per_second": len(pixels) / seconds,
     }
+
+
+class Schedule(NamedTuple):
+    """What of the objective changes from step to step."""
+
+    temperature: float
+    kl_weight: float
+    relaxes: bool
+
+
+def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
+    """`step` counts from the first of the training."""
+    temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
+    return Schedule(
+        temperature if config.kind == "gumbel" else 1.0,
+        warm_up(step, config.kl_warm_up * steps_per_epoch),
+        step < config.relaxed_epochs * steps_per_epoch,
+    )
 
 
 def share_of(
     model: VAE,
     config: TrainConfig,
-    temperature: float,
-    kl_weight: float,
+    now: Schedule,
     image_weight: float,
     pixels: Tensor,
     draws: torch.Generator,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What some images of a batch add to its gradient, and the sums of their two terms of the ELBO."""
-    terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, temperature, kl_weight)
+    terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
     gradients = torch.autograd.grad(terms.loss * (len(pixels) * image_weight), list(model.parameters()))
     return gradients, torch.stack([terms.likelihood.sum(), terms.kl.sum()])
 
@@ -186,23 +199,21 @@ def _one_core_each(shares: int) -> Iterator[Map]:
         torch.set_num_threads(threads)
 
 
-def _objective(
-    model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, temperature: float, kl_weight: float
-) -> Terms:
-    if config.objective == "vimco":
-        return negative_vimco(model, images, draws, samples=config.samples, kl_weight=kl_weight)
-    if config.objective != "elbo":
+def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, now: Schedule) -> Terms:
+    if config.objective == "vimco" and not now.relaxes:
+        return negative_vimco(model, images, draws, samples=config.samples, kl_weight=now.kl_weight)
+    if config.objective in ("iwae", "dreg"):
         doubly = config.objective == "dreg"
-        return negative_iwae(model, images, draws, samples=config.samples, kl_weight=kl_weight, doubly=doubly)
+        return negative_iwae(model, images, draws, samples=config.samples, kl_weight=now.kl_weight, doubly=doubly)
     return negative_elbo(
         model,
         images,
         draws,
-        temperature=temperature,
-        samples=config.samples,
-        kl_weight=kl_weight,
+        temperature=now.temperature,
+        samples=1 if now.relaxes else config.samples,
+        kl_weight=now.kl_weight,
         free_bits=config.free_bits,
-        straight_through=config.straight_through,
+        straight_through=config.straight_through and not now.relaxes,
     )
 
 

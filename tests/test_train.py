@@ -24,7 +24,7 @@ from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
 from export.run import Run
-from export.train import train, train_epoch
+from export.train import schedule, train, train_epoch
 from models import GaussianVAE, VAEConfig
 from tests.conftest import wait_until
 
@@ -265,6 +265,19 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
     assert 0 < cosine_decay(9, 10) < 0.03
 
 
+@pytest.mark.parametrize("then", [{"straight_through": True}, {"objective": "vimco", "samples": 2}])
+def test_one_hot_codes_come_after_the_epochs_of_relaxed_ones(tmp_path: Path, then: dict[str, Any]) -> None:
+    options = {"kind": "gumbel", "latent_shape": (3, 4), "epochs": 2}
+    tail = small(**options, **then, relaxed_epochs=1)
+    assert [schedule(tail, step, 10).relaxes for step in (0, 9, 10, 19)] == [True, True, False, False]
+    curves = []
+    for name, config in ("relaxed", small(**options)), ("tail", tail), ("none", small(**options, **then)):
+        run = train(config, tmp_path / name, resume=False, sheet_every=2)
+        curves.append([json.loads(line)["elbo"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()])
+    assert curves[1][0] == curves[0][0] != curves[2][0]
+    assert curves[1][1] != curves[0][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -284,6 +297,7 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
         ),
         (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--relaxed-epochs", "3"], "neither is asked"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--free-bits", "1"], "elbo"),
         (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
         (["train", "--out", "x"], "--kind"),

@@ -12,6 +12,8 @@ from export.errors import ExportError
 from export.recipes import recipe
 from service.artifact import ArtifactError
 
+Device = Literal["auto", "cpu", "cuda"]
+
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
 
 
@@ -34,6 +36,8 @@ class Train(TrainConfig):
     """Continue a run that was interrupted, to the same result."""
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
+    device: Device = "auto"
+    """Where it computes; auto: on a GPU if there is one."""
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
@@ -46,7 +50,7 @@ class Train(TrainConfig):
 
         from export.train import train
 
-        train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
+        train(config, self.out, resume=self.resume, sheet_every=self.sheet_every, device=self.device)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
 
 
@@ -76,11 +80,14 @@ class Evaluate(Command):
     """How many of the held-out images; default: all."""
     seed: NonNegativeInt = 0
     """Of the draws."""
+    device: Device = "auto"
+    """Where it computes; auto: on a GPU if there is one."""
 
     def cli_cmd(self) -> None:
         from export.evaluate import evaluate
 
-        for key, value in evaluate(self.run, samples=self.samples, rows=self.images, seed=self.seed).items():
+        found = evaluate(self.run, samples=self.samples, rows=self.images, seed=self.seed, device=self.device)
+        for key, value in found.items():
             print(f"{key:22} {value:.4f}" if isinstance(value, float) else f"{key:22} {value}")
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import EVALUATION, as_images, generator, match
+from export.train import EVALUATION, as_images, choose_device, generator, match
 from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
@@ -21,7 +21,7 @@ PARTIAL = ".evaluation.safetensors"
 
 
 @torch.inference_mode()
-def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict[str, Any]:
+def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int, device: str = "auto") -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
     standard errors; if a mixture was fitted, the bound with it as the prior too. Gumbel codes are one-hot. The same
     arguments give the same numbers, also after an interruption, from which it goes on.
@@ -29,21 +29,22 @@ def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int) -> dict
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
     run = Run(folder)
-    config, model, mixture = run.config(), run.trained(), run.mixture()
-    priors = [Mixture.standard(model), *([] if mixture is None else [mixture])]
+    config, mixture, where = run.config(), run.mixture(), choose_device(device)
+    model = run.trained().to(where)
+    priors = [Mixture.standard(model), *([] if mixture is None else [mixture.to(where)])]
     data = match(run)
-    pixels = torch.from_numpy(data.test[:rows].copy())
-    stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed}
+    pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
+    stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
     batches = pixels.split(IMAGES)
     done = _resume(folder / PARTIAL, stamp)
     progress = tqdm(batches, desc=f"bound with m={samples}", initial=len(done), disable=None)
     for number in range(len(done), len(batches)):
-        draws = generator(seed, EVALUATION, number)
+        draws = generator(seed, EVALUATION, number, device=where)
         images = as_images(batches[number], config.train.binarize, draws)
         likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
         at_a_time = max(1, DECODED // len(images))
         bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors)
-        done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]))
+        done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu())
         _keep(folder / PARTIAL, stamp, done)
         progress.update()
     progress.close()

@@ -116,7 +116,8 @@ class Run:
             raise RunError(f"{self.checkpoint} is damaged ({error}): delete it to train from the start") from error
         if optimizer is not None:
             for name, parameter in model.named_parameters():
-                optimizer.state[parameter] = _under(f"optimizer.{name}.", tensors)
+                state = _under(f"optimizer.{name}.", tensors)
+                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
         return epoch
 
     def trained(self) -> VAE:

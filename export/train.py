@@ -44,15 +44,16 @@ Map = Callable[..., Iterable[Any]]
 TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY, ORDER = range(8)
 
 
-def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
+def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int, device: str = "auto") -> Run:
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
-    data = load(config.data)
+    data, where = load(config.data), choose_device(device)
     run, goes_on = Run(out), resume and (out / "config.json").exists()
     if config.shares is None:
-        config = config.model_copy(update={"shares": run.config().train.shares if goes_on else _shares(config)})
+        shares = run.config().train.shares if goes_on else _shares(config, where)
+        config = config.model_copy(update={"shares": shares})
     run_config = describe(config, data)
-    images, held_out = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
-    model = run_config.build()
+    images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
+    model = run_config.build().to(where)
     start_at(model.decoder, images.float().mean(0) / 255)
     if goes_on:
         run.resume(run_config)
@@ -77,9 +78,17 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     return run
 
 
-def _shares(config: TrainConfig) -> int:
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where torch finds one. Raises RunError."""
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise RunError("device 'cuda': torch finds no GPU; with 'auto' or 'cpu' the CPU computes")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def _shares(config: TrainConfig, device: torch.device) -> int:
     """Free bits are counted in the mean over a whole batch."""
-    worth = 1 if config.free_bits else config.batch_size * config.samples // LEAST_SHARE
+    worth = 1 if config.free_bits or device.type == "cuda" else config.batch_size * config.samples // LEAST_SHARE
     return max(1, min(torch.get_num_threads(), worth))
 
 
@@ -97,10 +106,12 @@ def match(run: Run) -> Dataset:
     return data
 
 
-def generator(seed: int, purpose: int, epoch: int = 0, share: int = 0) -> torch.Generator:
+def generator(
+    seed: int, purpose: int, epoch: int = 0, share: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A generator whose draws depend on nothing else."""
     (state,) = np.random.SeedSequence([seed, purpose, epoch, share]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) >> 1)
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
@@ -121,12 +132,12 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw."""
     shares = config.shares or 1
-    order = torch.randperm(len(pixels), generator=generator(config.seed, ORDER, epoch))
-    draws = [generator(config.seed, TRAINING, epoch, share) for share in range(shares)]
+    order = torch.randperm(len(pixels), generator=generator(config.seed, ORDER, epoch)).to(pixels.device)
+    draws = [generator(config.seed, TRAINING, epoch, share, pixels.device) for share in range(shares)]
     batches = order.split(config.batch_size)
     first_step, last_step = epoch * len(batches), config.epochs * len(batches)
     started = time.perf_counter()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=pixels.device)
     model.train()
     with _one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
@@ -221,7 +232,7 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
 def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[str, float]:
     """The one-sample ELBO of the held-out images, at the temperature that is served."""
     model.eval()
-    draws = generator(config.seed, HELD_OUT)
+    draws = generator(config.seed, HELD_OUT, device=pixels.device)
     total = 0.0
     for batch in pixels.split(EVALUATION_BATCH):
         images = as_images(batch, config.binarize, draws)
@@ -234,16 +245,16 @@ def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[s
 def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
     """A PNG: samples of the prior on the left; on the right held-out images, each above its reconstruction."""
     model.eval()
-    draws = generator(config.seed, SHEET)
+    draws = generator(config.seed, SHEET, device=pixels.device)
     images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)
     noise = model.noise((SHEET_ROWS, *model.config.latent_shape), draws)
     prior = tuple(parameter.expand(noise.shape) for parameter in model.prior())
-    temperature = torch.full((SHEET_ROWS,), model.default_temperature)
+    temperature = torch.full((SHEET_ROWS,), model.default_temperature, device=pixels.device)
     samples = _decode(model, model.sample(prior, noise, temperature))
     posterior = model.encode(images)
     noise = torch.zeros_like(posterior[0])  # the most likely latents
-    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros(len(images))))
-    pairs = torch.stack([(images * 255).byte(), reconstructions], 1).flatten(0, 1)
+    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros_like(temperature)[: len(images)]))
+    pairs = torch.stack([(images * 255).byte().cpu(), reconstructions], 1).flatten(0, 1)
     # Eight columns of pairs read across: originals in the even rows, reconstructions in the odd ones.
     pairs = pairs.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten(0, 2) if len(pairs) % 16 == 0 else pairs
     left, right = sheet(samples.numpy(), 8), sheet(pairs.numpy(), 8)
@@ -252,4 +263,4 @@ def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
 
 
 def _decode(model: VAE, latents: Tensor) -> Tensor:
-    return (torch.sigmoid(model.decode(latents)) * 255).round().byte()
+    return (torch.sigmoid(model.decode(latents)) * 255).round().byte().cpu()

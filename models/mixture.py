@@ -21,7 +21,11 @@ class Mixture(NamedTuple):
     @classmethod
     def standard(cls, model: GaussianVAE | GumbelVAE) -> "Mixture":
         """The one component that the model was trained with."""
-        return cls(torch.zeros(1), model.prior())
+        prior = model.prior()
+        return cls(prior[0].new_zeros(1), prior)
+
+    def to(self, device: torch.device) -> "Mixture":
+        return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
     def joint(self, model: GaussianVAE | GumbelVAE, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""

@@ -23,8 +23,9 @@ from export.data import load
 from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
+from export.prior import fit_prior
 from export.run import Run
-from export.train import schedule, train, train_epoch
+from export.train import choose_device, schedule, train, train_epoch
 from models import GaussianVAE, VAEConfig
 from tests.conftest import wait_until
 
@@ -263,6 +264,32 @@ def test_the_other_schedules_begin_and_end_where_they_should() -> None:
     assert cosine_decay(0, 10) == 1
     assert cosine_decay(5, 10) == pytest.approx(0.5)
     assert 0 < cosine_decay(9, 10) < 0.03
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
+def test_each_device_trains_goes_on_and_evaluates(tmp_path: Path, kind: str, device: str) -> None:
+    latent_shape = (4,) if kind == "gaussian" else (4, 3)
+    config = small(kind=kind, latent_shape=latent_shape, epochs=2, average=0.9)
+    run = train(config, tmp_path, resume=False, sheet_every=1, device=device)
+    train(config, tmp_path, resume=True, sheet_every=1, device=device)
+    fit_prior(tmp_path, components=2, seed=0)
+    found = evaluate(tmp_path, samples=3, rows=20, seed=0, device=device)
+    assert run.trained().prior()[0].device.type == "cpu"
+    assert -64 < found["elbo"] < found["bound"] < 0
+    assert math.isfinite(found["mixture_bound"])
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(RunError, match="torch finds no GPU"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [choose_device(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
 
 
 @pytest.mark.parametrize("then", [{"straight_through": True}, {"objective": "vimco", "samples": 2}])

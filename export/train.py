@@ -31,12 +31,14 @@ from export.objectives import (
     warm_up,
 )
 from export.run import Run, RunConfig, averaged, write_atomically
+from models import GumbelVAE
 from models.bodies import start_at
 from service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 LEAST_SHARE = 64  # rows to decode that are worth a core
+PRIOR_RATE = 0.02  # share of a batch in the learned prior of a Gumbel VAE
 
 Map = Callable[..., Iterable[Any]]
 
@@ -59,7 +61,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int, dev
         run.resume(run_config)
     else:
         run.start(run_config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
     counts = model if average is None else averaged(average)
     done = run.restore(model, optimizer, average)
@@ -150,6 +153,8 @@ def train_epoch(
                 parameter.grad = reduce(Tensor.add_, parts)
             totals += torch.stack(sums).sum(0)
             optimizer.step()
+            if isinstance(model, GumbelVAE):
+                model.learn_prior(PRIOR_RATE / now.kl_weight)
             if average is not None:
                 average.update_parameters(model)
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()

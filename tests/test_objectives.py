@@ -130,6 +130,20 @@ def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> N
     torch.testing.assert_close(found, torch.autograd.grad(relaxed, weight, at_corner)[0])
 
 
+def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() -> None:
+    torch.manual_seed(0)
+    model, batch = GumbelVAE(VAEConfig(IMAGE, (5, 3), "mlp", (4,))).double(), images(40)
+    with torch.no_grad():
+        model.prior_logits.normal_()
+        last_weight(model.encoder).mul_(9)
+    negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss.backward()
+    model.learn_prior(1 / 0.3)
+    posterior = model.encode(batch)
+    torch.testing.assert_close(model.prior_logits.exp(), posterior[0].softmax(-1).mean(0))
+    (gradient,) = torch.autograd.grad(model.kl(posterior, model.prior()).mean(), model.prior_logits)
+    assert gradient.abs().max() < 1e-9
+
+
 def test_the_bound_is_exact_where_the_posterior_is() -> None:
     """With one variable and linear maps, log p(z | x) is linear in x, so an encoder can hold it: then every weight is
     p(x), and each bound is the finite sum over all codes."""

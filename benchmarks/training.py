@@ -61,7 +61,7 @@ def _write_images(path: Path) -> None:
 
 def _ours(recipe: str, data: Path, out: Path) -> float:
     options = ["--recipe", recipe, "--data", str(data), "--out", str(out), "--epochs", str(WARM + 1)]
-    _run("export", "train", *options, "--kl-warm-up", "0")
+    _run("export", "train", *options, "--kl-warm-up", "0", "--device", "cpu")
     *_, last = (out / "metrics.jsonl").read_text().splitlines()
     return float(json.loads(last)["images_per_second"])
 

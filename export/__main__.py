@@ -7,12 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
-from export.config import TrainConfig
+from export.config import Device, TrainConfig
 from export.errors import ExportError
 from export.recipes import recipe
 from service.artifact import ArtifactError
-
-Device = Literal["auto", "cpu", "cuda"]
 
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
 
@@ -36,8 +34,6 @@ class Train(TrainConfig):
     """Continue a run that was interrupted, to the same result."""
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
-    device: Device = "auto"
-    """Where it computes; auto: on a GPU if there is one."""
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
@@ -50,7 +46,7 @@ class Train(TrainConfig):
 
         from export.train import train
 
-        train(config, self.out, resume=self.resume, sheet_every=self.sheet_every, device=self.device)
+        train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
 
 
@@ -80,8 +76,8 @@ class Evaluate(Command):
     """How many of the held-out images; default: all."""
     seed: NonNegativeInt = 0
     """Of the draws."""
-    device: Device = "auto"
-    """Where it computes; auto: on a GPU if there is one."""
+    device: Device | None = None
+    """Where it computes, each with draws of its own. Default: on a GPU if torch finds one."""
 
     def cli_cmd(self) -> None:
         from export.evaluate import evaluate

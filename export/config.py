@@ -8,6 +8,9 @@ WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
 LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
 
 
+Device = Literal["cpu", "cuda"]
+
+
 class TrainConfig(BaseModel):
     """Everything that decides the weights a training ends with, besides the images themselves."""
 
@@ -66,7 +69,9 @@ class TrainConfig(BaseModel):
     """Gumbel: with t rounded down to a multiple of this many steps."""
     shares: PositiveInt | None = None
     """Parts of a batch that are computed at the same time, each with draws of its own. Default: one a core, of at least
-    64 latents."""
+    64 latents; 1 on a GPU and with free_bits."""
+    device: Device | None = None
+    """Where it is trained, each with draws of its own. Default: on a GPU if torch finds one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the initial weights and of every draw."""
 
@@ -78,9 +83,12 @@ class TrainConfig(BaseModel):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
+        if self.kind == "gaussian" and self.relaxed_epochs:
+            raise ValueError("relaxed_epochs are for a Gumbel latent")
         if self.relaxed_epochs and not (self.straight_through or self.objective == "vimco"):
             raise ValueError(
-                "relaxed_epochs come before straight_through or objective 'vimco', and neither is asked for"
+                f"{self.relaxed_epochs} relaxed_epochs come before what? Add straight_through or objective 'vimco', or "
+                "leave them out"
             )
         if self.relaxed_epochs >= self.epochs:
             raise ValueError(

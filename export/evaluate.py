@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from export.config import Device
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import EVALUATION, as_images, choose_device, generator, match
+from export.train import EVALUATION, as_images, generator, match, use_device
 from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
@@ -21,15 +22,17 @@ PARTIAL = ".evaluation.safetensors"
 
 
 @torch.inference_mode()
-def evaluate(folder: Path, *, samples: int, rows: int | None, seed: int, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    folder: Path, *, samples: int, rows: int | None, seed: int, device: Device | None = None
+) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
     standard errors; if a mixture was fitted, the bound with it as the prior too. Gumbel codes are one-hot. The same
-    arguments give the same numbers, also after an interruption, from which it goes on.
+    arguments give the same numbers on the same device, also after an interruption, from which it goes on.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
     run = Run(folder)
-    config, mixture, where = run.config(), run.mixture(), choose_device(device)
+    config, mixture, where = run.config(), run.mixture(), use_device(device)
     model = run.trained().to(where)
     priors = [Mixture.standard(model), *([] if mixture is None else [mixture.to(where)])]
     data = match(run)

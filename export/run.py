@@ -115,8 +115,11 @@ class Run:
         except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
             raise RunError(f"{self.checkpoint} is damaged ({error}): delete it to train from the start") from error
         if optimizer is not None:
+            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for name, parameter in model.named_parameters():
                 state = _under(f"optimizer.{name}.", tensors)
+                if bool(state) != (id(parameter) in trained):
+                    raise RunError(f"{self.folder} was begun by a version that trains {name} otherwise: train anew")
                 optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
         return epoch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from export.config import TrainConfig
+from export.config import Device, TrainConfig
 from export.data import Dataset, load
 from export.errors import RunError
 from export.objectives import (
@@ -31,7 +31,6 @@ from export.objectives import (
     warm_up,
 )
 from export.run import Run, RunConfig, averaged, write_atomically
-from models import GumbelVAE
 from models.bodies import start_at
 from service.pictures import png, sheet
 
@@ -46,21 +45,27 @@ Map = Callable[..., Iterable[Any]]
 TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY, ORDER = range(8)
 
 
-def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int, device: str = "auto") -> Run:
+def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
-    data, where = load(config.data), choose_device(device)
-    run, goes_on = Run(out), resume and (out / "config.json").exists()
-    if config.shares is None:
-        shares = run.config().train.shares if goes_on else _shares(config, where)
-        config = config.model_copy(update={"shares": shares})
+    data, run = load(config.data), Run(out)
+    goes_on = resume and (out / "config.json").exists()
+    before = run.config().train if goes_on else None
+    where = use_device(config.device or (before.device if before else None))
+    config = config.model_copy(
+        update={
+            "device": config.device or (before.device if before else where.type),
+            "shares": config.shares or (before.shares if before else _shares(config, where)),
+        }
+    )
     run_config = describe(config, data)
-    images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
-    model = run_config.build().to(where)
-    start_at(model.decoder, images.float().mean(0) / 255)
+    model = run_config.build()
     if goes_on:
         run.resume(run_config)
     else:
         run.start(run_config)
+    images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
+    model.to(where)
+    start_at(model.decoder, images.float().mean(0) / 255)
     weights = [*model.encoder.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
@@ -81,11 +86,16 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int, dev
     return run
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where torch finds one. Raises RunError."""
+def use_device(name: Device | None) -> torch.device:
+    """By default a GPU if torch finds one. Convolutions then repeat themselves and keep the digits of a float32. Raises
+    RunError."""
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise RunError("device 'cuda': torch finds no GPU; with 'auto' or 'cpu' the CPU computes")
+        built = "finds no GPU" if torch.version.cuda else "was built for CPUs alone"
+        raise RunError(
+            f"device 'cuda': this torch {built}; with --device cpu, where a run began there, the CPU computes"
+        )
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
@@ -133,7 +143,10 @@ def train_epoch(
     config: TrainConfig,
     epoch: int,
 ) -> dict[str, float]:
-    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw."""
+    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw.
+
+    optimizer: of encoder and decoder; a learned prior goes its own way.
+    """
     shares = config.shares or 1
     order = torch.randperm(len(pixels), generator=generator(config.seed, ORDER, epoch)).to(pixels.device)
     draws = [generator(config.seed, TRAINING, epoch, share, pixels.device) for share in range(shares)]
@@ -153,8 +166,7 @@ def train_epoch(
                 parameter.grad = reduce(Tensor.add_, parts)
             totals += torch.stack(sums).sum(0)
             optimizer.step()
-            if isinstance(model, GumbelVAE):
-                model.learn_prior(PRIOR_RATE / now.kl_weight)
+            model.learn_prior(PRIOR_RATE / now.kl_weight)
             if average is not None:
                 average.update_parameters(model)
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
@@ -172,7 +184,7 @@ class Schedule(NamedTuple):
 
     temperature: float
     kl_weight: float
-    relaxes: bool
+    before_one_hot: bool
 
 
 def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
@@ -216,7 +228,7 @@ def _one_core_each(shares: int) -> Iterator[Map]:
 
 
 def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, now: Schedule) -> Terms:
-    if config.objective == "vimco" and not now.relaxes:
+    if config.objective == "vimco" and not now.before_one_hot:
         return negative_vimco(model, images, draws, samples=config.samples, kl_weight=now.kl_weight)
     if config.objective in ("iwae", "dreg"):
         doubly = config.objective == "dreg"
@@ -226,10 +238,10 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
         images,
         draws,
         temperature=now.temperature,
-        samples=1 if now.relaxes else config.samples,
+        samples=1 if now.before_one_hot else config.samples,
         kl_weight=now.kl_weight,
         free_bits=config.free_bits,
-        straight_through=config.straight_through and not now.relaxes,
+        straight_through=config.straight_through and not now.before_one_hot,
     )
 
 

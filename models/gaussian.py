@@ -31,6 +31,9 @@ class GaussianVAE(nn.Module):
         """The parameters of p(z), each (1, *latent_shape)."""
         return self.standard, self.standard
 
+    def learn_prior(self, rate: float) -> None:
+        """p(z) stays as it is."""
+
     def encode(self, images: Tensor) -> Parameters:
         """Images (n, C, H, W) in [0, 1] -> mu and log_var of q(z | x), each (n, *latent_shape)."""
         mu, log_var = self.encoder(images).unflatten(1, (2, *self.config.latent_shape)).unbind(1)

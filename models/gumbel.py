@@ -13,7 +13,7 @@ from models.bodies import VAEConfig, decoder, encoder
 
 Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
 FEW = 5  # categories
-RAREST = 1e-5  # probability of a category
+LEAST_PROBABILITY = 1e-5  # of a category
 
 
 class GumbelVAE(nn.Module):
@@ -41,11 +41,15 @@ class GumbelVAE(nn.Module):
     def learn_prior(self, rate: float) -> None:
         """Follow the gradient that a loss left in prior_logits, in the probabilities p(z): p - rate * gradient, the
         natural gradient (Amari, 1998). Of the KL term that is p(z) less the mean of q(z | x) over the images, so p(z)
-        becomes a running mean of what the encoder uses, where the term is least. Steps of the size that suits weights
-        leave p(z) behind an encoder that turns a variable over, and the variable is lost."""
+        becomes a running mean of what the encoder uses, where the term is least; with VIMCO, of the codes by their
+        weights. (Under its free bits a variable has no gradient, and keeps its prior.) Steps of the size that suits
+        weights leave p(z) behind an encoder that turns a variable over, and the variable is lost.
+
+        rate: the share of these images in the mean, over the weight that the KL term had.
+        """
         assert self.prior_logits.grad is not None  # noqa: S101
         prior = self.prior_logits.softmax(-1) - rate * self.prior_logits.grad
-        self.prior_logits.copy_(prior.clamp_min(RAREST).log())
+        self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
 
     def encode(self, images: Tensor) -> Parameters:
         """Images (n, C, H, W) in [0, 1] -> logits of q(z | x), (n, D, K)."""

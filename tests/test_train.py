@@ -25,8 +25,8 @@ from export.evaluate import PARTIAL, evaluate
 from export.objectives import cosine_decay, gumbel_temperature, warm_up
 from export.prior import fit_prior
 from export.run import Run
-from export.train import choose_device, schedule, train, train_epoch
-from models import GaussianVAE, VAEConfig
+from export.train import schedule, train, train_epoch, use_device
+from models import GaussianVAE, GumbelVAE, VAEConfig
 from tests.conftest import wait_until
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
@@ -273,30 +273,68 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 @pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
 def test_each_device_trains_goes_on_and_evaluates(tmp_path: Path, kind: str, device: str) -> None:
     latent_shape = (4,) if kind == "gaussian" else (4, 3)
-    config = small(kind=kind, latent_shape=latent_shape, epochs=2, average=0.9)
-    run = train(config, tmp_path, resume=False, sheet_every=1, device=device)
-    train(config, tmp_path, resume=True, sheet_every=1, device=device)
+    run = train(small(kind=kind, latent_shape=latent_shape, device=device), tmp_path, resume=False, sheet_every=1)
+    model = run.config().build().to(device)
+    optimizer = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], fused=True)
+    assert run.restore(model, optimizer) == 1
+    assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {device}
+    pixels = torch.from_numpy(load("digits").test.copy()).to(device)
+    assert math.isfinite(train_epoch(model, optimizer, None, pixels, run.config().train, 1)["elbo"])
     fit_prior(tmp_path, components=2, seed=0)
-    found = evaluate(tmp_path, samples=3, rows=20, seed=0, device=device)
-    assert run.trained().prior()[0].device.type == "cpu"
+    found = evaluate(tmp_path, samples=3, rows=20, seed=0, device="cuda" if device == "cuda" else "cpu")
     assert -64 < found["elbo"] < found["bound"] < 0
     assert math.isfinite(found["mixture_bound"])
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto").type == "cpu"
-    with pytest.raises(RunError, match="torch finds no GPU"):
-        choose_device("cuda")
+    assert use_device(None).type == "cpu"
+    with pytest.raises(RunError, match=r"device 'cuda': this torch .* --device cpu"):
+        use_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [choose_device(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert use_device(None).type == use_device("cuda").type == "cuda"
+    assert use_device("cpu").type == "cpu"
+
+
+def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(small(device="cpu"), tmp_path, resume=False, sheet_every=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train(small(), tmp_path, resume=True, sheet_every=1).config().train.device == "cpu"
+    with pytest.raises(RunError, match="was started with device='cpu', not 'cuda'"):
+        train(small(device="cuda"), tmp_path, resume=True, sheet_every=1)
+
+
+def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
+    """One step: 0.98 p(z) + 0.02 mean q(z | x), whatever the weight of the KL term and the parts of the batch."""
+    torch.manual_seed(0)
+    model = GumbelVAE(VAEConfig((1, 8, 8), (3, 4), "mlp", (5,)))
+    with torch.no_grad():
+        model.prior_logits.normal_()
+        model.prior_logits.sub_(model.prior_logits.logsumexp(-1, keepdim=True))
+        for weight in model.encoder.parameters():
+            weight.mul_(3)
+    pixels = torch.from_numpy(load("digits").train[:11].copy())
+    used = model.encode(pixels.float() / 255)[0].softmax(-1).mean(0)
+    expected = 0.98 * model.prior_logits.exp() + 0.02 * used
+    optimizer = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], fused=True)
+    train_epoch(model, optimizer, None, pixels, small(kind="gumbel", binarize=False, shares=2, kl_warm_up=5), 0)
+    torch.testing.assert_close(model.prior_logits.exp(), expected)
+
+
+def test_a_run_of_another_way_to_learn_the_prior_is_not_continued(tmp_path: Path) -> None:
+    run = train(small(kind="gumbel", latent_shape=(3, 4)), tmp_path, resume=False, sheet_every=1)
+    tensors = load_file(run.checkpoint)
+    tensors["optimizer.prior_logits.step"] = torch.ones(())
+    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
+    with pytest.raises(RunError, match="a version that trains prior_logits otherwise"):
+        train(run.config().train, tmp_path, resume=True, sheet_every=1)
 
 
 @pytest.mark.parametrize("then", [{"straight_through": True}, {"objective": "vimco", "samples": 2}])
 def test_one_hot_codes_come_after_the_epochs_of_relaxed_ones(tmp_path: Path, then: dict[str, Any]) -> None:
-    options = {"kind": "gumbel", "latent_shape": (3, 4), "epochs": 2}
+    options = {"kind": "gumbel", "latent_shape": (3, 4), "epochs": 2, "shares": 1}
     tail = small(**options, **then, relaxed_epochs=1)
-    assert [schedule(tail, step, 10).relaxes for step in (0, 9, 10, 19)] == [True, True, False, False]
+    assert [schedule(tail, step, 10).before_one_hot for step in (0, 9, 10, 19)] == [True, True, False, False]
     curves = []
     for name, config in ("relaxed", small(**options)), ("tail", tail), ("none", small(**options, **then)):
         run = train(config, tmp_path / name, resume=False, sheet_every=2)
@@ -324,7 +362,12 @@ def test_one_hot_codes_come_after_the_epochs_of_relaxed_ones(tmp_path: Path, the
         ),
         (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--relaxed-epochs", "3"], "neither is asked"),
+        (["train", "gumbel", "--data", "digits", "--out", "x", "--relaxed-epochs", "3"], "Add straight_through"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--relaxed-epochs", "3"], "are for a Gumbel latent"),
+        (
+            ["train", "gumbel", "--data", "digits", "--out", "x", "--straight-through", "--relaxed-epochs", "30"],
+            "30 of 30 epochs: leave some",
+        ),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--free-bits", "1"], "elbo"),
         (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
         (["train", "--out", "x"], "--kind"),

@@ -47,7 +47,7 @@ class GumbelVAE(nn.Module):
 
         rate: the share of these images in the mean, over the weight that the KL term had.
         """
-        assert self.prior_logits.grad is not None  # noqa: S101
+        assert self.prior_logits.grad is not None  # noqa: S101  # a step has one
         prior = self.prior_logits.softmax(-1) - rate * self.prior_logits.grad
         self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
 

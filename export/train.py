@@ -92,9 +92,7 @@ def use_device(name: Device | None) -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         built = "finds no GPU" if torch.version.cuda else "was built for CPUs alone"
-        raise RunError(
-            f"device 'cuda': this torch {built}; with --device cpu, where a run began there, the CPU computes"
-        )
+        raise RunError(f"device 'cuda': this torch {built}; --device cpu uses the CPU (a training that began there)")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 

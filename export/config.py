@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 WIDTHS: dict[str, tuple[int, ...]] = {"mlp": (512, 256), "conv": (32, 64, 64)}
 LATENT_SHAPES: dict[str, tuple[int, ...]] = {"gaussian": (20,), "gumbel": (20, 10)}
 
-
 Device = Literal["cpu", "cuda"]
 
 
@@ -34,6 +33,8 @@ class TrainConfig(BaseModel):
     """Between the layers."""
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(max_length=8)] | None = None
     """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
+    prior_components: PositiveInt = 1
+    """Of the prior that is learned with the weights, a mixture; 1: N(0, I), or independent categories."""
     binarize: bool = True
     """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the
     Bernoulli likelihood as they are and the bound is not one of log p(x)."""
@@ -54,9 +55,9 @@ class TrainConfig(BaseModel):
     """Nats that each latent variable may carry at no cost (elbo)."""
     straight_through: bool = False
     """Gumbel: decode one-hot codes while training, with the gradient of the relaxed ones."""
-    relaxed_epochs: int = Field(default=0, ge=0)
-    """Gumbel: first epochs, which raise the ELBO by one relaxed code an image, before straight_through or vimco
-    begins."""
+    elbo_epochs: int = Field(default=0, ge=0)
+    """First epochs, which raise the ELBO by one latent an image, relaxed if it is a code, before another objective or
+    straight_through begins."""
     average: float = Field(default=0.0, ge=0, lt=1)
     """The weights that count are a running average, to which each step adds 1 less this; 0 for those of the last."""
     tau_start: PositiveFloat = 1.0
@@ -83,21 +84,19 @@ class TrainConfig(BaseModel):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
-        if self.kind == "gaussian" and self.relaxed_epochs:
-            raise ValueError("relaxed_epochs are for a Gumbel latent")
-        if self.relaxed_epochs and not (self.straight_through or self.objective == "vimco"):
+        if self.elbo_epochs and self.objective == "elbo" and not self.straight_through:
             raise ValueError(
-                f"{self.relaxed_epochs} relaxed_epochs come before what? Add straight_through or objective 'vimco', or "
-                "leave them out"
+                f"{self.elbo_epochs} elbo_epochs come before what? Add another objective or straight_through, or leave "
+                "them out"
             )
-        if self.relaxed_epochs >= self.epochs:
-            raise ValueError(
-                f"relaxed_epochs are {self.relaxed_epochs} of {self.epochs} epochs: leave some for what follows"
-            )
+        if self.elbo_epochs >= self.epochs:
+            raise ValueError(f"elbo_epochs are {self.elbo_epochs} of {self.epochs} epochs: leave some for what follows")
         if self.objective == "vimco" and self.straight_through:
             raise ValueError("straight_through relaxes codes, objective 'vimco' does not: leave out one or the other")
         if self.free_bits and (self.shares or 1) > 1:
             raise ValueError("free_bits are counted in the mean over a whole batch: leave out shares")
+        if self.free_bits and self.prior_components > 1:
+            raise ValueError("free_bits are counted by variable, which a mixture couples: leave out one or the other")
         if self.objective != "elbo" and self.free_bits:
             raise ValueError("free_bits belongs to the objective 'elbo', which has a KL term")
         return self

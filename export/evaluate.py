@@ -26,15 +26,16 @@ def evaluate(
     folder: Path, *, samples: int, rows: int | None, seed: int, device: Device | None = None
 ) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
-    standard errors; if a mixture was fitted, the bound with it as the prior too. Gumbel codes are one-hot. The same
+    standard errors; if there is a mixture, the bound with it as the prior too. Gumbel codes are one-hot. The same
     arguments give the same numbers on the same device, also after an interruption, from which it goes on.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
     run = Run(folder)
-    config, mixture, where = run.config(), run.mixture(), use_device(device)
-    model = run.trained().to(where)
-    priors = [Mixture.standard(model), *([] if mixture is None else [mixture.to(where)])]
+    config, where = run.config(), use_device(device)
+    model = run.trained()
+    priors = {name: prior.to(where) for name, prior in run.priors(model).items()}
+    model.to(where)
     data = match(run)
     pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
@@ -46,7 +47,7 @@ def evaluate(
         images = as_images(batches[number], config.train.binarize, draws)
         likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
         at_a_time = max(1, DECODED // len(images))
-        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors)
+        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, list(priors.values()))
         done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu())
         _keep(folder / PARTIAL, stamp, done)
         progress.update()
@@ -59,7 +60,7 @@ def evaluate(
         "kl": kl.mean().item(),
         "bound": bound.mean().item(),
         "bound_standard_error": _standard_error(bound),
-        **_with_mixture(mixture, with_mixture),
+        **_with_mixture(priors.get("mixture"), with_mixture),
         "m": samples,
         "images": len(pixels),
         "binarization": "static" if config.train.binarize and _is_binary(pixels) else binarization,

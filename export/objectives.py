@@ -47,9 +47,10 @@ def negative_elbo(
         nearest = one_hot(latents.argmax(-1), latents.shape[-1])
         latents = nearest + latents - latents.detach()
     likelihood = _likelihoods(model, latents, images).mean(0)
-    kl = model.kl(posterior, model.prior())
-    cost = kl.mean(0).clamp_min(free_bits).sum()
-    return Terms(kl_weight * cost - likelihood.mean(), likelihood.detach(), kl.detach().sum(1))
+    prior = model.prior()
+    kl = prior.kl(model, posterior)
+    cost = model.kl(posterior, prior.parameters).mean(0).clamp_min(free_bits).sum() if free_bits else kl.mean()
+    return Terms(kl_weight * cost - likelihood.mean(), likelihood.detach(), kl.detach())
 
 
 def negative_iwae(
@@ -66,7 +67,8 @@ def negative_iwae(
     latents = _draw(model, posterior, samples, model.default_temperature, draws)
     density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior
     likelihoods = _likelihoods(model, latents, images)
-    ratios = torch.stack([model.log_prob(z, density) - model.log_prob(z, model.prior()) for z in latents])
+    prior = model.prior()
+    ratios = torch.stack([model.log_prob(z, density) - prior.log_prob(model, z) for z in latents])
     weights = likelihoods - kl_weight * ratios
     shares = weights.detach().softmax(0)
     if doubly:
@@ -75,7 +77,7 @@ def negative_iwae(
         loss = -(shares * weights).sum(0).mean()
     else:
         loss = -weights.logsumexp(0).mean() + log(samples)
-    return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
+    return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
 
 
 def negative_vimco(
@@ -91,11 +93,12 @@ def negative_vimco(
     latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)
     likelihoods = _likelihoods(model, latents, images)
     log_q = torch.stack([model.log_prob(z, posterior) for z in latents])
-    log_p = torch.stack([model.log_prob(z, model.prior()) for z in latents])
+    prior = model.prior()
+    log_p = torch.stack([prior.log_prob(model, z) for z in latents])
     weights = likelihoods - kl_weight * (log_q - log_p)
     bound = weights.logsumexp(0) - log(samples)
     loss = -(bound + (gains(weights.detach()) * log_q).sum(0)).mean()
-    return Terms(loss, likelihoods.detach().mean(0), model.kl(posterior, model.prior()).detach().sum(1))
+    return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
 
 
 def gains(weights: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def importance_weighted_bound(
 
     at_a_time: samples that are decoded together. priors: default: the model's own alone.
     """
-    posterior, priors = model.encode(images), priors or [Mixture.standard(model)]
+    posterior, priors = model.encode(images), priors or [model.prior()]
     total = torch.full((len(priors), len(images)), -inf, dtype=torch.float64, device=images.device)
     for begin in range(0, samples, at_a_time):
         latents = _draw(model, posterior, min(at_a_time, samples - begin), model.default_temperature, draws)

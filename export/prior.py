@@ -41,7 +41,7 @@ def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
     run.keep_prior(mixture)
     return {
         name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
-        for name, prior in (("standard", Mixture.standard(model)), ("mixture", mixture))
+        for name, prior in (("trained", model.prior()), ("mixture", mixture))
     }
 
 

@@ -64,16 +64,16 @@ def publish(folder: Path, name: str, repository: Path) -> Path:
 
 def describe(model: VAE, source: Run) -> Contract:
     """The contract of the artifact, with the reference rows computed by the network itself."""
-    config = source.config()
+    config, priors = source.config(), source.priors(model)
     contract = Contract(
         kind=config.train.kind,
         latent_shape=model.config.latent_shape,
         image_shape=model.config.image_shape,  # type: ignore[arg-type]  # C is 1 or 3: checked here
         prior={
             key: _compact(parameter.detach()[0])
-            for key, parameter in zip(model.parameter_names, model.prior(), strict=True)
+            for key, parameter in zip(model.parameter_names, priors["standard"].parameters, strict=True)
         },
-        mixture=_mixture(model, source.mixture()),
+        mixture=_mixture(model, priors.get("mixture")),
         default_temperature=model.default_temperature,
         noise_version=NOISE_VERSION,  # type: ignore[arg-type]  # Literal[1], checked here
         trained_on={"data": config.data_name, "sha256": config.data_sha256, "epochs": config.train.epochs},
@@ -163,7 +163,7 @@ def _mixture(model: VAE, mixture: Mixture | None) -> dict[str, Any] | None:
     weights = mixture.log_weights.double().softmax(0)
     parameters = dict(zip(model.parameter_names, mixture.parameters, strict=True))
     # As text a float32 has as few digits as tell it from the next one.
-    shortest = {name: values.numpy().astype(str).astype(np.float64) for name, values in parameters.items()}
+    shortest = {name: values.detach().numpy().astype(str).astype(np.float64) for name, values in parameters.items()}
     return {"weights": weights.tolist(), **{name: values.tolist() for name, values in shortest.items()}}
 
 

@@ -28,13 +28,14 @@ NEIGHBOURS = 2000  # images whose nearest neighbours are looked for
 def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[str, float]:
     """Compare images sampled from each prior of the run, as they are served, with the held-out images.
 
-    Returns for the standard prior and, if one was fitted, for the mixture: `frechet`, `kernel` and its standard error,
+    Returns for the standard prior and, if there is one, for the mixture: `frechet`, `kernel` and its standard error,
     and `near_training`, which is about `training_share` where nothing is learnt by heart and 1 for copies. The first
     two also for as many training images: about what a perfect sampler would reach. Written to quality.json in the run's
     folder. Raises RunError, DataError.
     """
     run = Run(folder)
-    model, mixture, data = run.trained(), run.mixture(), match(run)
+    model, data = run.trained(), match(run)
+    priors = run.priors(model)
     features = Classifier.load(classifier)
     if features.image_shape != data.image_shape:
         raise RunError(f"{classifier} was trained on images of {features.image_shape}, {folder} on {data.image_shape}")
@@ -43,7 +44,6 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
         raise RunError(f"{data.name} holds out {len(test)} of {len(train) + len(test)} images: distances need two")
     draws = generator(seed, QUALITY)
     some = train[torch.randperm(len(train), generator=draws)[:samples]]
-    priors = {"standard": Mixture.standard(model)} | ({} if mixture is None else {"mixture": mixture})
     real = features.features(test).double().numpy()
     result = dict(_distances("training", features.features(some).double().numpy(), real))
     result["training_share"] = len(train) / (len(train) + len(test))
@@ -105,9 +105,8 @@ def _kernel(one: Float64, other: Float64) -> Float64:
 
 def sampled(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
     """uint8 (<= DECODED, C, H, W), n in all: the mean of p(x | z), as it is served."""
-    components = torch.multinomial(prior.log_weights.exp(), n, replacement=True, generator=draws)
-    for part in components.split(DECODED):
-        parameters = tuple(parameter[part] for parameter in prior.parameters)
+    for begin in range(0, n, DECODED):
+        parameters = prior.draw(min(DECODED, n - begin), draws)
         noise = model.noise(tuple(parameters[0].shape), draws)
-        latents = model.sample(parameters, noise, torch.full((len(part),), model.default_temperature))
+        latents = model.sample(parameters, noise, torch.full((len(noise),), model.default_temperature))
         yield (torch.sigmoid(model.decode(latents)) * 255).round().byte()

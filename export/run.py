@@ -50,6 +50,7 @@ class RunConfig(BaseModel):
                 dense=train.dense,
                 activation=train.activation,
                 decoder_width=train.decoder_width,
+                prior_components=train.prior_components,
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(train.seed)
@@ -113,7 +114,9 @@ class Run:
             if average is not None:
                 average.load_state_dict(_under("average.", tensors))
         except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
-            raise RunError(f"{self.checkpoint} is damaged ({error}): delete it to train from the start") from error
+            raise RunError(
+                f"{self.checkpoint} is damaged or of another version ({error}): delete it to train from the start"
+            ) from error
         if optimizer is not None:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for name, parameter in model.named_parameters():
@@ -140,6 +143,16 @@ class Run:
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
         write_atomically(self.prior, save(tensors, {"checkpoint_sha256": _sha256(self.checkpoint)}))
+
+    def priors(self, model: VAE) -> dict[str, Mixture]:
+        """What its artifact can be sampled from, by name: `standard`, one distribution, and `mixture` if one was fitted
+        afterwards or learned with the weights. Raises RunError."""
+        learned = model.prior()
+        if len(learned.log_weights) == 1:
+            fitted = self.mixture()
+            return {"standard": learned} | ({} if fitted is None else {"mixture": fitted})
+        nearest = tuple(parameter.unsqueeze(0) for parameter in model.nearest(learned))
+        return {"standard": Mixture(torch.zeros(1), nearest), "mixture": self.mixture() or learned}
 
     def mixture(self) -> Mixture | None:
         """The prior that was fitted to the weights of the last epoch, if one was. Raises RunError."""

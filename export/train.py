@@ -145,6 +145,8 @@ def train_epoch(
 
     optimizer: of encoder and decoder; a learned prior goes its own way.
     """
+    if epoch < config.elbo_epochs:
+        config = config.model_copy(update={"objective": "elbo", "samples": 1, "straight_through": False})
     shares = config.shares or 1
     order = torch.randperm(len(pixels), generator=generator(config.seed, ORDER, epoch)).to(pixels.device)
     draws = [generator(config.seed, TRAINING, epoch, share, pixels.device) for share in range(shares)]
@@ -182,7 +184,6 @@ class Schedule(NamedTuple):
 
     temperature: float
     kl_weight: float
-    before_one_hot: bool
 
 
 def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
@@ -191,7 +192,6 @@ def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
     return Schedule(
         temperature if config.kind == "gumbel" else 1.0,
         warm_up(step, config.kl_warm_up * steps_per_epoch),
-        step < config.relaxed_epochs * steps_per_epoch,
     )
 
 
@@ -205,7 +205,8 @@ def share_of(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What some images of a batch add to its gradient, and the sums of their two terms of the ELBO."""
     terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
-    gradients = torch.autograd.grad(terms.loss * (len(pixels) * image_weight), list(model.parameters()))
+    loss = terms.loss * (len(pixels) * image_weight)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return gradients, torch.stack([terms.likelihood.sum(), terms.kl.sum()])
 
 
@@ -226,7 +227,7 @@ def _one_core_each(shares: int) -> Iterator[Map]:
 
 
 def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, now: Schedule) -> Terms:
-    if config.objective == "vimco" and not now.before_one_hot:
+    if config.objective == "vimco":
         return negative_vimco(model, images, draws, samples=config.samples, kl_weight=now.kl_weight)
     if config.objective in ("iwae", "dreg"):
         doubly = config.objective == "dreg"
@@ -236,10 +237,10 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
         images,
         draws,
         temperature=now.temperature,
-        samples=1 if now.before_one_hot else config.samples,
+        samples=config.samples,
         kl_weight=now.kl_weight,
         free_bits=config.free_bits,
-        straight_through=config.straight_through and not now.before_one_hot,
+        straight_through=config.straight_through,
     )
 
 
@@ -263,7 +264,7 @@ def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
     draws = generator(config.seed, SHEET, device=pixels.device)
     images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)
     noise = model.noise((SHEET_ROWS, *model.config.latent_shape), draws)
-    prior = tuple(parameter.expand(noise.shape) for parameter in model.prior())
+    prior = model.prior().draw(SHEET_ROWS, draws)
     temperature = torch.full((SHEET_ROWS,), model.default_temperature, device=pixels.device)
     samples = _decode(model, model.sample(prior, noise, temperature))
     posterior = model.encode(images)

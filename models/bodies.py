@@ -26,6 +26,7 @@ class VAEConfig:
     dense: sizes of the hidden layers between the convolutions and the latent.
     activation: after each layer but the last.
     decoder_width: like width, of an MLP's decoder alone; None for the same.
+    prior_components: of the prior, a mixture that is learned if they are two or more.
 
     All run from the image towards the latent; the decoder mirrors the encoder.
     """
@@ -37,6 +38,7 @@ class VAEConfig:
     dense: tuple[int, ...] = ()
     activation: Activation = "relu"
     decoder_width: tuple[int, ...] | None = None
+    prior_components: int = 1
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "latent_shape", "width", "decoder_width"):
@@ -44,6 +46,8 @@ class VAEConfig:
             may_be_empty = (name.endswith("width") and self.body == "mlp") or name == "decoder_width"
             if not (sizes or may_be_empty) or min(sizes, default=1) < 1:
                 raise ValueError(f"{name} must hold positive sizes, got {list(sizes)}")
+        if self.prior_components < 1:
+            raise ValueError(f"prior_components must be at least 1, got {self.prior_components}")
         if self.dense and self.body == "mlp":
             raise ValueError("dense belongs to the convolutions; an MLP has all its layers in width")
         if self.decoder_width is not None and self.body == "conv":

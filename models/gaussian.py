@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from models.bodies import VAEConfig, decoder, encoder
+from models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
 LEAST_VARIANCE = 1e-4  # of a component that was fitted to few latents
 
 
 class GaussianVAE(nn.Module):
-    """p(z) = N(0, I), q(z | x) = N(mu(x), sigma(x)^2), p(x | z) Bernoulli in every pixel."""
+    """p(z) = N(0, I) or a learned mixture of Gaussians, q(z | x) = N(mu(x), sigma(x)^2), p(x | z) Bernoulli in every
+    pixel."""
 
     kind: ClassVar = "gaussian"
     parameter_names: ClassVar = ("mu", "log_var")
@@ -24,15 +26,42 @@ class GaussianVAE(nn.Module):
         self.config = config
         self.encoder = encoder(config, 2 * prod(config.latent_shape))
         self.decoder = decoder(config)
-        self.standard: Tensor
-        self.register_buffer("standard", torch.zeros(1, *config.latent_shape), persistent=False)
+        self.prior_weights: Tensor
+        self.prior_mu: Tensor
+        self.prior_log_var: Tensor
+        self.learns_prior = config.prior_components > 1
+        shape = (config.prior_components, *config.latent_shape)
+        start = {
+            "prior_weights": torch.zeros(config.prior_components),
+            "prior_mu": torch.randn(shape) if self.learns_prior else torch.zeros(shape),
+            "prior_log_var": torch.zeros(shape),
+        }
+        for name, tensor in start.items():
+            if self.learns_prior:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
-    def prior(self) -> Parameters:
-        """The parameters of p(z), each (1, *latent_shape)."""
-        return self.standard, self.standard
+    def prior(self) -> Mixture:
+        """p(z)"""
+        return Mixture(self.prior_weights.log_softmax(0), (self.prior_mu, self.prior_log_var))
 
+    @torch.no_grad()
     def learn_prior(self, rate: float) -> None:
-        """p(z) stays as it is."""
+        """As GumbelVAE.learn_prior: each component's mean and variance become running ones of the latents that it is
+        responsible for, which is expectation maximization online. N(0, I) stays as it is."""
+        if not self.learns_prior:
+            return
+        weights = learn_weights(self.prior_weights, rate)
+        mu_grad, log_var_grad = self.prior_mu.grad, self.prior_log_var.grad
+        assert mu_grad is not None  # noqa: S101  # a step has both
+        assert log_var_grad is not None  # noqa: S101
+        step = (rate / weights).reshape(-1, *[1] * len(self.config.latent_shape))
+        variance = self.prior_log_var.exp()
+        shift = -step * variance * mu_grad
+        variance = variance * (1 - 2 * step * log_var_grad) - shift**2
+        self.prior_mu.add_(shift)
+        self.prior_log_var.copy_(variance.clamp_min(LEAST_VARIANCE).log())
 
     def encode(self, images: Tensor) -> Parameters:
         """Images (n, C, H, W) in [0, 1] -> mu and log_var of q(z | x), each (n, *latent_shape)."""
@@ -71,6 +100,22 @@ class GaussianVAE(nn.Module):
         precision = (-log_var).exp()
         squares = z**2 @ precision.T - 2 * z @ (precision * mu).T + (precision * mu**2).sum(1)
         return (-0.5 * (squares + (log(2 * pi) + log_var).sum(1))).to(latents.dtype)
+
+    @staticmethod
+    def kls(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL of each posterior from each of C parameters in nats: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
+        mu, log_var = posterior
+        entropy = 0.5 * (log(2 * pi) + 1 + log_var).flatten(1).sum(1, keepdim=True)
+        spread = 0.5 * log_var.exp().flatten(1) @ (-prior[1]).exp().flatten(1).T
+        return spread - entropy - GaussianVAE.log_probs(mu, prior)
+
+    @staticmethod
+    def nearest(mixture: Mixture) -> Parameters:
+        """The one Gaussian with the mixture's mean and variances, each (*latent_shape): of all with a diagonal
+        covariance the one with the least KL(mixture || it)."""
+        mu, log_var = mixture.parameters
+        mean = torch.tensordot(mixture.log_weights.exp(), mu, 1)
+        return mean, torch.tensordot(mixture.log_weights.exp(), log_var.exp() + (mu - mean) ** 2, 1).log()
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:

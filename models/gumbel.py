@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.bodies import VAEConfig, decoder, encoder
+from models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
 FEW = 5  # categories
@@ -17,8 +18,8 @@ LEAST_PROBABILITY = 1e-5  # of a category
 
 
 class GumbelVAE(nn.Module):
-    """p(z) = D independent categories of K with learned logits, q(z | x) = softmax(logits(x)), p(x | z) Bernoulli in
-    every pixel."""
+    """p(z) = D independent categories of K with learned logits, or a learned mixture of such, q(z | x) =
+    softmax(logits(x)), p(x | z) Bernoulli in every pixel."""
 
     kind: ClassVar = "gumbel"
     parameter_names: ClassVar = ("logits",)
@@ -31,24 +32,29 @@ class GumbelVAE(nn.Module):
         self.config = config
         self.encoder = encoder(config, prod(config.latent_shape))
         self.decoder = decoder(config)
-        self.prior_logits = nn.Parameter(torch.zeros(config.latent_shape))
+        self.prior_weights = nn.Parameter(torch.zeros(config.prior_components))
+        shape = (config.prior_components, *config.latent_shape)
+        self.prior_logits = nn.Parameter(torch.randn(shape) if config.prior_components > 1 else torch.zeros(shape))
 
-    def prior(self) -> Parameters:
-        """The parameters of p(z), (1, D, K)."""
-        return (self.prior_logits.unsqueeze(0),)
+    def prior(self) -> Mixture:
+        """p(z)"""
+        return Mixture(self.prior_weights.log_softmax(0), (self.prior_logits,))
 
     @torch.no_grad()
     def learn_prior(self, rate: float) -> None:
-        """Follow the gradient that a loss left in prior_logits, in the probabilities p(z): p - rate * gradient, the
+        """Follow the gradient that a loss left in the prior's logits, in its probabilities: p - rate * gradient, the
         natural gradient (Amari, 1998). Of the KL term that is p(z) less the mean of q(z | x) over the images, so p(z)
         becomes a running mean of what the encoder uses, where the term is least; with VIMCO, of the codes by their
-        weights. (Under its free bits a variable has no gradient, and keeps its prior.) Steps of the size that suits
-        weights leave p(z) behind an encoder that turns a variable over, and the variable is lost.
+        weights; each component of a mixture that of the images it is responsible for, which is expectation
+        maximization online (Cappe and Moulines, 2009). (Under its free bits a variable has no gradient, and keeps its
+        prior.) Steps of the size that suits weights leave p(z) behind an encoder that turns a variable over, and the
+        variable is lost.
 
         rate: the share of these images in the mean, over the weight that the KL term had.
         """
         assert self.prior_logits.grad is not None  # noqa: S101  # a step has one
-        prior = self.prior_logits.softmax(-1) - rate * self.prior_logits.grad
+        weights = learn_weights(self.prior_weights, rate).reshape(-1, 1, 1)
+        prior = self.prior_logits.softmax(-1) - rate / weights * self.prior_logits.grad
         self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
 
     def encode(self, images: Tensor) -> Parameters:
@@ -94,6 +100,20 @@ class GumbelVAE(nn.Module):
         """The same of each code under each of C parameters: (n, D, K), (C, D, K) -> (n, C)."""
         (logits,) = parameters
         return latents.flatten(1) @ _over_categories(torch.log_softmax, logits).flatten(1).T
+
+    @staticmethod
+    def kls(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL of each posterior from each of C parameters in nats: (n, D, K), (C, D, K) -> (n, C)."""
+        log_q = _over_categories(torch.log_softmax, posterior[0])
+        q = log_q.exp()
+        return (q * log_q).flatten(1).sum(1, keepdim=True) - GumbelVAE.log_probs(q, prior)
+
+    @staticmethod
+    def nearest(mixture: Mixture) -> Parameters:
+        """The one distribution with the mixture's probabilities of each category, its logits (D, K): of all with
+        independent variables the one with the least KL(mixture || it)."""
+        (logits,) = mixture.parameters
+        return ((mixture.log_weights.reshape(-1, 1, 1) + logits.log_softmax(-1)).logsumexp(0),)
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:

@@ -1,12 +1,15 @@
-"""A prior that is a mixture, of the kind of distribution that the model's own prior is."""
+"""A prior that is a mixture of distributions of the model's kind."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.gaussian import GaussianVAE
-from models.gumbel import GumbelVAE
+if TYPE_CHECKING:
+    from models.gaussian import GaussianVAE
+    from models.gumbel import GumbelVAE
+
+LEAST_WEIGHT = 1e-6  # of a component
 
 
 class Mixture(NamedTuple):
@@ -18,19 +21,34 @@ class Mixture(NamedTuple):
     log_weights: Tensor
     parameters: tuple[Tensor, ...]
 
-    @classmethod
-    def standard(cls, model: GaussianVAE | GumbelVAE) -> "Mixture":
-        """The one component that the model was trained with."""
-        prior = model.prior()
-        return cls(prior[0].new_zeros(1), prior)
-
     def to(self, device: torch.device) -> "Mixture":
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
-    def joint(self, model: GaussianVAE | GumbelVAE, latents: Tensor) -> Tensor:
+    def joint(self, model: "GaussianVAE | GumbelVAE", latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
         return self.log_weights + model.log_probs(latents, self.parameters)
 
-    def log_prob(self, model: GaussianVAE | GumbelVAE, latents: Tensor) -> Tensor:
+    def log_prob(self, model: "GaussianVAE | GumbelVAE", latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""
         return self.joint(model, latents).logsumexp(1)
+
+    def kl(self, model: "GaussianVAE | GumbelVAE", posterior: tuple[Tensor, ...]) -> Tensor:
+        """KL(posterior || self) in nats for one component, and for more its upper bound
+        -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007, section 7), so that what it is taken
+        from stays a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
+        return -(self.log_weights - model.kls(posterior, self.parameters)).logsumexp(1)
+
+    def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+        """The parameters of the component that each row is drawn from, each (rows, *latent_shape)."""
+        components = torch.multinomial(self.log_weights.exp(), rows, replacement=True, generator=draws)
+        return tuple(parameter[components] for parameter in self.parameters)
+
+
+@torch.no_grad()
+def learn_weights(logits: Tensor, rate: float) -> Tensor:
+    """Follow the gradient that a loss left in the logits of a mixture's weights, in the weights themselves. Returns
+    the weights, (C,)."""
+    assert logits.grad is not None  # noqa: S101  # a step has one
+    weights = (logits.softmax(0) - rate * logits.grad).clamp_min(LEAST_WEIGHT)
+    logits.copy_(weights.log())
+    return weights

@@ -16,13 +16,14 @@ import torch
 from scipy import special, stats
 
 import reparam
+from export.config import TrainConfig
 from export.errors import RunError
 from export.evaluate import evaluate
 from export.objectives import importance_weighted_bound, log_likelihood
 from export.prior import fit_mixture, fit_prior
 from export.publish import publish
 from export.run import Run
-from export.train import generator
+from export.train import generator, train
 from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
 from service.artifact import ArtifactError, load
 from tests.conftest import Running
@@ -273,7 +274,7 @@ def test_the_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
     with torch.inference_mode():
         decoded, prior = model.decode(codes), mixture.log_prob(model, codes)
         exact = torch.stack([(log_likelihood(decoded, image) + prior).logsumexp(0) for image in images])
-        priors = [Mixture.standard(model), mixture]
+        priors = [model.prior(), mixture]
         alone, bound = importance_weighted_bound(model, images, 4000, generator(0, 0), 10, priors)
         [standard] = importance_weighted_bound(model, images, 4000, generator(0, 0), 10)
     assert prior.exp().sum().item() == pytest.approx(1)
@@ -285,7 +286,7 @@ def test_the_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
 def test_a_fit_raises_the_density_of_held_out_latents_and_repeats(fitted: dict[str, Path], kind: str) -> None:
     before = fitted[kind].joinpath("prior.safetensors").read_bytes()
     densities = fit_prior(fitted[kind], components=COMPONENTS, seed=0)
-    assert densities["mixture"] > densities["standard"]
+    assert densities["mixture"] > densities["trained"]
     assert fitted[kind].joinpath("prior.safetensors").read_bytes() == before
 
 
@@ -295,6 +296,35 @@ def test_evaluation_reports_the_bound_with_the_mixture(fitted: dict[str, Path], 
     assert found["mixture_bound"] != found["bound"]
     evaluation = load(mixed / "gaussian" / "1" / "model.onnx").contract.evaluation
     assert evaluation["mixture_bound"] == found["mixture_bound"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: str, tmp_path: Path) -> None:
+    latent_shape = {"gaussian": (3,), "gumbel": (4, 5)}[kind]
+    config = TrainConfig(
+        kind=kind,  # type: ignore[arg-type]
+        data="digits",
+        epochs=1,
+        width=(4,),
+        latent_shape=latent_shape,
+        prior_components=COMPONENTS,
+        average=0.9,
+    )
+    run = train(config, tmp_path / "run", resume=False, sheet_every=1)
+    model = run.trained()
+    learned = model.prior()
+    assert not torch.equal(learned.log_weights, run.config().build().prior().log_weights)
+    found = evaluate(run.folder, samples=2, rows=50, seed=0)
+    assert found["mixture_components"] == COMPONENTS
+    assert found["mixture_bound"] != found["bound"]
+    contract = load(publish(run.folder, kind, tmp_path / "artifacts") / "model.onnx").contract
+    weights, components = contract.mixture_arrays()
+    np.testing.assert_allclose(weights, learned.log_weights.detach().exp(), rtol=1e-6)
+    for name, expected, nearest in zip(model.parameter_names, learned.parameters, model.nearest(learned), strict=True):
+        np.testing.assert_array_equal(components[name], expected.detach())
+        np.testing.assert_array_equal(contract.prior_arrays()[name], nearest.detach())
+    fit_prior(run.folder, components=2, seed=0)
+    assert len(run.priors(model)["mixture"].log_weights) == 2
 
 
 def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 from export.objectives import elbo_terms, importance_weighted_bound, log_likelihood
 from export.train import generator
-from models import MODELS, GaussianVAE, GumbelVAE, VAEConfig
+from models import MODELS, GaussianVAE, GumbelVAE, Mixture, VAEConfig
 
 SHAPES = [(1, 28, 28), (1, 8, 8), (3, 7, 10), (1, 5, 1)]
 
@@ -55,13 +55,45 @@ def test_gumbel_kl_and_probability_are_finite_sums() -> None:
     assert GumbelVAE.kl((q,), (p,)).sum().item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("model", [GaussianVAE, GumbelVAE])
+def test_many_divergences_are_each_the_sum_over_variables(model: type[GaussianVAE] | type[GumbelVAE]) -> None:
+    draws = torch.Generator().manual_seed(0)
+    posterior, components = (
+        tuple(torch.randn(n, 4, 3, generator=draws, dtype=torch.float64) for _ in model.parameter_names) for n in (5, 2)
+    )
+    one_by_one = [model.kl(posterior, tuple(each[c : c + 1] for each in components)).sum(1) for c in range(2)]
+    torch.testing.assert_close(model.kls(posterior, components), torch.stack(one_by_one, 1))
+
+
+def test_the_divergence_from_a_mixture_is_charged_no_less_than_it_is() -> None:
+    model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,), prior_components=4)).double()
+    codes = torch.eye(3, dtype=torch.float64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
+    for scale in (1, 5, 25):
+        q = scale * torch.randn(1, 2, 3, dtype=torch.float64)
+        log_q = model.log_prob(codes, (q,))
+        exact = (log_q.exp() * (log_q - model.prior().log_prob(model, codes))).sum().item()
+        [charged] = model.prior().kl(model, (q,))
+        assert exact <= charged.item() <= exact + 0.7
+    assert charged.item() == pytest.approx(exact, rel=1e-3)  # of one code
+
+
+def test_the_nearest_distribution_has_the_mean_and_the_spread_of_a_mixture() -> None:
+    weights = torch.tensor([0.25, 0.75])
+    mu, log_var = torch.tensor([[[3.0]], [[-1.0]]]), torch.tensor([[[4.0]], [[0.25]]]).log()
+    mean, log_variance = GaussianVAE.nearest(Mixture(weights.log(), (mu, log_var)))
+    assert mean.item() == pytest.approx(0)
+    assert log_variance.exp().item() == pytest.approx(0.25 * (4 + 9) + 0.75 * (0.25 + 1))
+    (logits,) = GumbelVAE.nearest(Mixture(weights.log(), (torch.tensor([[[0.2, 0.8]], [[0.6, 0.4]]]).log() + 3,)))
+    torch.testing.assert_close(logits.exp(), torch.tensor([[0.5, 0.5]]))
+
+
 def test_the_importance_weighted_bound_reaches_the_exact_likelihood_of_a_tiny_model() -> None:
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,))).eval()
     images = torch.bernoulli(torch.full((3, 1, 2, 2), 0.5))
     codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all nine
     with torch.inference_mode():
-        prior = model.log_prob(codes, model.prior())
+        prior = model.prior().log_prob(model, codes)
         decoded = model.decode(codes)
         exact = torch.stack(
             [(log_likelihood(decoded, image.expand(9, -1, -1, -1)) + prior).logsumexp(0) for image in images]

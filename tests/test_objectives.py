@@ -105,7 +105,7 @@ def test_dreg_has_the_gradient_of_iwae_and_less_noise() -> None:
 def test_free_bits_charge_only_what_is_above() -> None:
     model, batch = GaussianVAE(VAEConfig(IMAGE, (5,), "mlp", (4,))), images(6).float()
     with torch.no_grad():
-        kl = model.kl(model.encode(batch), model.prior()).mean(0)
+        kl = model.kl(model.encode(batch), model.prior().parameters).mean(0)
         bits = kl.median().item()  # two of the five carry less
         free = negative_elbo(model, batch, generator(0, 0), temperature=1.0, free_bits=bits)
         none = negative_elbo(model, batch, generator(0, 0), temperature=1.0)
@@ -139,9 +139,34 @@ def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() ->
     negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss.backward()
     model.learn_prior(1 / 0.3)
     posterior = model.encode(batch)
-    torch.testing.assert_close(model.prior_logits.exp(), posterior[0].softmax(-1).mean(0))
-    (gradient,) = torch.autograd.grad(model.kl(posterior, model.prior()).mean(), model.prior_logits)
+    torch.testing.assert_close(model.prior_logits[0].exp(), posterior[0].softmax(-1).mean(0))
+    (gradient,) = torch.autograd.grad(model.prior().kl(model, posterior).mean(), model.prior_logits)
     assert gradient.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
+def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
+    """At a rate of 1 one step is one round of it over the batch: each component takes the moments of the images that it
+    is responsible for."""
+    torch.manual_seed(0)
+    model, batch = kind(VAEConfig(IMAGE, (5, 3), "mlp", (4,), prior_components=3)).double(), images(40)
+    with torch.no_grad():
+        posterior, before = model.encode(batch), model.prior()
+        shares = (before.log_weights - model.kls(posterior, before.parameters)).softmax(1)
+    negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss.backward()
+    model.learn_prior(1 / 0.3)
+    found = model.prior()
+    torch.testing.assert_close(found.log_weights.exp(), shares.mean(0))
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.einsum("nc,n...->c...", shares / shares.sum(0), values)
+
+    if kind is GumbelVAE:
+        torch.testing.assert_close(found.parameters[0].softmax(-1), mean(posterior[0].softmax(-1)))
+    else:
+        mu, log_var = posterior
+        torch.testing.assert_close(found.parameters[0], mean(mu))
+        torch.testing.assert_close(found.parameters[1].exp(), mean(mu**2 + log_var.exp()) - mean(mu) ** 2)
 
 
 def test_the_bound_is_exact_where_the_posterior_is() -> None:
@@ -155,7 +180,7 @@ def test_the_bound_is_exact_where_the_posterior_is() -> None:
         model.prior_logits.normal_()
         pixel_logits = model.decode(torch.eye(6, dtype=torch.float64)[:, None]).flatten(1)
         encoder.weight.copy_(pixel_logits)
-        log_prior = model.prior_logits.log_softmax(-1)[0]
+        log_prior = model.prior_logits[0, 0].log_softmax(-1)
         encoder.bias.copy_(log_prior - nn.functional.softplus(pixel_logits).sum(1))
         every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64).reshape(16, *IMAGE)
         exact = torch.stack(
@@ -207,7 +232,7 @@ def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:
     image = images(1)
     codes = torch.eye(2, dtype=torch.float64)[torch.tensor(list(itertools.product(range(2), repeat=2)))]  # all four
     log_q = model.log_prob(codes, model.encode(image))
-    weights = log_likelihood(model.decode(codes), image) + model.log_prob(codes, model.prior()) - log_q
+    weights = log_likelihood(model.decode(codes), image) + model.prior().log_prob(model, codes) - log_q
     pairs = torch.logaddexp(weights[:, None], weights) - math.log(2)
     exact = gradient(model, -((log_q[:, None] + log_q).exp() * pairs).sum())
     repeats = 20

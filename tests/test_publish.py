@@ -42,7 +42,7 @@ def test_the_artifact_carries_prior_evaluation_and_origin(repository: Path, runs
     contract = load(repository / "tiny-gumbel" / "1" / "model.onnx").contract
     trained = Run(runs["tiny-gumbel"]).trained()
     assert isinstance(trained, MODELS["gumbel"])
-    np.testing.assert_array_equal(contract.prior_arrays()["logits"], trained.prior()[0][0].detach().numpy())
+    np.testing.assert_array_equal(contract.prior_arrays()["logits"], trained.prior().parameters[0][0].detach().numpy())
     assert contract.default_temperature == 0
     assert contract.evaluation["m"] == 2
     assert contract.trained_on["data"] == "digits"

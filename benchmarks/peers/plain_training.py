@@ -49,7 +49,7 @@ def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tenso
         else:
             (logits,) = posterior
             latents = gumbel_softmax(logits, tau=1.0)
-            q, log_p = logits.softmax(-1), model.prior()[0].log_softmax(-1)
+            q, log_p = logits.softmax(-1), model.prior().parameters[0].log_softmax(-1)
             kl = torch.sum(q * (torch.log(q + 1e-7) - log_p))
         decoded = torch.sigmoid(model.decode(latents))
         loss = binary_cross_entropy(decoded, images, reduction="sum") + kl

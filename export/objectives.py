@@ -68,8 +68,7 @@ def negative_iwae(
     density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior
     likelihoods = _likelihoods(model, latents, images)
     prior = model.prior()
-    ratios = torch.stack([model.log_prob(z, density) - prior.log_prob(model, z) for z in latents])
-    weights = likelihoods - kl_weight * ratios
+    weights = likelihoods - kl_weight * (_log_q(model, latents, density) - _log_p(model, latents, prior))
     shares = weights.detach().softmax(0)
     if doubly:
         # The loss brings each sample's gradient times its share, for decoder and encoder; the encoder's gets it twice.
@@ -92,10 +91,8 @@ def negative_vimco(
     posterior = model.encode(images)
     latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)
     likelihoods = _likelihoods(model, latents, images)
-    log_q = torch.stack([model.log_prob(z, posterior) for z in latents])
-    prior = model.prior()
-    log_p = torch.stack([prior.log_prob(model, z) for z in latents])
-    weights = likelihoods - kl_weight * (log_q - log_p)
+    prior, log_q = model.prior(), _log_q(model, latents, posterior)
+    weights = likelihoods - kl_weight * (log_q - _log_p(model, latents, prior))
     bound = weights.logsumexp(0) - log(samples)
     loss = -(bound + (gains(weights.detach()) * log_q).sum(0)).mean()
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
@@ -133,10 +130,9 @@ def importance_weighted_bound(
     total = torch.full((len(priors), len(images)), -inf, dtype=torch.float64, device=images.device)
     for begin in range(0, samples, at_a_time):
         latents = _draw(model, posterior, min(at_a_time, samples - begin), model.default_temperature, draws)
-        likelihoods = _likelihoods(model, latents, images)
-        for z, likelihood in zip(latents, likelihoods, strict=True):
-            densities = torch.stack([prior.log_prob(model, z) for prior in priors])
-            total = torch.logaddexp(total, (likelihood + densities - model.log_prob(z, posterior)).double())
+        weights = _likelihoods(model, latents, images) - _log_q(model, latents, posterior)
+        densities = torch.stack([_log_p(model, latents, prior) for prior in priors])
+        total = torch.logaddexp(total, (weights + densities).double().logsumexp(1))
     return total - log(samples)
 
 
@@ -173,6 +169,18 @@ def _draw(
     repeated = tuple(parameter.repeat(samples, *[1] * (parameter.dim() - 1)) for parameter in posterior)
     temperatures = torch.full((len(noise),), temperature, device=noise.device)
     return model.sample(repeated, noise, temperatures).reshape(samples, n, *noise.shape[1:])
+
+
+def _log_q(model: VAE, latents: Tensor, posterior: tuple[Tensor, ...]) -> Tensor:
+    """log q(z | x), (samples, n)."""
+    densities: Tensor = torch.vmap(model.log_prob, (0, None))(latents, posterior)
+    return densities
+
+
+def _log_p(model: VAE, latents: Tensor, prior: Mixture) -> Tensor:
+    """log p(z), (samples, n)."""
+    densities: Tensor = prior.log_prob(model, latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    return densities
 
 
 def _likelihoods(model: VAE, latents: Tensor, images: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """A prior that is a mixture of distributions of the model's kind."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from models.gaussian import GaussianVAE
-    from models.gumbel import GumbelVAE
-
 LEAST_WEIGHT = 1e-6  # of a component
+
+
+class Kind(Protocol):
+    """What a mixture asks of its components' kind of distribution: GaussianVAE or GumbelVAE."""
+
+    def log_probs(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
+
+    def kls(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
 
 
 class Mixture(NamedTuple):
@@ -24,19 +28,19 @@ class Mixture(NamedTuple):
     def to(self, device: torch.device) -> "Mixture":
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
-    def joint(self, model: "GaussianVAE | GumbelVAE", latents: Tensor) -> Tensor:
+    def joint(self, kind: Kind, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
-        return self.log_weights + model.log_probs(latents, self.parameters)
+        return self.log_weights + kind.log_probs(latents, self.parameters)
 
-    def log_prob(self, model: "GaussianVAE | GumbelVAE", latents: Tensor) -> Tensor:
+    def log_prob(self, kind: Kind, latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""
-        return self.joint(model, latents).logsumexp(1)
+        return self.joint(kind, latents).logsumexp(1)
 
-    def kl(self, model: "GaussianVAE | GumbelVAE", posterior: tuple[Tensor, ...]) -> Tensor:
+    def kl(self, kind: Kind, posterior: tuple[Tensor, ...]) -> Tensor:
         """KL(posterior || self) in nats for one component, and for more its upper bound
-        -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007, section 7), so that what it is taken
-        from stays a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
-        return -(self.log_weights - model.kls(posterior, self.parameters)).logsumexp(1)
+        -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007), so that what it is taken from stays
+        a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
+        return -(self.log_weights - kind.kls(posterior, self.parameters)).logsumexp(1)
 
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
         """The parameters of the component that each row is drawn from, each (rows, *latent_shape)."""

@@ -61,8 +61,8 @@ class Client:
         temperature: at least 0. Gaussian: scale of the noise, 0 gives z = mu. Gumbel: of the relaxation, 0 gives
         one-hot codes.
         hard: Gumbel: one-hot codes at any temperature.
-        prior: what rows without parameters are drawn from: "standard", the prior that the model was trained with, or
-        "mixture", the one fitted to its latents, where it has one, which is then the default.
+        prior: what rows without parameters are drawn from: "standard", one distribution for every row, or, where the
+        model has it, "mixture", one of several, which is then the default.
         seed: 0 .. 2**64 - 1.
         mu, log_var: Gaussian, logits: Gumbel; of the latent shape, for every row, or (n, *latent_shape). Default: the
         model's prior.

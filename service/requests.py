@@ -51,9 +51,9 @@ class SampleRequest(BaseModel):
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
     prior: Prior | None = None
-    """What rows without parameters are drawn from: `standard`, the prior that the model was trained with, or `mixture`,
-    the one that was fitted to its latents afterwards; which component, the row and its seed decide. Default: the
-    mixture where the model has one. With parameters it is `standard`, for those that are not given."""
+    """What rows without parameters are drawn from: `standard`, one distribution for every row, or `mixture`, one of
+    several, which the row and its seed decide; learned with the weights or fitted to the latents afterwards. Default:
+    the mixture where the model has one. With parameters it is `standard`, for those that are not given."""
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
     """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 

@@ -1,5 +1,6 @@
 """`python -m service` as a process: settings, device, logs, and the way it ends."""
 
+import itertools
 import json
 import os
 import re
@@ -74,12 +75,13 @@ def process(repository: Path, **environment: str) -> Iterator[tuple["subprocess.
 
 def test_sigterm_finishes_what_is_in_flight_and_exits_0(repository: Path) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 150, "n": 2}
-    with process(repository, REPARAM_DRAIN_DELAY="0.5") as (running, url), ThreadPoolExecutor(2) as pool:
+    with process(repository, REPARAM_DRAIN_DELAY="1.5") as (running, url), ThreadPoolExecutor(2) as pool:
         in_flight = [pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60) for _ in range(2)]
         wait_until(lambda: "reparam_requests_in_flight 3.0" in httpx.get(f"{url}/metrics").text)
         running.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
-        assert httpx.get(f"{url}/readyz").json()["status"] == "draining"
+        answers = (httpx.get(f"{url}/readyz") for _ in itertools.count())
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert refused.json()["status"] == "draining"
         assert [future.result().status_code for future in in_flight] == [200, 200]
         _, log = running.communicate(timeout=60)
         assert running.returncode == 0

@@ -76,6 +76,11 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the initial weights and of every draw."""
 
+    @property
+    def latent(self) -> tuple[int, ...]:
+        """The shape of a latent."""
+        return self.latent_shape or LATENT_SHAPES[self.kind]
+
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
         if self.kind == "gumbel" and self.objective in ("iwae", "dreg"):

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from export.config import LATENT_SHAPES, WIDTHS, TrainConfig
+from export.config import WIDTHS, TrainConfig
 from export.errors import RunError
 from export.objectives import VAE
 from models import MODELS, Mixture, VAEConfig
@@ -44,7 +44,7 @@ class RunConfig(BaseModel):
         try:
             config = VAEConfig(
                 image_shape=self.image_shape,
-                latent_shape=train.latent_shape or LATENT_SHAPES[train.kind],
+                latent_shape=train.latent,
                 body=train.body,
                 width=WIDTHS[train.body] if train.width is None else train.width,
                 dense=train.dense,
@@ -175,8 +175,7 @@ class Run:
 
     def _check(self, mixture: Mixture) -> None:
         """Raises ValueError."""
-        config = self.config().train
-        latent_shape = config.latent_shape or LATENT_SHAPES[config.kind]
+        latent_shape = self.config().train.latent
         components = (len(mixture.log_weights),)
         for tensor, shape in ((mixture.log_weights, ()), *((each, latent_shape) for each in mixture.parameters)):
             if tensor.shape != components + shape or tensor.dtype != torch.float32:

@@ -49,14 +49,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
     data, run = load(config.data), Run(out)
     goes_on = resume and (out / "config.json").exists()
-    before = run.config().train if goes_on else None
-    where = use_device(config.device or (before.device if before else None))
-    config = config.model_copy(
-        update={
-            "device": config.device or (before.device if before else where.type),
-            "shares": config.shares or (before.shares if before else _shares(config, where)),
-        }
-    )
+    config = _settled(config, run.config().train if goes_on else None)
+    where = use_device(config.device)
     run_config = describe(config, data)
     model = run_config.build()
     if goes_on:
@@ -95,6 +89,16 @@ def use_device(name: Device | None) -> torch.device:
         raise RunError(f"device 'cuda': this torch {built}; --device cpu uses the CPU (a training that began there)")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def _settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
+    """With the device and the shares that are given; or those of the run that goes on; or what suits this machine."""
+    if before is None:
+        device = use_device(config.device)
+        return config.model_copy(update={"device": device.type, "shares": config.shares or _shares(config, device)})
+    return config.model_copy(
+        update={name: getattr(config, name) or getattr(before, name) for name in ("device", "shares")}
+    )
 
 
 def _shares(config: TrainConfig, device: torch.device) -> int:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from export.objectives import (
     VAE,
+    cosine_decay,
     elbo_terms,
     gains,
+    gumbel_temperature,
     importance_weighted_bound,
     log_likelihood,
     negative_elbo,
     negative_iwae,
     negative_vimco,
+    warm_up,
 )
 from export.train import generator
 from models import GaussianVAE, GumbelVAE, VAEConfig
@@ -245,3 +248,21 @@ def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:
     error = found.std(0) / repeats**0.5
     assert ((found.mean(0) - exact).abs() <= 5 * error + 1e-9).all()
     assert exact.abs().max() > 10 * error.max()
+
+
+def test_the_temperature_is_a_closed_form_of_the_global_step() -> None:
+    def tau(step: int) -> float:
+        return gumbel_temperature(step, start=1.0, minimum=0.5, rate=1e-4, every=500)
+
+    assert tau(0) == tau(499) == 1.0
+    assert tau(500) == tau(999) == math.exp(-0.05)
+    assert tau(1000) == pytest.approx(tau(500) ** 2)  # one factor every 500 steps: nothing compounds
+    assert tau(10**9) == 0.5
+
+
+def test_the_other_schedules_begin_and_end_where_they_should() -> None:
+    assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warm_up(0, 0) == 1
+    assert cosine_decay(0, 10) == 1
+    assert cosine_decay(5, 10) == pytest.approx(0.5)
+    assert 0 < cosine_decay(9, 10) < 0.03

@@ -1,10 +1,9 @@
-"""Training: killed or not, the same weights; and the schedules that make it so."""
+"""Training: killed or not, the same weights."""
 
 import copy
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from export import recipes
-from export.__main__ import main
 from export.config import TrainConfig
 from export.data import load
 from export.errors import RunError
-from export.evaluate import PARTIAL, evaluate
-from export.objectives import cosine_decay, gumbel_temperature, warm_up
+from export.evaluate import evaluate
 from export.prior import fit_prior
 from export.run import Run
 from export.train import train, train_epoch, use_device
@@ -180,91 +176,12 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
         run.trained()
 
 
-def test_evaluation_repeats_itself_and_more_samples_tighten_the_bound(runs: dict[str, Path], tmp_path: Path) -> None:
-    folder = runs["tiny-gumbel"]
-    kept = (folder / "evaluation.json").read_bytes()
-    one, again = (evaluate(folder, samples=1, rows=100, seed=1) for _ in range(2))
-    assert one == again
-    assert evaluate(folder, samples=50, rows=100, seed=1)["bound"] > one["bound"]
-    (folder / "evaluation.json").write_bytes(kept)
-
-
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("whole", "killed"):
-        shutil.copytree(runs["tiny-gumbel"], tmp_path / name)
-    arguments = ["--samples", "3000", "--images", "180", "--seed", "4"]
-
-    def start(name: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "export", "evaluate", str(tmp_path / name), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    killed = start("killed")
-    wait_until(lambda: (tmp_path / "killed" / PARTIAL).exists())
-    killed.kill()
-    killed.communicate()
-    for name in ("whole", "killed"):
-        start(name).communicate(timeout=120)
-    whole, resumed = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed"))
-    assert whole == resumed
-    assert not (tmp_path / "killed" / PARTIAL).exists()
-
-
-def test_an_evaluation_of_something_else_starts_anew(runs: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(runs["tiny-gumbel"], tmp_path / "r")
-    expected = evaluate(tmp_path / "r", samples=2, rows=150, seed=0)
-    for content in (b"", save({"0": torch.zeros(3, 100)}, {"stamp": "{}"}), save({"0": torch.zeros(3, 100)})):
-        (tmp_path / "r" / PARTIAL).write_bytes(content)
-        assert evaluate(tmp_path / "r", samples=2, rows=150, seed=0) == expected
-
-
-@pytest.mark.parametrize("name", recipes.names())
-def test_a_recipe_is_a_whole_configuration(name: str) -> None:
-    TrainConfig(**recipes.recipe(name))
-
-
-def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
-    small = ["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "r")]
-    command = [sys.executable, "-m", "export", "train", "--recipe", "dreg-50", *small]
-    finished(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    config = Run(tmp_path / "r").config().train
-    assert (config.objective, config.samples, config.data, config.epochs) == ("dreg", 50, "digits", 1)
-
-
 def test_an_average_of_the_weights_is_what_counts(tmp_path: Path) -> None:
     run = train(small(average=0.9, epochs=2), tmp_path / "r", resume=False, sheet_every=9)
     tensors = load_file(run.checkpoint)
     name = next(name for name in run.trained().state_dict() if name.startswith("decoder"))
     assert torch.equal(run.trained().state_dict()[name], tensors[f"average.module.{name}"])
     assert not torch.equal(tensors[f"model.{name}"], tensors[f"average.module.{name}"])
-
-
-def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
-    import numpy as np
-
-    images = np.random.default_rng(0).random((20, 8, 8))
-    np.savez(tmp_path / "d.npz", images=images)
-    train(small(data=str(tmp_path / "d.npz")), tmp_path / "r", resume=False, sheet_every=1)
-    np.savez(tmp_path / "d.npz", images=1 - images)
-    with pytest.raises(RunError, match="has changed since"):
-        evaluate(tmp_path / "r", samples=1, rows=None, seed=0)
-
-
-def test_the_temperature_is_a_closed_form_of_the_global_step() -> None:
-    def tau(step: int) -> float:
-        return gumbel_temperature(step, start=1.0, minimum=0.5, rate=1e-4, every=500)
-
-    assert tau(0) == tau(499) == 1.0
-    assert tau(500) == tau(999) == math.exp(-0.05)
-    assert tau(1000) == pytest.approx(tau(500) ** 2)  # one factor every 500 steps: nothing compounds
-    assert tau(10**9) == 0.5
-
-
-def test_the_other_schedules_begin_and_end_where_they_should() -> None:
-    assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert warm_up(0, 0) == 1
-    assert cosine_decay(0, 10) == 1
-    assert cosine_decay(5, 10) == pytest.approx(0.5)
-    assert 0 < cosine_decay(9, 10) < 0.03
 
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -348,71 +265,3 @@ def test_another_objective_comes_after_the_epochs_of_the_elbo(tmp_path: Path, ki
         curves.append([json.loads(line)["elbo"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()])
     assert curves[1][0] == curves[0][0] != curves[2][0]
     assert curves[1][1] != curves[0][1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["train", "gaussian", "--data", "nowhere", "--out", "x"], "no data at 'nowhere'"),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--epochs", "0"], "--epochs"),
-        (["train", "flow", "--data", "digits", "--out", "x"], "flow"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--latent-shape", "4"], "D x K, got [4]"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "dreg"], "needs a latent with a density"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "vimco"], "compares samples: at least 2"),
-        (
-            ["train", "gumbel", "--data", "digits", "--out", "x", "--objective", "vimco", "--samples", "2",
-             "--straight-through"], "leave out one or the other",
-        ),
-        (
-            ["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "1", "--shares", "2"],
-            "leave out shares",
-        ),
-        (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--elbo-epochs", "3"], "Add another objective"),
-        (
-            ["train", "gumbel", "--data", "digits", "--out", "x", "--straight-through", "--elbo-epochs", "30"],
-            "30 of 30 epochs: leave some",
-        ),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--free-bits", "1"], "elbo"),
-        (
-            ["train", "gaussian", "--data", "digits", "--out", "x", "--prior-components", "2", "--free-bits", "1"],
-            "which a mixture couples",
-        ),
-        (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
-        (["train", "--out", "x"], "--kind"),
-        (["train", "gumbel", "--data", "digits", "--out", "x", "--body", "mlp", "--dense", "8"], "all its layers in"),
-        (["evaluate", "nowhere"], "nowhere holds no run"),
-        (["inspect", "nowhere"], "cannot be read"),
-        (["train", "gaussian", "--data", "digits", "--out", "/dev/null/x"], "Not a directory"),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--width", "8,x"], "--width 'x'"),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--learning-rate", "0"], "--learning-rate '0'"),
-    ],
-)  # fmt: skip
-def test_the_command_line_says_what_is_wrong_without_a_traceback(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    says: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["export", *arguments])
-    with pytest.raises(SystemExit) as end:  # with what Python prints then, or 2 after having printed it
-        main()
-    printed = capsys.readouterr().err
-    assert says in (printed if end.value.code == 2 else str(end.value.code))
-
-
-def test_a_fault_ends_the_command_with_a_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "export", "evaluate", "nowhere"]
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("nowhere holds no run")

@@ -1,0 +1,64 @@
+"""Evaluation: the same numbers again, killed or not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from export.config import TrainConfig
+from export.errors import RunError
+from export.evaluate import PARTIAL, evaluate
+from export.train import train
+from tests.conftest import wait_until
+
+
+def test_evaluation_repeats_itself_and_more_samples_tighten_the_bound(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = runs["tiny-gumbel"]
+    kept = (folder / "evaluation.json").read_bytes()
+    one, again = (evaluate(folder, samples=1, rows=100, seed=1) for _ in range(2))
+    assert one == again
+    assert evaluate(folder, samples=50, rows=100, seed=1)["bound"] > one["bound"]
+    (folder / "evaluation.json").write_bytes(kept)
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        shutil.copytree(runs["tiny-gumbel"], tmp_path / name)
+    arguments = ["--samples", "3000", "--images", "180", "--seed", "4"]
+
+    def start(name: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "export", "evaluate", str(tmp_path / name), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    killed = start("killed")
+    wait_until(lambda: (tmp_path / "killed" / PARTIAL).exists())
+    killed.kill()
+    killed.communicate()
+    for name in ("whole", "killed"):
+        start(name).communicate(timeout=120)
+    whole, resumed = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed"))
+    assert whole == resumed
+    assert not (tmp_path / "killed" / PARTIAL).exists()
+
+
+def test_an_evaluation_of_something_else_starts_anew(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["tiny-gumbel"], tmp_path / "r")
+    expected = evaluate(tmp_path / "r", samples=2, rows=150, seed=0)
+    for content in (b"", save({"0": torch.zeros(3, 100)}, {"stamp": "{}"}), save({"0": torch.zeros(3, 100)})):
+        (tmp_path / "r" / PARTIAL).write_bytes(content)
+        assert evaluate(tmp_path / "r", samples=2, rows=150, seed=0) == expected
+
+
+def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((20, 8, 8))
+    np.savez(tmp_path / "d.npz", images=images)
+    config = TrainConfig(kind="gaussian", data=str(tmp_path / "d.npz"), epochs=1, width=(4,))
+    train(config, tmp_path / "r", resume=False, sheet_every=1)
+    np.savez(tmp_path / "d.npz", images=1 - images)
+    with pytest.raises(RunError, match="has changed since"):
+        evaluate(tmp_path / "r", samples=1, rows=None, seed=0)

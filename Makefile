@@ -29,8 +29,9 @@ export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publi
 bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
-gpu-check: ## tests of the code that runs on a GPU; needs no environment but onnxruntime, NumPy, SciPy and pytest
+gpu-check: ## test, then time, what runs on a GPU; needs of all environments onnxruntime-gpu, torch, pydantic and pytest
 	$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py
+	$(PYTHON) -m benchmarks device --seconds 3
 
 lock: .venv/all ## pin what the service runs on, with hashes, after a change of the dependency groups
 	$(COMPILE) --group service -o requirements/service.txt

@@ -1,10 +1,10 @@
-"""python -m benchmarks throughput|latency|fairness|memory|scaling|training|all [--help]"""
+"""python -m benchmarks throughput|latency|fairness|memory|scaling|training|device|all [--help]"""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import fairness, latency, memory, scaling, throughput, training
+from benchmarks import device, fairness, latency, memory, scaling, throughput, training
 from benchmarks.options import Options
 from benchmarks.report import Report, record
 from benchmarks.servers import SERVERS
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[Options], Report]] = {
     "memory": memory.measure,
     "scaling": scaling.measure,
     "training": training.measure,
+    "device": device.measure,
 }
 RESULTS = Path(__file__).with_name("results")
 

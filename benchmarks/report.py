@@ -38,15 +38,14 @@ def ratio(value: float, to: float) -> str:
 
 def record(name: str, report: Report) -> str:
     """One line of JSON: the results, and the command, commit, machine and time they were measured with."""
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     return json.dumps(
         {
             "benchmark": name,
             "measured": report.title,
             "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
             "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(
-                _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
-            ),
+            "uncommitted_changes": None if changes is None else bool(changes),
             "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
             "python": platform.python_version(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,8 +55,12 @@ def record(name: str, report: Report) -> str:
     )
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+def _git(*arguments: str) -> str | None:
+    """None in a copy of the files alone."""
+    try:
+        return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu() -> str:

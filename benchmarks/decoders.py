@@ -1,0 +1,83 @@
+"""The networks whose decoders are timed on a device: those of the demo models, and one as large as they come."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from export import recipes
+from export.config import TrainConfig
+from export.objectives import VAE
+from export.run import RunConfig
+from models import GaussianVAE, VAEConfig
+
+DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
+GROUPS = 32  # of a normalization
+
+
+def demo(name: str) -> VAE:
+    """The network of a recipe, untrained: which weights it has does not change its speed."""
+    train = TrainConfig(**recipes.recipe(name))
+    return RunConfig(train=train, data_name="", data_sha256="", image_shape=(1, 28, 28)).build().eval()
+
+
+class Autoencoder(GaussianVAE):
+    """A decoder of the size of Stable Diffusion's (AutoencoderKL; Rombach et al., 2022): latents (4, 64, 64), images
+    (3, 512, 512), 49 million random weights in float16. It has no encoder."""
+
+    def __init__(self, channels: tuple[int, ...] = (512, 512, 256, 128), side: int = 64) -> None:
+        nn.Module.__init__(self)
+        image = side * 2 ** (len(channels) - 1)
+        self.config = VAEConfig((3, image, image), (4, side, side), "conv", channels)
+        self.decoder = nn.Sequential(*_layers(channels)).half()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents.half()).float()  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+def _layers(channels: tuple[int, ...]) -> Iterator[nn.Module]:
+    top, last = channels[0], channels[-1]
+    yield nn.Conv2d(4, top, 3, padding=1)
+    yield from (_Residual(top, top), _Attention(top), _Residual(top, top))
+    before = top
+    for level, width in enumerate(channels):
+        yield from (_Residual(before, width), _Residual(width, width), _Residual(width, width))
+        if level < len(channels) - 1:
+            yield nn.Upsample(scale_factor=2)
+            yield nn.Conv2d(width, width, 3, padding=1)
+        before = width
+    yield from (nn.GroupNorm(GROUPS, last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
+
+
+class _Residual(nn.Module):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.change = nn.Sequential(
+            nn.GroupNorm(GROUPS, before),
+            nn.SiLU(),
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.GroupNorm(GROUPS, after),
+            nn.SiLU(),
+            nn.Conv2d(after, after, 3, padding=1),
+        )
+        self.pass_on = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        changed: Tensor = self.pass_on(images) + self.change(images)
+        return changed
+
+
+class _Attention(nn.Module):
+    """Of each place to all others, one head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        places = self.norm(images).flatten(2).transpose(1, 2).unsqueeze(1)
+        query, key, value = self.query_key_value(places).chunk(3, -1)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value)
+        changed: Tensor = images + self.out(seen).squeeze(1).transpose(1, 2).reshape(images.shape)
+        return changed

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from export.data import load, load_labels
+from export.draws import CLASSIFIER, generator
 from export.errors import DataError, RunError
 from export.objectives import cosine_decay
 from export.run import write_atomically
-from export.train import CLASSIFIER, generator
 from models import VAEConfig
 from models.bodies import encoder
 

@@ -34,7 +34,8 @@ class TrainConfig(BaseModel):
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(max_length=8)] | None = None
     """Gaussian: any shape, default 20. Gumbel: variables, categories, default 20,10."""
     prior_components: PositiveInt = 1
-    """Of the prior that is learned with the weights, a mixture; 1: N(0, I), or independent categories."""
+    """Components of the prior. From 2 on it is a mixture, learned with the weights; 1: N(0, I), or learned independent
+    categories."""
     binarize: bool = True
     """Draw each pixel from its grey value anew in every epoch (dynamic binarization). Without it grey values enter the
     Bernoulli likelihood as they are and the bound is not one of log p(x)."""
@@ -77,6 +78,12 @@ class TrainConfig(BaseModel):
     """Of the initial weights and of every draw."""
 
     @property
+    def alike_epochs(self) -> int:
+        """First epochs, in which the components of a mixture are the same. Apart from the start, most were lost: what
+        first resembles the images takes them all."""
+        return max(1, self.kl_warm_up)
+
+    @property
     def latent(self) -> tuple[int, ...]:
         """The shape of a latent."""
         return self.latent_shape or LATENT_SHAPES[self.kind]
@@ -100,6 +107,11 @@ class TrainConfig(BaseModel):
             raise ValueError("straight_through relaxes codes, objective 'vimco' does not: leave out one or the other")
         if self.free_bits and (self.shares or 1) > 1:
             raise ValueError("free_bits are counted in the mean over a whole batch: leave out shares")
+        if self.prior_components > 1 and self.alike_epochs >= self.epochs:
+            raise ValueError(
+                f"the {self.prior_components} prior_components part after the warm-up, {self.alike_epochs} of "
+                f"{self.epochs} epochs: leave some for what follows"
+            )
         if self.free_bits and self.prior_components > 1:
             raise ValueError("free_bits are counted by variable, which a mixture couples: leave out one or the other")
         if self.objective != "elbo" and self.free_bits:

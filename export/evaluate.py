@@ -10,10 +10,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from export.config import Device
+from export.draws import EVALUATION, as_images, generator
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import EVALUATION, as_images, generator, match, use_device
+from export.train import use_device
 from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
@@ -26,7 +27,8 @@ def evaluate(
     folder: Path, *, samples: int, rows: int | None, seed: int, device: Device | None = None
 ) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
-    standard errors; if there is a mixture, the bound with it as the prior too. Gumbel codes are one-hot. The same
+    standard errors, under the prior that the model was trained with; if a mixture was fitted afterwards, the bound with
+    that as the prior too. Gumbel codes are one-hot. The same
     arguments give the same numbers on the same device, also after an interruption, from which it goes on.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
@@ -34,9 +36,10 @@ def evaluate(
     run = Run(folder)
     config, where = run.config(), use_device(device)
     model = run.trained()
-    priors = {name: prior.to(where) for name, prior in run.priors(model).items()}
+    fitted = run.mixture()
     model.to(where)
-    data = match(run)
+    priors = [model.prior(), *([] if fitted is None else [fitted.to(where)])]
+    data = run.data()
     pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
     batches = pixels.split(IMAGES)
@@ -47,7 +50,7 @@ def evaluate(
         images = as_images(batches[number], config.train.binarize, draws)
         likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
         at_a_time = max(1, DECODED // len(images))
-        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, list(priors.values()))
+        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors)
         done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu())
         _keep(folder / PARTIAL, stamp, done)
         progress.update()
@@ -60,7 +63,7 @@ def evaluate(
         "kl": kl.mean().item(),
         "bound": bound.mean().item(),
         "bound_standard_error": _standard_error(bound),
-        **_with_mixture(priors.get("mixture"), with_mixture),
+        **_with_mixture(fitted, with_mixture),
         "m": samples,
         "images": len(pixels),
         "binarization": "static" if config.train.binarize and _is_binary(pixels) else binarization,

@@ -12,10 +12,10 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm import tqdm
 
+from export.draws import PRIOR, as_images, generator
 from export.errors import RunError
 from export.objectives import VAE
 from export.run import Run
-from export.train import PRIOR, as_images, generator, match
 from models import Mixture
 
 CONVERGED = 1e-4  # nats a latent, that the likelihood rises by in one round
@@ -31,17 +31,19 @@ def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
     with and under the mixture: the difference is what the ELBO gains. Raises RunError.
     """
     run = Run(folder)
-    model, data = run.trained(), match(run)
+    model, data = run.trained(), run.data()
+    if (learned := len(model.prior().log_weights)) > 1:
+        raise RunError(f"{folder} learned a mixture of {learned} components with its weights: there is nothing to fit")
     draws = generator(seed, PRIOR)
     binarize = run.config().train.binarize
     seen, unseen = (
-        _latents(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
+        encoded(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
     )
     mixture = fit_mixture(model, seen, components, seed)
     run.keep_prior(mixture)
     return {
         name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
-        for name, prior in (("trained", model.prior()), ("mixture", mixture))
+        for name, prior in (("standard", model.prior()), ("mixture", mixture))
     }
 
 
@@ -69,11 +71,14 @@ def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixt
     return mixture
 
 
-def _latents(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
-    """One latent of each image from q(z | x), (n, *latent_shape)."""
+@torch.inference_mode()
+def encoded(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
+    """One latent of each image from q(z | x), (n, *latent_shape), on the CPU."""
+    model.eval()
     latents = []
     for batch in pixels.split(ENCODED):
         posterior = model.encode(as_images(batch, binarize, draws))
         noise = model.noise(tuple(posterior[0].shape), draws)
-        latents.append(model.sample(posterior, noise, torch.full((len(batch),), model.default_temperature)))
+        temperature = torch.full((len(batch),), model.default_temperature, device=pixels.device)
+        latents.append(model.sample(posterior, noise, temperature).cpu())
     return torch.cat(latents)

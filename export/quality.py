@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from export.classifier import Classifier
+from export.draws import QUALITY, generator
 from export.errors import RunError
 from export.objectives import VAE
 from export.run import Run, write_atomically
-from export.train import QUALITY, generator, match
 from models import Mixture
 
 Float64 = npt.NDArray[np.float64]
@@ -34,7 +34,7 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
     folder. Raises RunError, DataError.
     """
     run = Run(folder)
-    model, data = run.trained(), match(run)
+    model, data = run.trained(), run.data()
     priors = run.priors(model)
     features = Classifier.load(classifier)
     if features.image_shape != data.image_shape:

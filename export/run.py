@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from export.config import WIDTHS, TrainConfig
+from export.data import Dataset, load
 from export.errors import RunError
 from export.objectives import VAE
 from models import MODELS, Mixture, VAEConfig
@@ -37,6 +38,11 @@ class RunConfig(BaseModel):
     data_name: str
     data_sha256: str
     image_shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, train: TrainConfig, data: Dataset) -> Self:
+        digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
+        return cls(train=train, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
 
     def build(self) -> VAE:
         """The network with its initial weights. Raises RunError for a configuration that fits no network."""
@@ -87,7 +93,15 @@ class Run:
         except FileNotFoundError as error:
             raise RunError(f"{self.folder} holds no run: `python -m export train` makes one") from error
         except ValidationError as error:
-            raise RunError(f"{path} is damaged: {error}") from error
+            raise RunError(f"{path} is damaged or of another version: {error}") from error
+
+    def data(self) -> Dataset:
+        """The images that it was trained on. Raises DataError; RunError if they have changed since."""
+        config = self.config()
+        data = load(config.train.data)
+        if RunConfig.of(config.train, data) != config:
+            raise RunError(f"{config.train.data} has changed since {self.folder} was trained on it")
+        return data
 
     def save(self, epoch: int, model: VAE, optimizer: torch.optim.Adam, average: AveragedModel | None) -> None:
         """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
@@ -115,7 +129,7 @@ class Run:
                 average.load_state_dict(_under("average.", tensors))
         except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
             raise RunError(
-                f"{self.checkpoint} is damaged or of another version ({error}): delete it to train from the start"
+                f"{self.checkpoint} is damaged or of another version ({error}): train anew, into another folder"
             ) from error
         if optimizer is not None:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -145,14 +159,14 @@ class Run:
         write_atomically(self.prior, save(tensors, {"checkpoint_sha256": _sha256(self.checkpoint)}))
 
     def priors(self, model: VAE) -> dict[str, Mixture]:
-        """What its artifact can be sampled from, by name: `standard`, one distribution, and `mixture` if one was fitted
-        afterwards or learned with the weights. Raises RunError."""
+        """What the artifact of its network can be sampled from, by name: `standard`, one distribution, and `mixture` if
+        one was learned with the weights or fitted afterwards. Raises RunError."""
         learned = model.prior()
-        if len(learned.log_weights) == 1:
-            fitted = self.mixture()
-            return {"standard": learned} | ({} if fitted is None else {"mixture": fitted})
-        nearest = tuple(parameter.unsqueeze(0) for parameter in model.nearest(learned))
-        return {"standard": Mixture(torch.zeros(1), nearest), "mixture": self.mixture() or learned}
+        if len(learned.log_weights) > 1:
+            nearest = tuple(parameter.unsqueeze(0) for parameter in model.nearest(learned))
+            return {"standard": Mixture(learned.log_weights.new_zeros(1), nearest), "mixture": learned}
+        fitted = self.mixture()
+        return {"standard": learned} | ({} if fitted is None else {"mixture": fitted})
 
     def mixture(self) -> Mixture | None:
         """The prior that was fitted to the weights of the last epoch, if one was. Raises RunError."""

@@ -1,6 +1,5 @@
 """Training: Adam on the evidence lower bound, the same weights for the same configuration, killed or not."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from export.config import Device, TrainConfig
-from export.data import Dataset, load
+from export.data import load
+from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator
 from export.errors import RunError
 from export.objectives import (
     VAE,
@@ -30,6 +30,7 @@ from export.objectives import (
     negative_vimco,
     warm_up,
 )
+from export.prior import encoded, fit_mixture
 from export.run import Run, RunConfig, averaged, write_atomically
 from models.bodies import start_at
 from service.pictures import png, sheet
@@ -37,12 +38,9 @@ from service.pictures import png, sheet
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 LEAST_SHARE = 64  # rows to decode that are worth a core
-PRIOR_RATE = 0.02  # share of a batch in the learned prior of a Gumbel VAE
+PRIOR_RATE = 0.02  # share of a batch in a learned prior
 
 Map = Callable[..., Iterable[Any]]
-
-# What a generator is for: with the seed and the epoch this decides its draws, so a resumed run repeats them.
-TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY, ORDER = range(8)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
@@ -51,7 +49,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     goes_on = resume and (out / "config.json").exists()
     config = _settled(config, run.config().train if goes_on else None)
     where = use_device(config.device)
-    run_config = describe(config, data)
+    run_config = RunConfig.of(config, data)
     model = run_config.build()
     if goes_on:
         run.resume(run_config)
@@ -67,6 +65,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     done = run.restore(model, optimizer, average)
     run.forget_after(done)
     for epoch in range(done, config.epochs):
+        if config.prior_components > 1 and epoch == config.alike_epochs:
+            latents = encoded(model, images, config.binarize, generator(config.seed, PRIOR, device=where))
+            mixture = fit_mixture(model, latents, config.prior_components, config.seed)
+            for each in (model, counts):
+                each.set_prior(mixture)
         metrics = train_epoch(model, optimizer, average, images, config, epoch)
         metrics |= _held_out_metrics(counts, held_out, config)
         if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
@@ -107,36 +110,6 @@ def _shares(config: TrainConfig, device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), worth))
 
 
-def describe(config: TrainConfig, data: Dataset) -> RunConfig:
-    digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
-    return RunConfig(train=config, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
-
-
-def match(run: Run) -> Dataset:
-    """The images that the run was trained on. Raises DataError; RunError if they have changed since."""
-    config = run.config()
-    data = load(config.train.data)
-    if describe(config.train, data) != config:
-        raise RunError(f"{config.train.data} has changed since {run.folder} was trained on it")
-    return data
-
-
-def generator(
-    seed: int, purpose: int, epoch: int = 0, share: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """A generator whose draws depend on nothing else."""
-    (state,) = np.random.SeedSequence([seed, purpose, epoch, share]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state) >> 1)
-
-
-def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
-    """uint8 pixels -> float32 images in [0, 1], each pixel drawn from its grey value if `binarize`."""
-    if not binarize:
-        return pixels.float() / 255
-    thresholds = torch.empty_like(pixels).random_(0, 255, generator=draws)  # 0 .. 254: a third of bernoulli's time
-    return (thresholds < pixels).float()
-
-
 def train_epoch(
     model: VAE,
     optimizer: torch.optim.Adam,
@@ -175,12 +148,19 @@ def train_epoch(
                 average.update_parameters(model)
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
     seconds = time.perf_counter() - started
+    components = model.prior().log_weights
     return {
         "elbo": likelihood_mean - kl_mean,
         "kl": kl_mean,
+        **({"components": _perplexity(components)} if len(components) > 1 else {}),
         "temperature": now.temperature,
         "images_per_second": len(pixels) / seconds,
     }
+
+
+def _perplexity(log_weights: Tensor) -> float:
+    """As many components as, weighing the same, would tell as much."""
+    return math.exp(-(log_weights.exp() * log_weights).sum().item())
 
 
 class Schedule(NamedTuple):

@@ -33,7 +33,7 @@ class GaussianVAE(nn.Module):
         shape = (config.prior_components, *config.latent_shape)
         start = {
             "prior_weights": torch.zeros(config.prior_components),
-            "prior_mu": torch.randn(shape) if self.learns_prior else torch.zeros(shape),
+            "prior_mu": torch.zeros(shape),
             "prior_log_var": torch.zeros(shape),
         }
         for name, tensor in start.items():
@@ -62,6 +62,14 @@ class GaussianVAE(nn.Module):
         variance = variance * (1 - 2 * step * log_var_grad) - shift**2
         self.prior_mu.add_(shift)
         self.prior_log_var.copy_(variance.clamp_min(LEAST_VARIANCE).log())
+
+    @torch.no_grad()
+    def set_prior(self, prior: Mixture) -> None:
+        """Let p(z) be this, of as many components."""
+        self.prior_weights.copy_(prior.log_weights)
+        mu, log_var = prior.parameters
+        self.prior_mu.copy_(mu)
+        self.prior_log_var.copy_(log_var)
 
     def encode(self, images: Tensor) -> Parameters:
         """Images (n, C, H, W) in [0, 1] -> mu and log_var of q(z | x), each (n, *latent_shape)."""

@@ -34,7 +34,7 @@ class GumbelVAE(nn.Module):
         self.decoder = decoder(config)
         self.prior_weights = nn.Parameter(torch.zeros(config.prior_components))
         shape = (config.prior_components, *config.latent_shape)
-        self.prior_logits = nn.Parameter(torch.randn(shape) if config.prior_components > 1 else torch.zeros(shape))
+        self.prior_logits = nn.Parameter(torch.zeros(shape))
 
     def prior(self) -> Mixture:
         """p(z)"""
@@ -56,6 +56,13 @@ class GumbelVAE(nn.Module):
         weights = learn_weights(self.prior_weights, rate).reshape(-1, 1, 1)
         prior = self.prior_logits.softmax(-1) - rate / weights * self.prior_logits.grad
         self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
+
+    @torch.no_grad()
+    def set_prior(self, prior: Mixture) -> None:
+        """Let p(z) be this, of as many components."""
+        self.prior_weights.copy_(prior.log_weights)
+        (logits,) = prior.parameters
+        self.prior_logits.copy_(logits)
 
     def encode(self, images: Tensor) -> Parameters:
         """Images (n, C, H, W) in [0, 1] -> logits of q(z | x), (n, D, K)."""

@@ -8,8 +8,8 @@ from torch import Tensor
 LEAST_WEIGHT = 1e-6  # of a component
 
 
-class Kind(Protocol):
-    """What a mixture asks of its components' kind of distribution: GaussianVAE or GumbelVAE."""
+class Family(Protocol):
+    """What a mixture asks of its components' family of distributions: of a GaussianVAE or a GumbelVAE."""
 
     def log_probs(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
 
@@ -28,19 +28,19 @@ class Mixture(NamedTuple):
     def to(self, device: torch.device) -> "Mixture":
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
-    def joint(self, kind: Kind, latents: Tensor) -> Tensor:
+    def joint(self, family: Family, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
-        return self.log_weights + kind.log_probs(latents, self.parameters)
+        return self.log_weights + family.log_probs(latents, self.parameters)
 
-    def log_prob(self, kind: Kind, latents: Tensor) -> Tensor:
+    def log_prob(self, family: Family, latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""
-        return self.joint(kind, latents).logsumexp(1)
+        return self.joint(family, latents).logsumexp(1)
 
-    def kl(self, kind: Kind, posterior: tuple[Tensor, ...]) -> Tensor:
+    def kl(self, family: Family, posterior: tuple[Tensor, ...]) -> Tensor:
         """KL(posterior || self) in nats for one component, and for more its upper bound
         -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007), so that what it is taken from stays
         a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
-        return -(self.log_weights - kind.kls(posterior, self.parameters)).logsumexp(1)
+        return -(self.log_weights - family.kls(posterior, self.parameters)).logsumexp(1)
 
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
         """The parameters of the component that each row is drawn from, each (rows, *latent_shape)."""

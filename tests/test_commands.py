@@ -55,6 +55,10 @@ def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
             ["train", "gaussian", "--data", "digits", "--out", "x", "--prior-components", "2", "--free-bits", "1"],
             "which a mixture couples",
         ),
+        (
+            ["train", "gaussian", "--data", "digits", "--out", "x", "--prior-components", "2", "--kl-warm-up", "30"],
+            "30 of 30 epochs: leave some",
+        ),
         (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
         (["train", "--out", "x"], "--kind"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--body", "mlp", "--dense", "8"], "all its layers in"),

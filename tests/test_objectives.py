@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from export.draws import generator
 from export.objectives import (
     VAE,
     cosine_decay,
@@ -22,8 +23,7 @@ from export.objectives import (
     negative_vimco,
     warm_up,
 )
-from export.train import generator
-from models import GaussianVAE, GumbelVAE, VAEConfig
+from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
 from models.bodies import start_at
 
 IMAGE = (1, 2, 2)
@@ -153,6 +153,7 @@ def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | 
     is responsible for."""
     torch.manual_seed(0)
     model, batch = kind(VAEConfig(IMAGE, (5, 3), "mlp", (4,), prior_components=3)).double(), images(40)
+    model.set_prior(Mixture(torch.rand(3).log_softmax(0), tuple(map(torch.randn_like, model.prior().parameters))))
     with torch.no_grad():
         posterior, before = model.encode(batch), model.prior()
         shares = (before.log_weights - model.kls(posterior, before.parameters)).softmax(1)
@@ -170,6 +171,23 @@ def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | 
         mu, log_var = posterior
         torch.testing.assert_close(found.parameters[0], mean(mu))
         torch.testing.assert_close(found.parameters[1].exp(), mean(mu**2 + log_var.exp()) - mean(mu) ** 2)
+
+
+@pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
+def test_a_component_that_no_image_is_near_stays_a_density(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
+    model, image = kind(VAEConfig(IMAGE, (5, 3), "mlp", (), prior_components=2)), torch.ones(1, *IMAGE)
+    with torch.no_grad():
+        last_weight(model.encoder)[:15] = 0
+        last_weight(model.encoder)[15:] = -50  # of a Gaussian: no variance
+    far = tuple(torch.stack([same[0], same[0] + 40 * torch.eye(5, 3)]) for same in model.prior().parameters)
+    model.set_prior(Mixture(torch.zeros(2).log_softmax(0), far))
+    for _ in range(3):
+        model.zero_grad()
+        negative_elbo(model, image, generator(0, 0), temperature=1.0).loss.backward()
+        model.learn_prior(1.0)
+    prior = model.prior()
+    assert prior.log_weights.exp().tolist() == pytest.approx([1, 0], abs=1e-5)
+    assert all(tensor.isfinite().all() for tensor in (prior.log_weights, *prior.parameters))
 
 
 def test_the_bound_is_exact_where_the_posterior_is() -> None:
@@ -231,7 +249,8 @@ def test_what_a_sample_adds_is_the_bound_less_that_with_the_mean_of_the_others()
 def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:
     """Against the exact gradient: the bound of two samples, summed over all pairs of codes. 40000 draws."""
     torch.manual_seed(0)
-    model = GumbelVAE(VAEConfig(IMAGE, (2, 2), "mlp", (4,))).double()
+    model = GumbelVAE(VAEConfig(IMAGE, (2, 2), "mlp", (4,), prior_components=3)).double()
+    model.set_prior(Mixture(torch.rand(3).log_softmax(0), (torch.randn(3, 2, 2),)))
     image = images(1)
     codes = torch.eye(2, dtype=torch.float64)[torch.tensor(list(itertools.product(range(2), repeat=2)))]  # all four
     log_q = model.log_prob(codes, model.encode(image))

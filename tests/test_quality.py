@@ -11,10 +11,10 @@ from scipy import linalg
 
 from export.classifier import Classifier, train_classifier
 from export.data import load, load_labels
+from export.draws import generator
 from export.errors import DataError, RunError
 from export.prior import fit_prior
 from export.quality import frechet, kernel_distance, near_training, quality, sampled
-from export.train import generator
 from models import GaussianVAE, Mixture, VAEConfig
 
 

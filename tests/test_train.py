@@ -40,10 +40,12 @@ def finished(process: "subprocess.Popen[bytes]") -> str:
     return output.decode()
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path, kind: str) -> None:
-    finished(command(kind, tmp_path / "whole"))
-    killed = command(kind, tmp_path / "killed")
+@pytest.mark.parametrize(("kind", "more"), [("gaussian", []), ("gumbel", ["--prior-components", "3"])])
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, kind: str, more: list[str]
+) -> None:
+    finished(command(kind, tmp_path / "whole", *more))
+    killed = command(kind, tmp_path / "killed", *more)
     wait_until(lambda: (tmp_path / "killed" / "checkpoint.safetensors").exists())
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
@@ -52,7 +54,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: P
         Run(tmp_path / "killed").trained()
     with (tmp_path / "killed" / "metrics.jsonl").open("ab") as metrics:
         metrics.write(b'{"epoch": 6, "elbo"\n\xff\n[]\n{"epoch": 99}')
-    finished(command(kind, tmp_path / "killed", "--resume"))
+    finished(command(kind, tmp_path / "killed", *more, "--resume"))
     whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -174,6 +176,12 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     (run.folder / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
         run.trained()
+
+
+def test_a_variable_below_its_free_bits_keeps_its_prior(tmp_path: Path) -> None:
+    config = small(kind="gumbel", latent_shape=(3, 4), free_bits=9.0)
+    model = train(config, tmp_path / "r", resume=False, sheet_every=1).trained()
+    assert not model.prior().parameters[0].softmax(-1).sub(0.25).any()
 
 
 def test_an_average_of_the_weights_is_what_counts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from export.config import TrainConfig
 from export.data import load
 from export.objectives import VAE
 from export.recipes import recipe
-from export.train import describe
+from export.run import RunConfig
 
 
 class Images(Dataset[Tensor]):
@@ -63,7 +63,7 @@ def main() -> None:
     name, source, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
     config = TrainConfig(**{**recipe(name), "data": source})
     data = load(source)
-    model = describe(config, data).build()
+    model = RunConfig.of(config, data).build()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     dataset = Images(data.train)
     loader = DataLoader(

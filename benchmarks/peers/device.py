@@ -1,0 +1,129 @@
+"""Times decoders on the device that the service would choose, and prints JSON.
+
+python -m benchmarks.peers.device SECONDS ROUNDS
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from benchmarks.peers.decoders import DEMOS, Autoencoder, demo
+from export.graph import Sampler, export_sampler, sampler_inputs
+from export.objectives import VAE
+from service.artifact import Contract, load
+from service.buckets import Buckets
+from service.devices import choose
+
+LARGE = "autoencoder-kl"
+ROWS, LARGE_ROWS = (1, 64, 1024), (1, 8)
+TOLERANCE = 0.02  # of an image in [0, 1]: float16 and TF32 round
+
+Array = npt.NDArray[np.float32]
+Arrays = dict[str, Array]
+Way = Callable[[], Array]
+
+
+def main(seconds: float, rounds: int) -> None:
+    """seconds: of each way in each case, all rounds together."""
+    device = choose("auto")
+    on_gpu = device.name == "cuda"
+    networks: dict[str, VAE] = {name: demo(name) for name in DEMOS}
+    cases = [(name, rows) for name in DEMOS for rows in ROWS]
+    if on_gpu:
+        networks[LARGE] = Autoencoder()
+        cases += [(LARGE, rows) for rows in LARGE_ROWS]
+    seen: dict[str, dict[str, float]] = {}
+    with TemporaryDirectory() as folder:
+        artifacts = {name: _artifact(network, Path(folder) / name) for name, network in networks.items()}
+        for name, rows in cases:
+            ways = dict(_ways(networks[name], artifacts[name], rows, on_gpu))
+            seen[f"{name}, {rows} rows"] = _rows_per_second(ways, rows, seconds / rounds, rounds)
+    where = torch.cuda.get_device_name() if on_gpu else "the CPU"
+    print(json.dumps({"device": device.name, "name": where, "reason": device.reason, "rows_per_second": seen}))
+
+
+def _artifact(model: VAE, path: Path) -> Path:
+    """A file that the service would load; nothing in it was evaluated."""
+    contract = Contract(
+        kind=model.kind,  # type: ignore[arg-type]
+        latent_shape=model.config.latent_shape,
+        image_shape=model.config.image_shape,  # type: ignore[arg-type]
+        prior=dict.fromkeys(model.parameter_names, 0.0),
+        default_temperature=model.default_temperature,
+        noise_version=1,
+        trained_on={},
+        evaluation={},
+        tools={},
+        reference={},
+    )
+    graph = export_sampler(model)
+    onnx.helper.set_model_props(graph, contract.to_metadata())
+    path.write_bytes(graph.SerializeToString())
+    return path
+
+
+def _ways(model: VAE, path: Path, rows: int, on_gpu: bool) -> Iterator[tuple[str, Way]]:
+    where = torch.device("cuda" if on_gpu else "cpu")
+    artifact = load(path, choose("auto").attempts)
+    inputs = _inputs(model, rows)
+    buckets = Buckets(artifact, rows)
+    for name, array in inputs.items():
+        buckets.inputs[name][:rows] = array
+    yield "reparam", lambda: buckets.run(rows)["images"]
+    yield "onnxruntime", lambda: artifact.run(inputs)["images"]
+    sampler = Sampler(model).to(where).eval()
+    yield "torch", lambda: _through(sampler, inputs, where)
+    compiled = torch.compile(sampler, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+    yield "torch.compile", lambda: _through(compiled, inputs, where)
+
+
+def _inputs(model: VAE, rows: int) -> Arrays:
+    random = np.random.default_rng(0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sampler_inputs(model, rows).items()}
+    return {
+        name: np.ones(shape, np.float32) if name == "temperature" else random.standard_normal(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+@torch.inference_mode()
+def _through(sampler: Callable[..., tuple[Tensor, ...]], inputs: Arrays, where: torch.device) -> Array:
+    """To the device, through the network, and back, which waits for it."""
+    outputs = sampler(*(torch.from_numpy(array).to(where) for array in inputs.values()))
+    _, images, _ = (tensor.cpu().numpy() for tensor in outputs)
+    return images
+
+
+def _rows_per_second(ways: dict[str, Way], rows: int, seconds: float, rounds: int) -> dict[str, float]:
+    """Medians; the ways in turn, for the machine's speed changes. Raises AssertionError if their images differ."""
+    expected = ways["torch"]()
+    for way in ways.values():
+        np.testing.assert_allclose(way(), expected, atol=TOLERANCE)
+        way()  # onnxruntime captures a CUDA graph in the second run
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(rows * _per_second(way, seconds))
+    return {name: median(values) for name, values in found.items()}
+
+
+def _per_second(way: Way, seconds: float) -> float:
+    runs, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds or not runs:
+        way()
+        runs += 1
+    return runs / spent
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))

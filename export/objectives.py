@@ -15,7 +15,8 @@ VAE = GaussianVAE | GumbelVAE
 
 class Terms(NamedTuple):
     """What a step of training minimizes, a scalar, and what it saw, each (n,) in nats and detached: E_q log p(x | z)
-    and KL(q || p); their difference is the ELBO (Kingma and Welling, 2014, equation 3)."""
+    and KL(q || p), whose difference is the ELBO (Kingma and Welling, 2014, equation 3). From a mixture it is the upper
+    bound of Mixture.kl, and the difference no more than the ELBO."""
 
     loss: Tensor
     likelihood: Tensor
@@ -33,7 +34,8 @@ def negative_elbo(
     free_bits: float = 0.0,
     straight_through: bool = False,
 ) -> Terms:
-    """kl_weight * KL(q || p) - E_q log p(x | z), the first in closed form, the second by the mean of `samples`.
+    """kl_weight * KL(q || p) - E_q log p(x | z), the first in the closed form of Mixture.kl, the second by the mean of
+    `samples`.
 
     images: (n, C, H, W) in [0, 1]. temperature: of the latent samples.
     free_bits: nats that each variable may carry, in the mean over the images, at no cost (Kingma et al., 2016,

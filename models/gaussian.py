@@ -10,7 +10,7 @@ from models.bodies import VAEConfig, decoder, encoder
 from models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
-LEAST_VARIANCE = 1e-4  # of a component that was fitted to few latents
+LEAST_VARIANCE = 1e-4  # of a component that few latents are near
 
 
 class GaussianVAE(nn.Module):

@@ -16,6 +16,7 @@ def inspect(folder: Path) -> str:
         "latent shape": _shape(contract.latent_shape),
         "image shape": f"{_shape(contract.image_shape)} (C x H x W)",
         "default temperature": f"{contract.default_temperature:g}",
+        "decoder precision": contract.precision,
         "noise version": contract.noise_version,
         **{f"prior {name}": _summary(values) for name, values in contract.prior.items()},
         **{f"mixture {name}": _summary(values) for name, values in (contract.mixture or {}).items()},

@@ -1,6 +1,7 @@
 """From a run to an artifact: export, gate, and a rename, so that a reader sees a whole version or none."""
 
 import contextlib
+import copy
 import platform
 import shutil
 import tempfile
@@ -27,19 +28,23 @@ from export.verify import (
     run,
     run_encoder,
     temperatures,
+    tolerance_of,
     varied_feeds,
     verify,
 )
 from models import Mixture
+from models.bodies import halved
 from service import __version__
-from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, Contract, load, open_session
+from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, Contract, Precision, load, open_session
 from service.noise import NOISE_VERSION
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
-def publish(folder: Path, name: str, repository: Path) -> Path:
+def publish(folder: Path, name: str, repository: Path, precision: Precision = "float32") -> Path:
     """Write `repository`/`name`/<next version>/ from the run in `folder`, if it passes the gate.
+
+    precision: that the decoder will compute in.
 
     Returns the new folder. Raises RunError, GateError, ArtifactError; then nothing is written.
     """
@@ -47,7 +52,7 @@ def publish(folder: Path, name: str, repository: Path) -> Path:
         raise RunError(f"{name!r} cannot be a model's name: letters, digits, '.', '_' and '-', first a letter or digit")
     source = Run(folder)
     model = source.trained()
-    contract = describe(model, source)
+    contract = describe(model, source, precision)
     (repository / name).mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=repository / name))
     try:
@@ -62,7 +67,7 @@ def publish(folder: Path, name: str, repository: Path) -> Path:
             (repository / name).rmdir()
 
 
-def describe(model: VAE, source: Run) -> Contract:
+def describe(model: VAE, source: Run, precision: Precision = "float32") -> Contract:
     """The contract of the artifact, with the reference rows computed by the network itself."""
     config, priors = source.config(), source.priors(model)
     contract = Contract(
@@ -74,6 +79,7 @@ def describe(model: VAE, source: Run) -> Contract:
             for key, parameter in zip(model.parameter_names, priors["standard"].parameters, strict=True)
         },
         mixture=_mixture(model, priors.get("mixture")),
+        precision=precision,
         default_temperature=model.default_temperature,
         noise_version=NOISE_VERSION,  # type: ignore[arg-type]  # Literal[1], checked here
         trained_on={"data": config.data_name, "sha256": config.data_sha256, "epochs": config.train.epochs},
@@ -89,7 +95,7 @@ def describe(model: VAE, source: Run) -> Contract:
 
 def write(model: VAE, contract: Contract, folder: Path) -> None:
     """Export both graphs into the folder."""
-    sampler = export_sampler(model)
+    sampler = export_sampler(_in_precision(model, contract.precision))
     onnx.helper.set_model_props(sampler, contract.to_metadata())
     write_atomically(folder / MODEL_FILE, sampler.SerializeToString())
     write_atomically(folder / ENCODER_FILE, export_encoder(model).SerializeToString())
@@ -98,12 +104,14 @@ def write(model: VAE, contract: Contract, folder: Path) -> None:
 def gate(model: VAE, folder: Path) -> None:
     """Refuse files that do not compute what the network computes. Raises GateError, ArtifactError.
 
-    The weights must be the network's, bit for bit; and both graphs, run by onnxruntime, must answer what torch answers
-    within 1e-4, at batches of 1, 2, 3 and 64, at temperature 0, the default and a large one.
+    The weights must be the network's, bit for bit, or rounded to float16; and both graphs, run by onnxruntime, must
+    answer what torch answers in float32 within 1e-4, images of a float16 decoder within 0.02, at batches of 1, 2, 3 and
+    64, at temperature 0, the default and a large one.
     """
-    _same_weights(model.decoder, folder / MODEL_FILE, "model.decoder.")
-    _same_weights(model.encoder, folder / ENCODER_FILE, "model.encoder.")
     artifact = load(folder / MODEL_FILE)
+    precision = artifact.contract.precision
+    _same_weights(_in_precision(model, precision).decoder, folder / MODEL_FILE, "model.decoder.")
+    _same_weights(model.encoder, folder / ENCODER_FILE, "model.encoder.")
     names = list(artifact.contract.outputs())
     for temperature in temperatures(artifact.contract):
         for rows in BATCHES:
@@ -113,7 +121,7 @@ def gate(model: VAE, folder: Path) -> None:
             found = run(artifact, feeds, where)
             expected = _answer(Sampler(model), [torch.from_numpy(feed) for feed in feeds.values()])
             for name, values in zip(names, expected, strict=True):
-                compare(name, found[name], values, where)
+                compare(name, found[name], values, where, tolerance_of(name, precision))
     encoder = open_session((folder / ENCODER_FILE).read_bytes(), ["CPUExecutionProvider"])
     for rows in BATCHES:
         images = encoder_images(artifact.contract, rows)
@@ -123,6 +131,14 @@ def gate(model: VAE, folder: Path) -> None:
         ):
             compare(name, found_values, values, f"for {rows} rows through the encoder, compared with torch")
     verify(folder)
+
+
+def _in_precision(model: VAE, precision: Precision) -> VAE:
+    if precision == "float32":
+        return model
+    half = copy.deepcopy(model)
+    half.decoder = halved(half.decoder)
+    return half
 
 
 def _same_weights(module: nn.Module, path: Path, prefix: str) -> None:

@@ -16,6 +16,7 @@ from service.artifact import (
     Artifact,
     ArtifactError,
     Contract,
+    Precision,
     load,
     open_session,
     prior_feeds,
@@ -24,8 +25,12 @@ from service.artifact import (
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-TOLERANCE = 1e-4  # largest difference of two computations of one value,
-PIXEL_TOLERANCE = 1  # and of its level between 0 and 255
+TOLERANCE = 1e-4  # largest difference of two computations of one value
+# Of images, and of their levels between 0 and 255, by the precision of the decoder.
+IMAGE_TOLERANCES: dict[Precision, dict[str, float]] = {
+    "float32": {"images": TOLERANCE, "pixels": 1},
+    "float16": {"images": 0.02, "pixels": 5},
+}
 BATCHES = (1, 2, 3, 64)
 LARGE_TEMPERATURE = 5.0
 REFERENCE_SEED, REFERENCE_ROWS, REFERENCE_VALUES = 0, 3, 64
@@ -48,7 +53,8 @@ def verify(folder: Path) -> list[str]:
         f"the contract holds: {contract.kind}, latent {contract.latent_shape}, image {contract.image_shape}",
         f"batches of {_list(BATCHES)} answer the same rows, in range, at {_list(temperatures(contract))} temperature",
         f"{contract.traits.latents} follow the formula within {TOLERANCE}",
-        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, within {TOLERANCE}",
+        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, images within "
+        f"{tolerance_of('images', contract.precision)}",
         f"the encoder answers {_list(contract.traits.parameters)} for batches of {_list(BATCHES)}",
     ]
 
@@ -79,15 +85,14 @@ def formula(contract: Contract, feeds: dict[str, Float32]) -> Float64:
     return codes
 
 
-def compare(
-    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str, tolerance: float | None = None
-) -> None:
-    """Raises GateError if any two values differ by more than the tolerance, or are not numbers.
+def tolerance_of(output: str, precision: Precision) -> float:
+    return IMAGE_TOLERANCES[precision].get(output, TOLERANCE)
 
-    tolerance: default: PIXEL_TOLERANCE for pixels, TOLERANCE for all else.
-    """
-    if tolerance is None:
-        tolerance = PIXEL_TOLERANCE if name == "pixels" else TOLERANCE
+
+def compare(
+    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str, tolerance: float = TOLERANCE
+) -> None:
+    """Raises GateError if any two values differ by more than the tolerance, or are not numbers."""
     if found.shape != expected.shape:
         raise GateError(f"{name} has shape {found.shape} instead of {expected.shape} {where}")
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
@@ -127,11 +132,12 @@ def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: f
     where = f"at temperature {temperature:g}"
     compare(latents, whole[latents], formula(artifact.contract, feeds), where)
     compare("images", whole["images"], whole["images"].clip(0, 1), f"{where}, out of [0, 1]", tolerance=0)
-    compare("pixels", whole["pixels"], np.rint(whole["images"] * 255), where)
+    compare("pixels", whole["pixels"], np.rint(whole["images"] * 255), where, tolerance=1)
     for rows in BATCHES:
         part = run(artifact, {name: array[:rows] for name, array in feeds.items()}, f"on {rows} rows")
         for name, array in part.items():
-            compare(name, array, whole[name][:rows], f"{where} in a batch of {rows}")
+            tolerance = tolerance_of(name, artifact.contract.precision)
+            compare(name, array, whole[name][:rows], f"{where} in a batch of {rows}", tolerance)
 
 
 def _check_reference(artifact: Artifact) -> None:
@@ -143,7 +149,8 @@ def _check_reference(artifact: Artifact) -> None:
             values = np.array(expected.get(key, []), np.float64)
         except (ValueError, TypeError) as error:
             raise GateError(f"the reference rows in the metadata are no numbers: {error}") from error
-        compare(name, _thinned(found[name]), values, "in the reference rows")
+        tolerance = tolerance_of(name, artifact.contract.precision)
+        compare(name, _thinned(found[name]), values, "in the reference rows", tolerance)
 
 
 def _check_encoder(folder: Path, contract: Contract) -> None:

@@ -77,6 +77,22 @@ def start_at(decoder: nn.Sequential, mean: Tensor) -> None:
     last.bias.copy_(torch.logit(mean.clamp(RAREST, 1 - RAREST)).flatten())
 
 
+def halved(decoder: nn.Sequential) -> nn.Sequential:
+    """Round a decoder's weights to float16, and let it compute so; float32 in and out."""
+    return nn.Sequential(_Cast(torch.float16), *decoder.half(), _Cast(torch.float32))
+
+
+class _Cast(nn.Module):
+    """To numbers of this type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+
 def _mlp_encoder(config: VAEConfig, features: int) -> nn.Sequential:
     sizes = (prod(config.image_shape), *config.width)
     return nn.Sequential(nn.Flatten(), *_dense(sizes, config), nn.Linear(sizes[-1], features))

@@ -125,6 +125,7 @@ def _describe(service: Service, model: Model) -> dict[str, Any]:
         "latent_shape": contract.latent_shape,
         "image_shape": contract.image_shape,
         "default_temperature": contract.default_temperature,
+        "precision": contract.precision,
         "noise_version": contract.noise_version,
         "parameters": contract.traits.parameters,
         "priors": contract.priors,

@@ -22,6 +22,7 @@ from service import noise
 
 Arrays = dict[str, npt.NDArray[Any]]
 Prior = Literal["standard", "mixture"]
+Precision = Literal["float32", "float16"]
 Providers = Sequence[Any]  # each a name, or a name and options
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
@@ -67,6 +68,7 @@ class Contract(BaseModel):
     image_shape: tuple[Literal[1, 3], PositiveInt, PositiveInt]
     prior: dict[str, Any]  # each parameter: nested lists of latent_shape, or one number for every element
     mixture: dict[str, Any] | None = None  # a prior of C components: weights (C), each parameter (C, *latent_shape)
+    precision: Precision = "float32"  # that the decoder computes in; latents are always float32
     default_temperature: Annotated[float, Field(ge=0)]
     noise_version: Literal[1]
     trained_on: dict[str, str | int]

@@ -47,6 +47,8 @@ class ModelDescription(BaseModel):
     latent_shape: list[int]
     image_shape: list[int]
     default_temperature: float
+    precision: str
+    """That the decoder computes in; latents are always float32."""
     noise_version: int
     parameters: list[str]
     priors: list[str]

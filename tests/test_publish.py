@@ -16,7 +16,7 @@ from export.inspect import inspect
 from export.objectives import VAE
 from export.publish import describe, gate, publish, write
 from export.run import Run
-from export.verify import verify
+from export.verify import varied_feeds, verify
 from models import MODELS
 from service.artifact import ArtifactError, load
 from tests.conftest import TINY
@@ -30,6 +30,31 @@ def test_a_published_artifact_verifies(repository: Path, name: str) -> None:
     checks = verify(repository / name / "1")
     assert len(checks) == 5
     assert sorted(path.name for path in (repository / name / "1").iterdir()) == ["encoder.onnx", "model.onnx"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_decoder_in_float16_answers_nearly_the_same(
+    repository: Path, runs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    half = load(publish(runs[name], "half", tmp_path, "float16") / "model.onnx")
+    whole = load(repository / name / "1" / "model.onnx")
+    feeds = varied_feeds(half.contract, 256, seed=3) | {"temperature": np.ones(256, np.float32)}
+    (latents, images, _), (expected_latents, expected_images, _) = (a.run(feeds).values() for a in (half, whole))
+    np.testing.assert_array_equal(latents, expected_latents)
+    assert 0 < np.abs(images - expected_images).max() < 0.02
+    assert half.contract.precision == "float16"
+    assert half.size < whole.size
+    verify(tmp_path / "half" / "1")
+
+
+def test_the_gate_refuses_a_float16_decoder_of_other_weights(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(runs["tiny-gaussian"])
+    model = run.trained()
+    write(model, describe(model, run, "float16"), tmp_path)
+    with torch.no_grad():
+        next(model.decoder.parameters()).view(-1)[0] += 1e-2
+    with pytest.raises(GateError, match=r"weight model\.decoder\.\d\.weight is .* instead of"):
+        gate(model, tmp_path)
 
 
 def test_the_next_version_is_taken(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from export.config import TrainConfig
 from export.objectives import VAE
 from export.run import RunConfig
 from models import GaussianVAE, VAEConfig
+from models.bodies import halved
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
 GROUPS = 32  # of a normalization
@@ -28,10 +29,7 @@ class Autoencoder(GaussianVAE):
         nn.Module.__init__(self)
         image = side * 2 ** (len(channels) - 1)
         self.config = VAEConfig((3, image, image), (4, side, side), "conv", channels)
-        self.decoder = nn.Sequential(*_layers(channels)).half()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents.half()).float()  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        self.decoder = halved(nn.Sequential(*_layers(channels)))
 
 
 def _layers(channels: tuple[int, ...]) -> Iterator[nn.Module]:

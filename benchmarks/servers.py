@@ -52,6 +52,7 @@ SERVERS = {
         _peer("litserve", "/predict", PLAIN),
         _peer("bentoml", "/sample", '{"requests":[[SEED,ROWS]]}', BENTOML),
         _peer("ray", "/", PLAIN),
+        Server("bare", ("python", "-m", "benchmarks.peers.bare"), "/", OURS, peer=False, draws=False),
         Server("noop", ("python", "-m", "benchmarks.peers.noop"), "/", OURS, peer=False, draws=False),
     )
 }

@@ -6,7 +6,7 @@ from statistics import median
 
 from benchmarks.alone import alone
 from benchmarks.options import Options
-from benchmarks.processes import below, cpu_seconds
+from benchmarks.processes import below, scheduled_seconds
 from benchmarks.report import Report, ratio
 from benchmarks.servers import Running, seeded, serving
 
@@ -58,9 +58,9 @@ def _idle_share() -> float:
     """CPU that a server nobody asks anything uses, of one core."""
     time.sleep(1)
     servers = below(os.getpid())[1:]
-    used = cpu_seconds(servers)
+    used = scheduled_seconds(servers)
     time.sleep(IDLE)
-    return (cpu_seconds(servers) - used) / IDLE
+    return (scheduled_seconds(servers) - used) / IDLE
 
 
 def _report(servers: dict[str, dict[str, float]], run: float) -> Report:

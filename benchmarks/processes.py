@@ -49,6 +49,17 @@ def cpu_seconds(pids: list[int]) -> float:
     return sum(int(fields[11]) + int(fields[12]) for pid in pids if (fields := _stat(pid))) / TICKS
 
 
+def scheduled_seconds(pids: list[int]) -> float:
+    """The same of the threads they have now, by the scheduler's clock: of what runs for microseconds at a time, ticks
+    tell too much or nothing."""
+    spent = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                spent += int(thread.read_text().split()[0])
+    return spent / 1e9
+
+
 def busy_seconds() -> float:
     """CPU time that all cores together have spent so far, on anything, or were kept from spending by the hypervisor."""
     user, nice, system, _idle, _waiting, *others = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]

@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubComm
 from export.config import Device, TrainConfig
 from export.errors import ExportError
 from export.recipes import recipe
-from service.artifact import ArtifactError, Precision
+from service.contract import ArtifactError, Precision
 
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
 

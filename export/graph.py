@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.objectives import VAE
-from service.artifact import IMAGE_OUTPUTS, KINDS
+from service.contract import IMAGE_OUTPUTS, KINDS
 
 OPSET = 18
 EXAMPLE_ROWS = 2  # a batch of 1 would be traced as a constant

@@ -35,7 +35,8 @@ from export.verify import (
 from models import Mixture
 from models.bodies import halved
 from service import __version__
-from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, Contract, Precision, load, open_session
+from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, load, open_session
+from service.contract import Contract, Precision
 from service.noise import NOISE_VERSION
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")

@@ -9,18 +9,8 @@ import onnxruntime as ort
 
 from export.errors import GateError
 from service import noise
-from service.artifact import (
-    ENCODER_FILE,
-    MODEL_FILE,
-    Arrays,
-    Artifact,
-    ArtifactError,
-    Contract,
-    Precision,
-    load,
-    open_session,
-    prior_feeds,
-)
+from service.artifact import ENCODER_FILE, MODEL_FILE, Artifact, load, open_session
+from service.contract import Arrays, ArtifactError, Contract, Precision
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -123,7 +113,7 @@ def reference(latents: Float32, images: Float32) -> dict[str, Any]:
 
 def reference_feeds(contract: Contract) -> dict[str, Float32]:
     words = noise.words(REFERENCE_SEED, 0, REFERENCE_ROWS, contract.latent_shape)
-    return prior_feeds(contract, words, contract.default_temperature)
+    return contract.feeds(words, contract.default_temperature)
 
 
 def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: float) -> None:

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service import noise
-from service.artifact import Arrays, Artifact
+from service.artifact import Artifact
+from service.contract import Arrays
 from service.devices import CUDA
 
 MOST_BYTES = 2**28  # of the inputs and outputs of one model

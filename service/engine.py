@@ -10,7 +10,7 @@ import math
 import threading
 import time
 
-from service.artifact import Arrays
+from service.contract import Arrays
 from service.errors import DeadlineExceeded, Problem, QueueFull, Unavailable
 from service.job import Job
 from service.metrics import Metrics

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from service.artifact import Arrays
+from service.contract import Arrays
 from service.errors import ClientLeft, DeadlineExceeded, Problem
 from service.repository import Model
 from service.rows import Rows

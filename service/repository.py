@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, ArtifactError, Contract, load
+from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
 from service.buckets import Buckets
+from service.contract import ArtifactError, Contract
 from service.devices import CPU, Device
 from service.errors import Unavailable, UnknownModel
 

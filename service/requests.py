@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from service.artifact import Prior
+from service.contract import Prior
 from service.errors import InvalidRequest, TooLarge
 from service.repository import Model, Repository
 from service.rows import Float32, Output, Rows

@@ -11,7 +11,7 @@ import mimeparse
 import numpy as np
 import orjson
 
-from service.artifact import Arrays
+from service.contract import Arrays
 from service.errors import NotAcceptable
 from service.noise import NOISE_VERSION
 from service.pictures import png, sheet

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from service import noise
-from service.artifact import Arrays, Prior
 from service.buckets import Buckets
+from service.contract import Arrays, Prior
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from service.artifact import Arrays
+from service.contract import Arrays
 from service.errors import ModelFailed, Problem, Unavailable
 from service.job import Job
 from service.repository import Model

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from service.artifact import Arrays
+from service.contract import Arrays
 from service.edge import Given
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
 from service.job import Awaited, Job

@@ -9,7 +9,8 @@ from typing import Any
 import onnx
 import pytest
 
-from service.artifact import ArtifactError, load
+from service.artifact import load
+from service.contract import ArtifactError
 from tests.conftest import Running
 from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from service import noise
-from service.artifact import load, prior_feeds
+from service.artifact import load
 from service.buckets import Buckets
 from service.devices import CUDA, choose
 
@@ -31,7 +31,7 @@ def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: 
     plain = load(path)
     contract = plain.contract
     for n in (1, 2, 3, 4, 5, 31, 32, 33, MOST):
-        feeds = prior_feeds(contract, noise.words(4, 0, n, contract.latent_shape), 0.5)
+        feeds = contract.feeds(noise.words(4, 0, n, contract.latent_shape), 0.5)
         for name, array in feeds.items():
             buckets.inputs[name][:n] = array
             buckets.inputs[name][n:] = 7

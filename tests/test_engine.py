@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from service import noise
-from service.artifact import Artifact, load, prior_feeds
+from service.artifact import Artifact, load
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, request
@@ -297,7 +297,7 @@ class Oracle:
     def row(self, model: str, seed: int, row: int, temperature: float) -> npt.NDArray[np.uint8]:
         artifact = self.artifacts[model]
         words = noise.words(seed, row, 1, artifact.contract.latent_shape)
-        pixels: npt.NDArray[np.uint8] = artifact.run(prior_feeds(artifact.contract, words, temperature))["pixels"][0]
+        pixels: npt.NDArray[np.uint8] = artifact.run(artifact.contract.feeds(words, temperature))["pixels"][0]
         return pixels
 
 

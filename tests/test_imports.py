@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "benchmarks": {"reparam", "numpy"},
 }  # fmt: skip
 # Of the service, export shares what the artifact is made of, and the contact sheet.
-SHARED_WITH_EXPORT = {"service", "service.artifact", "service.noise", "service.pictures"}
+SHARED_WITH_EXPORT = {"service", "service.artifact", "service.contract", "service.noise", "service.pictures"}
 
 
 PEERS = Path("benchmarks/peers")  # programs for environments of their own

@@ -26,7 +26,8 @@ from export.publish import publish
 from export.run import Run
 from export.train import train
 from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
-from service.artifact import ArtifactError, load
+from service.artifact import load
+from service.contract import ArtifactError
 from tests.conftest import Running
 from tests.graphs import operate, set_metadata
 

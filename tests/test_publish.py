@@ -18,7 +18,8 @@ from export.publish import describe, gate, publish, write
 from export.run import Run
 from export.verify import varied_feeds, verify
 from models import MODELS
-from service.artifact import ArtifactError, load
+from service.artifact import load
+from service.contract import ArtifactError
 from tests.conftest import TINY
 from tests.graphs import fix_batch, fix_batch_inside, nudge_weight, operate, set_metadata
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.peers.decoders import DEMOS, Autoencoder, demo
 from export.graph import Sampler, export_sampler, sampler_inputs
 from export.objectives import VAE
-from service.artifact import Contract, load
+from service.artifact import load
 from service.buckets import Buckets
+from service.contract import Contract
 from service.devices import Device, choose
 
 LARGE = "autoencoder-kl"

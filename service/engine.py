@@ -48,6 +48,7 @@ class Engine:
         self._gate.acquire()
         self._free = 0  # runners that wait at the gate
         self._turns = 0  # of the loop, since rows wait that no runner was told of
+        self._one_by_one = False  # is how requests come: the latest was alone in its turn
         self._closed = ""
         self._seconds_per_row = 0.0
 
@@ -156,9 +157,18 @@ class Engine:
             raise QueueFull(f"{full}: try again in {seconds} s", retry_after=seconds)
 
     def _open_gate_soon(self) -> None:
-        """When the loop has read what had come, so that requests that came together run together."""
-        if not self._turns and self._gate.locked():
+        """When the loop has read what had come, so that requests that came together run together; now, while they come
+        one by one."""
+        if self._turns or not self._gate.locked():
+            return
+        if self._one_by_one and self._run_here():
+            self._one_by_one = False  # until this turn has ended and has brought no other
+            self.loop.call_soon(self._end_turn)
+        else:
             self._gather(0)
+
+    def _end_turn(self) -> None:
+        self._one_by_one = not self._turns
 
     def _gather(self, before: int) -> None:
         """Open the gate if the last turn of the loop brought no more rows than waited before, or after a few turns."""
@@ -166,7 +176,9 @@ class Engine:
         if self._turns < GATHERING and waiting > before:
             self._turns += 1
             self.loop.call_soon(self._gather, waiting)
-        elif not self._run_here():
+            return
+        self._one_by_one = self._run_here()
+        if not self._one_by_one:
             self._open_gate()
 
     def _run_here(self) -> bool:

@@ -146,6 +146,8 @@ class Protocol(HttpToolsProtocol):
             return
         head = lines(self.server_state.default_headers) + head
         self.transport.write(_whole_head(status, head, brief.keep_alive) + body)
+        if not self._short.sampling.engine.jobs:  # no other answer of this turn is still to be made
+            self.transport.flush()
         if not brief.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -245,20 +247,20 @@ class Cork:
 
     def write(self, data: Any) -> None:
         if not self._waiting:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._waiting.append(data)
         self._size += len(data)
         if self._size >= ENOUGH:
-            self._flush()
+            self.flush()
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._waiting:
             if not self._transport.is_closing():  # as it is after a reset by the client
                 self._transport.writelines(self._waiting)

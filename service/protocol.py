@@ -38,7 +38,8 @@ class Protocol(HttpToolsProtocol):
         self._keep_alive: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(Cork(transport, self.loop))  # type: ignore[arg-type]  # all that uvicorn uses of one
+        self._cork = Cork(transport, self.loop)
+        super().connection_made(self._cork)  # type: ignore[arg-type]  # all that uvicorn uses of one
         self.flow = Flow(self.transport, self.pipeline)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -147,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         head = lines(self.server_state.default_headers) + head
         self.transport.write(_whole_head(status, head, brief.keep_alive) + body)
         if not self._short.sampling.engine.jobs:  # no other answer of this turn is still to be made
-            self.transport.flush()
+            self._cork.flush()
         if not brief.keep_alive:
             self.transport.close()
         self.on_response_complete()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch.nn.functional import conv_transpose2d
 
 from export.draws import generator
 from export.objectives import elbo_terms, importance_weighted_bound, log_likelihood
@@ -24,6 +25,20 @@ def test_shapes(kind: str, latent: tuple[int, ...], body: str, image_shape: tupl
     parameters = model.encode(torch.rand(2, *image_shape))
     assert [tuple(parameter.shape) for parameter in parameters] == [(2, *latent)] * len(model.parameter_names)
     assert model.decode(parameters[0]).shape == (2, *image_shape)
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (1, 7, 10)])
+def test_the_last_convolution_of_grey_images_is_torchs_own(image_shape: tuple[int, int, int]) -> None:
+    *_, last = GaussianVAE(VAEConfig(image_shape, (4,), "conv", (6,))).decoder.double()
+    assert isinstance(last, torch.nn.ConvTranspose2d)
+    assert last.bias is not None
+    torch.nn.init.normal_(last.bias)
+    values = torch.randn(5, 6, *((size + 1) // 2 for size in image_shape[1:]), dtype=torch.float64, requires_grad=True)
+    images = last(values)
+    expected = conv_transpose2d(values, last.weight, last.bias, stride=2, padding=1)
+    torch.testing.assert_close(images, expected)
+    inputs, pull = (values, last.weight, last.bias), torch.randn_like(images)
+    torch.testing.assert_close(torch.autograd.grad(images, inputs, pull), torch.autograd.grad(expected, inputs, pull))
 
 
 def test_both_kinds_have_the_same_names_in_the_same_order() -> None:

@@ -1,4 +1,5 @@
 """The engine: rows of requests wait in one queue, and threads run them in batches: one on a GPU, one a core on the CPU.
+A few rows of a lone request are run on the event loop's thread.
 
 Whatever waits when a thread becomes free runs together. There is no batching timer: a lone request never waits, and
 batches grow by themselves while the threads are busy. onnxruntime releases the GIL: the event loop goes on meanwhile.

@@ -48,7 +48,9 @@ class InvalidRequest(Problem):
 class NonFiniteSample(Problem):
     slug = "non-finite-sample"
     status = 422
-    meaning = "The parameters given overflow float32: the sample would hold NaN or infinity."
+    meaning = (
+        "The parameters given overflow float32, or the float16 of a decoder: the sample would hold NaN or infinity."
+    )
 
 
 class Unauthorized(Problem):

@@ -117,7 +117,7 @@ def _finite(model: Model, outputs: Arrays) -> bool:
 def _not_finite(rows: Rows) -> Problem:
     if rows.given:
         return NonFiniteSample(
-            f"the parameters given overflow float32 at temperature {rows.temperature:g}: "
+            f"the parameters given overflow {rows.model.contract.precision} at temperature {rows.temperature:g}: "
             f"lower temperature or {' or '.join(rows.model.contract.traits.parameters)}"
         )
     return ModelFailed(f"model {rows.model.name!r} version {rows.model.version} answered NaN or infinity")

@@ -109,6 +109,18 @@ def test_answers_come_in_the_order_of_the_questions(service: Running) -> None:
                 assert together == (status, headers, body)
 
 
+def test_a_lone_request_is_answered_as_one_that_comes_with_others(service: Running) -> None:
+    """The first few come one by one, and those after them in one packet: in the same turn of the loop."""
+    message, refused = CASES["npy"], CASES["no JSON"]
+    whole = ask(service, message)
+    with connect(service) as connection, connection.makefile("rb") as stream:
+        for together in (1, 1, 1, 2, 20, 1, 3, 1):
+            connection.sendall(message * together + refused)
+            assert [read(stream) for _ in range(together)] == [whole] * together
+            assert read(stream)[0] == 422
+    assert not service.service.engine.jobs
+
+
 def test_a_connection_that_is_not_kept_ends(service: Running) -> None:
     with connect(service) as connection, connection.makefile("rb") as stream:
         connection.sendall(CASES["closing"])

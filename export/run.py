@@ -11,7 +11,7 @@ sheets/                 samples and reconstructions
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from export.config import WIDTHS, TrainConfig
 from export.data import Dataset, load
 from export.errors import RunError
+from export.learner import under
 from export.objectives import VAE
 from models import MODELS, Mixture, VAEConfig
 
@@ -103,54 +103,33 @@ class Run:
             raise RunError(f"{config.train.data} has changed since {self.folder} was trained on it")
         return data
 
-    def save(self, epoch: int, model: VAE, optimizer: torch.optim.Adam, average: AveragedModel | None) -> None:
+    def save(self, epoch: int, state: Mapping[str, Tensor]) -> None:
         """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        if average is not None:
-            tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-        for name, parameter in model.named_parameters():
-            for key, tensor in optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = tensor
-        write_atomically(self.checkpoint, save(tensors, {"epoch": str(epoch)}))
+        write_atomically(self.checkpoint, save(dict(state), {"epoch": str(epoch)}))
 
-    def restore(
-        self, model: VAE, optimizer: torch.optim.Adam | None = None, average: AveragedModel | None = None
-    ) -> int:
-        """Load the last checkpoint into model, optimizer and average. Returns the number of finished epochs, 0 without
-        one."""
+    def restore(self, load: Callable[[dict[str, Tensor]], object]) -> int:
+        """Let `load` have the last state. Returns the number of finished epochs, 0 without one. Raises RunError."""
         if not self.checkpoint.exists():
             return 0
         try:
             with safe_open(self.checkpoint, "pt") as file:
-                epoch = int(file.metadata()["epoch"])
-                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            model.load_state_dict(_under("model.", tensors))
-            if average is not None:
-                average.load_state_dict(_under("average.", tensors))
+                load({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                return int(file.metadata()["epoch"])
         except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
             raise RunError(
                 f"{self.checkpoint} is damaged or of another version ({error}): train anew, into another folder"
             ) from error
-        if optimizer is not None:
-            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            for name, parameter in model.named_parameters():
-                state = _under(f"optimizer.{name}.", tensors)
-                if bool(state) != (id(parameter) in trained):
-                    raise RunError(f"{self.folder} was begun by a version that trains {name} otherwise: train anew")
-                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
-        return epoch
 
     def trained(self) -> VAE:
         """The network with the weights of the last epoch. Raises RunError before training is finished."""
         config = self.config()
-        model = config.build()
-        average = AveragedModel(model) if config.train.average else None
-        done = self.restore(model, average=average)
+        model, counts = config.build(), "average" if config.train.average else "model"
+        done = self.restore(lambda state: model.load_state_dict(under(counts, state)))
         if done < config.train.epochs:
             raise RunError(
                 f"{self.folder} has finished {done} of {config.train.epochs} epochs: continue it with `train --resume`"
             )
-        return (model if average is None else averaged(average)).eval()
+        return model.eval()
 
     def keep_prior(self, mixture: Mixture) -> None:
         """Write what `mixture` reads."""
@@ -214,11 +193,6 @@ class Run:
         return _sha256(self.checkpoint, *([self.prior] if self.prior.exists() else []))
 
 
-def averaged(average: AveragedModel) -> VAE:
-    """The network with the averaged weights."""
-    return average.module  # type: ignore[return-value]  # of the class that it was made of
-
-
 def _sha256(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
@@ -243,7 +217,3 @@ def _epoch_of(line: str) -> int:
 def _flat(config: RunConfig) -> dict[str, Any]:
     fields = config.model_dump()
     return {**fields.pop("train"), **fields}
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

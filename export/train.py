@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from export.config import Device, TrainConfig
 from export.data import load
 from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator
 from export.errors import RunError
+from export.learner import Learner, gradient_of
 from export.objectives import (
     VAE,
     Terms,
@@ -31,14 +31,13 @@ from export.objectives import (
     warm_up,
 )
 from export.prior import encoded, fit_mixture
-from export.run import Run, RunConfig, averaged, write_atomically
+from export.run import Run, RunConfig, write_atomically
 from models.bodies import start_at
 from service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 LEAST_SHARE = 64  # rows to decode that are worth a core
-PRIOR_RATE = 0.02  # share of a batch in a learned prior
 
 Map = Callable[..., Iterable[Any]]
 
@@ -58,27 +57,24 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
     model.to(where)
     start_at(model.decoder, images.float().mean(0) / 255)
-    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
-    counts = model if average is None else averaged(average)
-    done = run.restore(model, optimizer, average)
+    learner = Learner(model, config.average)
+    done = run.restore(learner.load)
     run.forget_after(done)
     for epoch in range(done, config.epochs):
         if config.prior_components > 1 and epoch == config.alike_epochs:
             latents = encoded(model, images, config.binarize, generator(config.seed, PRIOR, device=where))
             mixture = fit_mixture(model, latents, config.prior_components, config.seed)
-            for each in (model, counts):
+            for each in (model, learner.counts):
                 each.set_prior(mixture)
-        metrics = train_epoch(model, optimizer, average, images, config, epoch)
-        metrics |= _held_out_metrics(counts, held_out, config)
+        metrics = train_epoch(learner, images, config, epoch)
+        metrics |= _held_out_metrics(learner.counts, held_out, config)
         if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
             raise RunError(f"the bound is no number any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"
-            write_atomically(path, contact_sheet(counts, held_out, config))
-        run.save(epoch + 1, model, optimizer, average)
+            write_atomically(path, contact_sheet(learner.counts, held_out, config))
+        run.save(epoch + 1, learner.state())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return run
 
@@ -110,18 +106,9 @@ def _shares(config: TrainConfig, device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), worth))
 
 
-def train_epoch(
-    model: VAE,
-    optimizer: torch.optim.Adam,
-    average: AveragedModel | None,
-    pixels: Tensor,
-    config: TrainConfig,
-    epoch: int,
-) -> dict[str, float]:
-    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw.
-
-    optimizer: of encoder and decoder; a learned prior goes its own way.
-    """
+def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: int) -> dict[str, float]:
+    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw."""
+    model = learner.model
     if epoch < config.elbo_epochs:
         config = config.model_copy(update={"objective": "elbo", "samples": 1, "straight_through": False})
     shares = config.shares or 1
@@ -134,18 +121,14 @@ def train_epoch(
     model.train()
     with _one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * cosine_decay(step, last_step)
             now = schedule(config, step, len(batches))
             compute = partial(share_of, model, config, now, 1 / len(rows))
-            gradients, sums = zip(*in_parallel(compute, pixels[rows].chunk(shares), draws), strict=True)
-            for parameter, *parts in zip(model.parameters(), *gradients, strict=True):
-                parameter.grad = reduce(Tensor.add_, parts)
+            parts = in_parallel(compute, pixels.index_select(0, rows).chunk(shares), draws)
+            gradients, sums = zip(*parts, strict=True)
+            learner.step(
+                reduce(Tensor.add_, gradients), config.learning_rate * cosine_decay(step, last_step), now.kl_weight
+            )
             totals += torch.stack(sums).sum(0)
-            optimizer.step()
-            model.learn_prior(PRIOR_RATE / now.kl_weight)
-            if average is not None:
-                average.update_parameters(model)
     likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
     seconds = time.perf_counter() - started
     components = model.prior().log_weights
@@ -186,12 +169,11 @@ def share_of(
     image_weight: float,
     pixels: Tensor,
     draws: torch.Generator,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What some images of a batch add to its gradient, and the sums of their two terms of the ELBO."""
     terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
     loss = terms.loss * (len(pixels) * image_weight)
-    gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-    return gradients, torch.stack([terms.likelihood.sum(), terms.kl.sum()])
+    return gradient_of(loss, model), torch.stack([terms.likelihood.sum(), terms.kl.sum()])
 
 
 @contextmanager

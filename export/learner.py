@@ -1,0 +1,89 @@
+"""What a step of training changes: the weights, Adam's moments, and the running average that is evaluated."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from export.objectives import VAE
+
+PRIOR_RATE = 0.02  # share of a batch in a learned prior
+
+
+class Learner:
+    """A network in training.
+
+    All its parameters are views of one vector, and so are the averaged ones: a step is a few operations on those, not a
+    few for each layer, which took a sixth of the step of a small network.
+
+    model: the network. counts: the one that is evaluated and published, with the averaged parameters if there is an
+        average.
+    average: what a step leaves of the running average; 0 for none.
+    """
+
+    def __init__(self, model: VAE, average: float) -> None:
+        self.model, self.counts, self.average = model, deepcopy(model) if average else model, average
+        self._parameters = _as_one_vector(model)
+        self._averages = _as_one_vector(self.counts) if average else None
+        # Adam moves encoder and decoder. A learned prior, in the module itself and so at the front, goes its own way.
+        self._prior = list(model.parameters(recurse=False))
+        self._front = sum(parameter.numel() for parameter in self._prior)
+        self._weights = nn.Parameter(self._parameters[self._front :])
+        self._adam = torch.optim.Adam([self._weights], fused=True)
+
+    def step(self, gradient: Tensor, learning_rate: float, kl_weight: float) -> None:
+        """gradient: of all parameters, one after the other (`gradient_of`); kl_weight: what the KL term had in it."""
+        (group,) = self._adam.param_groups
+        group["lr"] = learning_rate
+        sizes = [parameter.numel() for parameter in self._prior]
+        for parameter, part in zip(self._prior, gradient[: self._front].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._weights.grad = gradient[self._front :]
+        self._adam.step()
+        self.model.learn_prior(PRIOR_RATE / kl_weight)
+        if self._averages is not None:
+            self._averages.lerp_(self._parameters, 1 - self.average)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs to go on."""
+        averages = {} if self._averages is None else _prefixed("average", self.counts.state_dict())
+        moments = _prefixed("optimizer", self._adam.state[self._weights])
+        return _prefixed("model", self.model.state_dict()) | averages | moments
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Raises KeyError, RuntimeError for a state that is not of this network."""
+        self.model.load_state_dict(under("model", state))
+        if self._averages is not None:
+            self.counts.load_state_dict(under("average", state))
+        moments = under("optimizer", state)
+        self._adam.state[self._weights] = {
+            "step": moments["step"].to(self._weights.device),
+            "exp_avg": torch.empty_like(self._weights).copy_(moments["exp_avg"]),
+            "exp_avg_sq": torch.empty_like(self._weights).copy_(moments["exp_avg_sq"]),
+        }
+
+
+def gradient_of(loss: Tensor, model: VAE) -> Tensor:
+    """d loss / d parameters, all of them one after the other."""
+    gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is named prefix.name, by name."""
+    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items() if key.startswith(f"{prefix}.")}
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _as_one_vector(model: VAE) -> Tensor:
+    """Lay a network's parameters one after the other in a new vector, of which they become views."""
+    parameters = list(model.parameters())
+    vector = torch.cat([parameter.flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, vector.split([each.numel() for each in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return vector

@@ -21,6 +21,7 @@ Precision = Literal["float32", "float16"]
 
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 WEIGHTS_TOLERANCE = 1e-6  # of the sum of a mixture's weights
 
 
@@ -59,7 +60,7 @@ class Contract(BaseModel):
     prior: dict[str, Any]  # each parameter: nested lists of latent_shape, or one number for every element
     mixture: dict[str, Any] | None = None  # a prior of C components: weights (C), each parameter (C, *latent_shape)
     precision: Precision = "float32"  # that the decoder computes in; latents are always float32
-    default_temperature: Annotated[float, Field(ge=0)]
+    default_temperature: Annotated[float, Field(ge=0, le=FLOAT32_MAX)]
     noise_version: Literal[1]
     trained_on: dict[str, str | int]
     evaluation: dict[str, str | int | float]
@@ -120,22 +121,22 @@ class Contract(BaseModel):
         try:
             weights = _numbers(parameters.pop("weights", ()), np.float64)
         except ValueError as error:
-            raise ArtifactError(f"the weights of the mixture are no numbers: {error}") from error
+            raise ArtifactError(f"the weights of reparam.mixture are no numbers: {error}") from error
         if weights.ndim != 1 or not (weights > 0).all() or not abs(weights.sum() - 1) < WEIGHTS_TOLERANCE:
-            raise ArtifactError("the weights of the mixture must be a list of positive numbers that sum to 1")
+            raise ArtifactError("the weights of reparam.mixture must be a list of positive numbers that sum to 1")
         return weights, self._parameter_arrays("mixture", parameters, (len(weights), *self.latent_shape))
 
     def _parameter_arrays(self, what: str, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Arrays:
         if parameters.keys() != set(self.traits.parameters):
             raise ArtifactError(
-                f"the {what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
+                f"reparam.{what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
             )
         try:
             arrays = {name: np.broadcast_to(_numbers(values, np.float32), shape) for name, values in parameters.items()}
         except ValueError as error:
-            raise ArtifactError(f"the {what} does not fit the shape {list(shape)}: {error}") from error
+            raise ArtifactError(f"reparam.{what} does not fit the shape {list(shape)}: {error}") from error
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ArtifactError(f"the {what} holds NaN or infinity")
+            raise ArtifactError(f"reparam.{what} holds NaN or infinity")
         return arrays
 
     def inputs(self) -> dict[str, tuple[int, ...]]:

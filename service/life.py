@@ -58,7 +58,6 @@ class Service:
         self.drain()
         self.stop()
         self._loading.cancel()
-        self.access_log.flush()
         if self.siblings is not None:
             self.siblings.close()
 

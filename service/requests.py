@@ -10,13 +10,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from service.contract import Prior
+from service.contract import FLOAT32_MAX, Prior
 from service.errors import InvalidRequest, TooLarge
 from service.repository import Model, Repository
 from service.rows import Float32, Output, Rows
 
 SEEDS = 2**64
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 SHORT = 80  # characters of a value that a message repeats
 LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
 

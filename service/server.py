@@ -27,6 +27,7 @@ def serve(settings: Settings, siblings: Siblings | None = None, listener: socket
     logging.config.dictConfig(log_config(settings))
     server = Server(create_app(settings, siblings), settings)
     server.run(None if listener is None else [listener])
+    server.service.access_log.flush()
     if server.service.engine.busy:
         # A run cannot be interrupted, nor the interpreter taken down around it.
         logging.shutdown()

@@ -153,11 +153,13 @@ def test_a_second_signal_hurries(repository: Path) -> None:
     with process(repository, REPARAM_DRAIN_DELAY="3600") as (running, url), ThreadPoolExecutor(1) as pool:
         pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60)
         wait_until(lambda: "reparam_requests_in_flight 2.0" in httpx.get(f"{url}/metrics").text)
+        httpx.get(f"{url}/models", headers={"X-Request-ID": "the-last"})
         running.send_signal(signal.SIGINT)
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=30)
+        _, log = running.communicate(timeout=30)
         assert running.returncode == 0
+    assert "the-last" in log
 
 
 def test_the_log_is_json_and_names_device_and_requests(repository: Path) -> None:

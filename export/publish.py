@@ -36,7 +36,7 @@ from models import Mixture
 from models.bodies import halved
 from service import __version__
 from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, load, open_session
-from service.contract import Contract, Precision
+from service.contract import ArtifactError, Contract, Precision
 from service.noise import NOISE_VERSION
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -58,7 +58,7 @@ def publish(folder: Path, name: str, repository: Path, precision: Precision = "f
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=repository / name))
     try:
         write(model, contract, partial)
-        gate(model, partial)
+        _pass(model, contract, partial)
         for path, mode in ((partial, 0o755), *((file, 0o644) for file in partial.iterdir())):
             path.chmod(mode)  # the service may run as another user
         return _claim(partial, repository / name)
@@ -66,6 +66,15 @@ def publish(folder: Path, name: str, repository: Path, precision: Precision = "f
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds other versions
             (repository / name).rmdir()
+
+
+def _pass(model: VAE, contract: Contract, folder: Path) -> None:
+    try:
+        gate(model, folder)
+    except (GateError, ArtifactError) as error:
+        if contract.precision == "float32":
+            raise
+        raise GateError(f"this decoder does not fit float16, publish it in float32: {error}") from error
 
 
 def describe(model: VAE, source: Run, precision: Precision = "float32") -> Contract:

@@ -1,5 +1,6 @@
 """From a run to an artifact: the gate, and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from export import publish as publication
 from export.errors import GateError, RunError
+from export.evaluate import evaluate
 from export.graph import export_sampler
 from export.inspect import inspect
 from export.objectives import VAE
@@ -56,6 +59,18 @@ def test_the_gate_refuses_a_float16_decoder_of_other_weights(runs: dict[str, Pat
         next(model.decoder.parameters()).view(-1)[0] += 1e-2
     with pytest.raises(GateError, match=r"weight model\.decoder\.\d\.weight is .* instead of"):
         gate(model, tmp_path)
+
+
+def test_a_decoder_that_overflows_float16_is_refused_with_the_way_out(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["tiny-gaussian"], tmp_path / "run"))
+    tensors = load_file(folder / "checkpoint.safetensors")
+    name = [name for name in tensors if name.startswith("model.decoder") and name.endswith("weight")][-1]
+    tensors[name].view(-1)[0] = 1e6
+    (folder / "checkpoint.safetensors").write_bytes(save(tensors, {"epoch": "1"}))
+    evaluate(folder, samples=2, rows=20, seed=0)
+    with pytest.raises(GateError, match=r"does not fit float16, publish it in float32: .*NaN or infinity"):
+        publish(folder, "m", tmp_path / "artifacts", "float16")
+    publish(folder, "m", tmp_path / "artifacts")
 
 
 def test_the_next_version_is_taken(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ class Learner:
     """A network in training.
 
     All its parameters are views of one vector, and so are the averaged ones: a step is a few operations on those, not a
-    few for each layer, which took a sixth of the step of a small network.
+    few for each layer.
 
     model: the network. counts: the one that is evaluated and published, with the averaged parameters if there is an
         average.
-    average: what a step leaves of the running average; 0 for none.
+    average: what a step leaves of the running average, which begins with the initial parameters; 0 for none.
     """
 
     def __init__(self, model: VAE, average: float) -> None:
@@ -56,16 +56,17 @@ class Learner:
         self.model.load_state_dict(under("model", state))
         if self._averages is not None:
             self.counts.load_state_dict(under("average", state))
-        moments = under("optimizer", state)
-        self._adam.state[self._weights] = {
-            "step": moments["step"].to(self._weights.device),
-            "exp_avg": torch.empty_like(self._weights).copy_(moments["exp_avg"]),
-            "exp_avg_sq": torch.empty_like(self._weights).copy_(moments["exp_avg_sq"]),
-        }
+        moments, shape = under("optimizer", state), self._weights.shape
+        for name, expected in {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}.items():
+            moment = moments[name]
+            if moment.shape != expected or moment.dtype != torch.float32:
+                raise RuntimeError(f"optimizer.{name} is {moment.dtype}{list(moment.shape)}")
+            self._adam.state[self._weights][name] = moment.to(self._weights.device)
 
 
 def gradient_of(loss: Tensor, model: VAE) -> Tensor:
-    """d loss / d parameters, all of them one after the other."""
+    """d loss / d parameters, all of them one after the other; each in the order of its parameter's elements, however
+    autograd has laid it (a fused Adam would take it as it lies)."""
     gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 

@@ -113,12 +113,17 @@ class Run:
             return 0
         try:
             with safe_open(self.checkpoint, "pt") as file:
-                load({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-                return int(file.metadata()["epoch"])
-        except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
+                epoch = int(file.metadata()["epoch"])
+                state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise ValueError("it holds NaN or infinity")
+            load(state)
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+            fault = str(error).partition("\n")[0]
             raise RunError(
-                f"{self.checkpoint} is damaged or of another version ({error}): train anew, into another folder"
+                f"{self.checkpoint} is damaged or of another version ({fault}): train anew, into another folder"
             ) from error
+        return epoch
 
     def trained(self) -> VAE:
         """The network with the weights of the last epoch. Raises RunError before training is finished."""

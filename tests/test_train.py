@@ -20,11 +20,12 @@ from export.config import TrainConfig
 from export.data import load
 from export.errors import RunError
 from export.evaluate import evaluate
-from export.learner import Learner
+from export.learner import PRIOR_RATE, Learner, gradient_of
+from export.objectives import negative_elbo
 from export.prior import fit_prior
 from export.run import Run
 from export.train import train, train_epoch, use_device
-from models import GaussianVAE, GumbelVAE, VAEConfig
+from models import MODELS, GaussianVAE, GumbelVAE, VAEConfig
 from tests.conftest import wait_until
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
@@ -95,6 +96,30 @@ def test_shares_of_a_batch_add_up_to_its_gradient() -> None:
     whole, parts = gradient(1), gradient(3)
     assert len(whole) == sum(parameter.numel() for parameter in model.parameters())
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
+def test_a_step_is_one_of_adam_and_of_the_average(kind: str) -> None:
+    """As an optimizer without tricks takes it, on convolutions of one channel, whose gradients lie in another order."""
+    torch.manual_seed(0)
+    model = MODELS[kind](VAEConfig((1, 8, 8), (3, 4), "conv", (4, 5), prior_components=2))
+    plain, start = copy.deepcopy(model), copy.deepcopy(model)
+    learner = Learner(model, 0.9)
+    pixels = torch.from_numpy(load("digits").train[:20].copy())
+    adam = torch.optim.Adam([*plain.encoder.parameters(), *plain.decoder.parameters()], lr=1e-2, foreach=False)
+    for step in range(3):
+        loss = negative_elbo(model, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss
+        learner.step(gradient_of(loss, model), 1e-2, 1.0)
+        plain.zero_grad()
+        negative_elbo(plain, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss.backward()
+        adam.step()
+        plain.learn_prior(PRIOR_RATE)
+        for average, parameter in zip(start.parameters(), plain.parameters(), strict=True):
+            average.data = 0.9 * average.data + 0.1 * parameter.data
+    for name, parameter in plain.state_dict().items():
+        torch.testing.assert_close(learner.model.state_dict()[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+    for name, parameter in start.state_dict().items():
+        torch.testing.assert_close(learner.counts.state_dict()[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> None:
@@ -175,6 +200,32 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     (run.folder / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
         run.trained()
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("optimizer.step", torch.ones(2)),
+        ("optimizer.step", torch.ones((), dtype=torch.int64)),
+        ("optimizer.exp_avg", torch.zeros(1)),
+        ("optimizer.exp_avg_sq", None),
+        ("model.decoder.1.bias", torch.zeros(3)),
+        ("average.decoder.1.bias", torch.tensor(torch.nan)),
+        ("average.decoder.1.bias", None),
+    ],
+)
+def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Tensor | None) -> None:
+    config = small(average=0.9, epochs=2)
+    run = train(config, tmp_path, resume=False, sheet_every=9)
+    tensors = load_file(run.checkpoint)
+    before = tensors.pop(name)
+    if damaged is not None:
+        tensors[name] = damaged.expand_as(before).contiguous() if damaged.isnan().any() else damaged
+    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
+    with pytest.raises(
+        RunError, match=r"checkpoint\.safetensors is damaged or of another version \([^\n]*\): train anew"
+    ):
+        train(config, tmp_path, resume=True, sheet_every=9)
 
 
 def test_a_variable_below_its_free_bits_keeps_its_prior(tmp_path: Path) -> None:

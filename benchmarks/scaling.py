@@ -1,5 +1,7 @@
 """How the cost of a row depends on how many are asked, and how many ask: python -m benchmarks scaling"""
 
+from statistics import median
+
 from benchmarks.load import load
 from benchmarks.options import Options
 from benchmarks.report import Report, ratio
@@ -7,27 +9,28 @@ from benchmarks.servers import serving
 from benchmarks.stream import reader, seen
 
 ROWS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-MEASURED = 100_000  # rows of each length at least, a round
+MEASURED = 100_000  # rows of each length at least, in a round
 CONNECTIONS = (1, 4, 16, 64, 256, 1000)
 
 
 def measure(options: Options) -> Report:
-    """Requests for 1e3 to 1e7 rows, one at a time; then one-row requests over 1 to 1000 connections; Reparam only."""
+    """Requests for 1e3 to 1e7 rows, one at a time, the lengths in turn in every round; then one-row requests over 1 to
+    1000 connections; Reparam only."""
+    seconds: dict[int, list[float]] = {rows: [] for rows in ROWS if rows <= (options.rows or max(ROWS))}
     with serving("reparam") as running:
-        lengths = {
-            rows: seen(reader(running, rows, times=max(1, options.rounds * MEASURED // rows)))["seconds"]
-            for rows in ROWS
-            if rows <= (options.rows or max(ROWS))
-        }
+        for _ in range(options.rounds):
+            for rows, turns in seconds.items():
+                turns.append(seen(reader(running, rows, times=max(1, MEASURED // rows)))["seconds"])
         loads = {connections: load(running, 1, connections, options.seconds) for connections in CONNECTIONS}
+    lengths = {rows: median(turns) for rows, turns in seconds.items()}
     shortest, slowest = lengths[min(ROWS)] / min(ROWS), loads[1].per_second
     return Report(
         title="Cost of a row by the length of a request; throughput by the number of connections",
         columns=["", "us per row", "requests/s", "p99 ms", "relative to the first"],
         rows=[
             *(
-                [f"{rows} rows", f"{1e6 * seconds / rows:.2f}", "", "", ratio(seconds / rows, shortest)]
-                for rows, seconds in lengths.items()
+                [f"{rows} rows", f"{1e6 * took / rows:.2f}", "", "", ratio(took / rows, shortest)]
+                for rows, took in lengths.items()
             ),
             *(
                 [

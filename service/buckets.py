@@ -12,7 +12,8 @@ from service.artifact import Artifact
 from service.contract import Arrays
 from service.devices import CUDA
 
-MOST_BYTES = 2**28  # of the inputs and outputs of one model
+# Of the inputs and outputs of one model: on a GPU what it may take of the memory, on a CPU of its caches.
+MOST_BYTES_ON_GPU, MOST_BYTES = 2**28, 2**22
 _TYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
@@ -29,8 +30,10 @@ class Buckets:
         contract = artifact.contract
         shapes = [*contract.inputs().values(), *(shape for _, shape in contract.outputs().values())]
         self.artifact = artifact
-        self.max_rows = max_rows = max(1, min(max_rows, MOST_BYTES // sum(4 * prod(shape) for shape in shapes)))
         self.on_gpu = artifact.provider == CUDA
+        fitting = (MOST_BYTES_ON_GPU if self.on_gpu else MOST_BYTES) // sum(4 * prod(shape) for shape in shapes)
+        # A power of two, as requests often ask for: then those that fill a batch fill it whole.
+        self.max_rows = max_rows = min(max_rows, 1 << max(0, fitting.bit_length() - 1))
         self.powers = self.on_gpu if powers is None else powers
         self.prior = contract.prior_arrays()
         self.weights, components = contract.mixture_arrays()

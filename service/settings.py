@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
     """If set, /sample and /models ask for `Authorization: Bearer <key>`."""
     max_batch_rows: PositiveInt = 1024
-    """Rows of one run of a model; the service takes fewer of a slow one, so that nobody waits long for others."""
+    """Rows of one run of a model; the service takes fewer of a slow one, so that nobody waits long for others, and no
+    more than suit a CPU's caches."""
     max_queue_rows: PositiveInt = 65536
     """Rows that may wait; a request beyond them is answered with 429."""
     max_held_bytes: PositiveInt = 512 * 2**20

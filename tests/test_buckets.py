@@ -60,8 +60,13 @@ def test_a_gpu_runs_the_demo_models_where_there_is_one() -> None:
 
 
 def test_buckets_of_large_rows_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.buckets.MOST_BYTES", 100_000)
     artifact = load(DEMOS[0])
     row = sum(4 * int(np.prod(shape)) for shape in artifact.contract.inputs().values())
     row += sum(4 * int(np.prod(shape)) for _, shape in artifact.contract.outputs().values())
-    assert Buckets(artifact, 1024).max_rows == 100_000 // row
+    for most in ("MOST_BYTES", "MOST_BYTES_ON_GPU"):
+        monkeypatch.setattr(f"service.buckets.{most}", 13 * row)
+    assert Buckets(artifact, 1024).max_rows == 8
+    assert Buckets(artifact, 5).max_rows == 5
+    for most in ("MOST_BYTES", "MOST_BYTES_ON_GPU"):
+        monkeypatch.setattr(f"service.buckets.{most}", row - 1)
+    assert Buckets(artifact, 1024).max_rows == 1

@@ -60,6 +60,11 @@ class Server(uvicorn.Server):
         if parent is not None:
             asyncio.get_running_loop().add_reader(parent.sentinel, self._orphaned, parent.sentinel)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn leaves the application's end out, whose task dies with a traceback
+            await self.lifespan.shutdown()
+
     def _orphaned(self, sentinel: int) -> None:
         """The parent was killed, and what replaces it will want the port."""
         loop = asyncio.get_running_loop()

@@ -160,6 +160,7 @@ def test_a_second_signal_hurries(repository: Path) -> None:
         _, log = running.communicate(timeout=30)
         assert running.returncode == 0
     assert "the-last" in log
+    assert "Traceback" not in log
 
 
 def test_the_log_is_json_and_names_device_and_requests(repository: Path) -> None:

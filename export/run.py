@@ -114,7 +114,7 @@ class Run:
         try:
             with safe_open(self.checkpoint, "pt") as file:
                 epoch = int(file.metadata()["epoch"])
-                state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("it holds NaN or infinity")
             load(state)

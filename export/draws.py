@@ -20,5 +20,17 @@ def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
     """uint8 pixels -> float32 images in [0, 1], each pixel drawn from its grey value if `binarize`."""
     if not binarize:
         return pixels.float() / 255
-    thresholds = torch.empty_like(pixels).random_(0, 255, generator=draws)  # 0 .. 254: a third of bernoulli's time
-    return (thresholds < pixels).float()
+    if pixels.is_cuda:
+        thresholds = torch.empty_like(pixels).random_(0, 255, generator=draws)  # 0 .. 254
+        return (thresholds < pixels).float()
+    # Eight bytes of each number that is drawn, and other ones for 255: a ninth of bernoulli's time.
+    words = torch.empty(-(-pixels.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=draws)
+    thresholds = words.view(torch.uint8)[: pixels.numel()]
+    (too_high,) = (thresholds == 255).nonzero(as_tuple=True)
+    thresholds[too_high] = torch.empty(len(too_high), dtype=torch.uint8).random_(0, 255, generator=draws)
+    return (thresholds.view_as(pixels) < pixels).float()
+
+
+def is_binary(pixels: Tensor) -> bool:
+    """Whether these are black and white already: uint8 pixels 0 and 255, of which binarizing changes none."""
+    return bool(((pixels == 0) | (pixels == 255)).all())

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from export.config import Device
-from export.draws import EVALUATION, as_images, generator
+from export.draws import EVALUATION, as_images, generator, is_binary
 from export.errors import RunError
 from export.objectives import elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
@@ -66,7 +66,7 @@ def evaluate(
         **_with_mixture(fitted, with_mixture),
         "m": samples,
         "images": len(pixels),
-        "binarization": "static" if config.train.binarize and _is_binary(pixels) else binarization,
+        "binarization": "static" if is_binary(pixels) else binarization,
         "seed": seed,
     }
     stamped = {"fingerprint": stamp["fingerprint"], **result}
@@ -84,10 +84,6 @@ def _with_mixture(mixture: Mixture | None, bounds: list[torch.Tensor]) -> dict[s
         "mixture_bound": bound.mean().item(),
         "mixture_bound_standard_error": _standard_error(bound),
     }
-
-
-def _is_binary(pixels: torch.Tensor) -> bool:
-    return bool(((pixels == 0) | (pixels == 255)).all())
 
 
 def _keep(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:

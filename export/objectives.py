@@ -166,11 +166,7 @@ def _draw(
     model: VAE, posterior: tuple[Tensor, ...], samples: int, temperature: float, draws: torch.Generator
 ) -> Tensor:
     """(samples, n, *latent_shape)"""
-    n = len(posterior[0])
-    noise = model.noise((samples * n, *posterior[0].shape[1:]), draws)
-    repeated = tuple(parameter.repeat(samples, *[1] * (parameter.dim() - 1)) for parameter in posterior)
-    temperatures = torch.full((len(noise),), temperature, device=noise.device)
-    return model.sample(repeated, noise, temperatures).reshape(samples, n, *noise.shape[1:])
+    return model.sample(posterior, model.noise((samples, *posterior[0].shape), draws), temperature)
 
 
 def _log_q(model: VAE, latents: Tensor, posterior: tuple[Tensor, ...]) -> Tensor:

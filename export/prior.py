@@ -79,6 +79,5 @@ def encoded(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) 
     for batch in pixels.split(ENCODED):
         posterior = model.encode(as_images(batch, binarize, draws))
         noise = model.noise(tuple(posterior[0].shape), draws)
-        temperature = torch.full((len(batch),), model.default_temperature, device=pixels.device)
-        latents.append(model.sample(posterior, noise, temperature).cpu())
+        latents.append(model.sample(posterior, noise, model.default_temperature).cpu())
     return torch.cat(latents)

@@ -108,5 +108,5 @@ def sampled(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Itera
     for begin in range(0, n, DECODED):
         parameters = prior.draw(min(DECODED, n - begin), draws)
         noise = model.noise(tuple(parameters[0].shape), draws)
-        latents = model.sample(parameters, noise, torch.full((len(noise),), model.default_temperature))
+        latents = model.sample(parameters, noise, model.default_temperature)
         yield (torch.sigmoid(model.decode(latents)) * 255).round().byte()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from export.config import Device, TrainConfig
 from export.data import load
-from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator
+from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from export.errors import RunError
 from export.learner import Learner, gradient_of
 from export.objectives import (
@@ -55,6 +55,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     else:
         run.start(run_config)
     images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
+    if is_binary(images) and is_binary(held_out):
+        config = config.model_copy(update={"binarize": False})  # the same images, without draws
     model.to(where)
     start_at(model.decoder, images.float().mean(0) / 255)
     learner = Learner(model, config.average)
@@ -117,19 +119,19 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
     batches = order.split(config.batch_size)
     first_step, last_step = epoch * len(batches), config.epochs * len(batches)
     started = time.perf_counter()
-    totals = torch.zeros(2, dtype=torch.float64, device=pixels.device)
+    seen: list[Tensor] = []
     model.train()
     with _one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
             now = schedule(config, step, len(batches))
             compute = partial(share_of, model, config, now, 1 / len(rows))
             parts = in_parallel(compute, pixels.index_select(0, rows).chunk(shares), draws)
-            gradients, sums = zip(*parts, strict=True)
+            gradients, terms = zip(*parts, strict=True)
+            seen += terms
             learner.step(
                 reduce(Tensor.add_, gradients), config.learning_rate * cosine_decay(step, last_step), now.kl_weight
             )
-            totals += torch.stack(sums).sum(0)
-    likelihood_mean, kl_mean = (totals / len(pixels)).tolist()
+    likelihood_mean, kl_mean = torch.cat(seen, 1).double().mean(1).tolist()
     seconds = time.perf_counter() - started
     components = model.prior().log_weights
     return {
@@ -170,10 +172,10 @@ def share_of(
     pixels: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """What some images of a batch add to its gradient, and the sums of their two terms of the ELBO."""
+    """What some images of a batch add to its gradient, and their two terms of the ELBO, (2, images)."""
     terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
     loss = terms.loss * (len(pixels) * image_weight)
-    return gradient_of(loss, model), torch.stack([terms.likelihood.sum(), terms.kl.sum()])
+    return gradient_of(loss, model), torch.stack([terms.likelihood, terms.kl])
 
 
 @contextmanager
@@ -231,11 +233,10 @@ def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
     images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)
     noise = model.noise((SHEET_ROWS, *model.config.latent_shape), draws)
     prior = model.prior().draw(SHEET_ROWS, draws)
-    temperature = torch.full((SHEET_ROWS,), model.default_temperature, device=pixels.device)
-    samples = _decode(model, model.sample(prior, noise, temperature))
+    samples = _decode(model, model.sample(prior, noise, model.default_temperature))
     posterior = model.encode(images)
     noise = torch.zeros_like(posterior[0])  # the most likely latents
-    reconstructions = _decode(model, model.sample(posterior, noise, torch.zeros_like(temperature)[: len(images)]))
+    reconstructions = _decode(model, model.sample(posterior, noise, 0.0))
     pairs = torch.stack([(images * 255).byte().cpu(), reconstructions], 1).flatten(0, 1)
     # Eight columns of pairs read across: originals in the even rows, reconstructions in the odd ones.
     pairs = pairs.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten(0, 2) if len(pairs) % 16 == 0 else pairs

@@ -86,13 +86,16 @@ class GaussianVAE(nn.Module):
         return torch.randn(shape, generator=generator, device=generator.device)
 
     @staticmethod
-    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor) -> Tensor:
+    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor | float) -> Tensor:
         """Draw latents by the reparameterization trick, z = mu + temperature * exp(0.5 * log_var) * noise.
 
-        parameters and noise: (n, *latent_shape); temperature: (n,), 0 gives mu.
+        parameters and noise: (n, *latent_shape); temperature: (n,), 0 gives mu. Or one temperature for all, and noise
+        (..., n, *latent_shape).
         """
         mu, log_var = parameters
-        return mu + _per_row(temperature, noise) * torch.exp(0.5 * log_var) * noise
+        if isinstance(temperature, Tensor):
+            temperature = temperature.reshape(-1, *[1] * (noise.dim() - 1))
+        return mu + temperature * torch.exp(0.5 * log_var) * noise
 
     @staticmethod
     def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
@@ -144,7 +147,3 @@ class GaussianVAE(nn.Module):
         (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
         squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
         return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1)
-
-
-def _per_row(temperature: Tensor, like: Tensor) -> Tensor:
-    return temperature.reshape(-1, *[1] * (like.dim() - 1))

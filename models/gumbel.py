@@ -13,7 +13,8 @@ from models.bodies import VAEConfig, decoder, encoder
 from models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
-FEW = 5  # categories
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # that relaxes codes
+VECTOR = 16  # float32 that a CPU takes at a time
 LEAST_PROBABILITY = 1e-5  # of a category
 
 
@@ -54,7 +55,7 @@ class GumbelVAE(nn.Module):
         """
         assert self.prior_logits.grad is not None  # noqa: S101  # a step has one
         weights = learn_weights(self.prior_weights, rate).reshape(-1, 1, 1)
-        prior = self.prior_logits.softmax(-1) - rate / weights * self.prior_logits.grad
+        prior = _over_categories(torch.softmax, self.prior_logits) - rate / weights * self.prior_logits.grad
         self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
 
     @torch.no_grad()
@@ -79,22 +80,22 @@ class GumbelVAE(nn.Module):
         return -torch.log(-torch.log1p(-u)).float()
 
     @staticmethod
-    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor) -> Tensor:
+    def sample(parameters: Parameters, noise: Tensor, temperature: Tensor | float) -> Tensor:
         """Draw codes: softmax((logits + noise) / temperature) over K, and its limit one_hot(argmax(logits + noise))
         at temperature 0.
 
-        parameters and noise: (n, D, K); temperature: (n,). The argmax is an exact categorical draw (Gumbel-Max).
+        parameters and noise: (n, D, K); temperature: (n,). Or one temperature for all, and noise (..., n, D, K). The
+        argmax is an exact categorical draw (Gumbel-Max).
         """
         (logits,) = parameters
-        # Centred first, so that large logits leave the noise its digits.
-        scores = logits - logits.amax(-1, keepdim=True) + noise
-        scores = scores - scores.amax(-1, keepdim=True)
+        # Centred first, so that large logits leave the noise its digits. By how much changes nothing: no gradient.
+        scores = logits - logits.detach().amax(-1, keepdim=True) + noise
+        scores = scores - scores.detach().amax(-1, keepdim=True)
+        if not isinstance(temperature, Tensor):
+            return _relaxed(scores, temperature) if temperature >= LEAST_TEMPERATURE else _one_hot(scores)
         temperature = temperature.reshape(-1, 1, 1)
-        relaxes = temperature >= torch.finfo(torch.float32).tiny
-        relaxed = _over_categories(torch.softmax, scores / torch.where(relaxes, temperature, 1.0))
-        categories = torch.arange(scores.shape[-1], device=scores.device)
-        one_hot = (scores.argmax(-1, keepdim=True) == categories).to(scores.dtype)
-        return torch.where(relaxes, relaxed, one_hot)
+        relaxes = temperature >= LEAST_TEMPERATURE
+        return torch.where(relaxes, _relaxed(scores, torch.where(relaxes, temperature, 1.0)), _one_hot(scores))
 
     @staticmethod
     def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
@@ -140,8 +141,18 @@ class GumbelVAE(nn.Module):
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
+def _relaxed(scores: Tensor, temperature: Tensor | float) -> Tensor:
+    return _over_categories(torch.softmax, scores / temperature)
+
+
+def _one_hot(scores: Tensor) -> Tensor:
+    categories = torch.arange(scores.shape[-1], device=scores.device)
+    return (scores.argmax(-1, keepdim=True) == categories).to(scores.dtype)
+
+
 def _over_categories(function: Callable[[Tensor, int], Tensor], logits: Tensor) -> Tensor:
-    """softmax or log_softmax over the last axis. On a CPU many short rows take six times as long as short columns."""
-    if logits.shape[-1] >= FEW:
+    """softmax or log_softmax over the last axis. On a CPU many rows that fill no vector take four to nine times as long
+    as columns."""
+    if logits.shape[-1] >= VECTOR or logits.is_cuda or torch.compiler.is_exporting():
         return function(logits, -1)
     return function(logits.transpose(-1, -2).contiguous(), -2).transpose(-1, -2)

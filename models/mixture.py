@@ -14,6 +14,7 @@ class Family(Protocol):
     def log_probs(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
 
     def kls(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
+    def kl(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
 
 
 class Mixture(NamedTuple):
@@ -40,6 +41,8 @@ class Mixture(NamedTuple):
         """KL(posterior || self) in nats for one component, and for more its upper bound
         -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007), so that what it is taken from stays
         a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
+        if len(self.log_weights) == 1:
+            return family.kl(posterior, self.parameters).sum(1)
         return -(self.log_weights - family.kls(posterior, self.parameters)).logsumexp(1)
 
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
@@ -51,7 +54,9 @@ class Mixture(NamedTuple):
 @torch.no_grad()
 def learn_weights(logits: Tensor, rate: float) -> Tensor:
     """Follow the gradient that a loss left in the logits of a mixture's weights, in the weights themselves. Returns
-    the weights, (C,)."""
+    the weights, (C,); one component alone weighs 1."""
+    if len(logits) == 1:
+        return logits.softmax(0)
     assert logits.grad is not None  # noqa: S101  # a step has one
     weights = (logits.softmax(0) - rate * logits.grad).clamp_min(LEAST_WEIGHT)
     logits.copy_(weights.log())

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
 
 from export.data import load
+from export.draws import as_images, generator
 from export.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
@@ -165,3 +167,16 @@ def test_amat_files_that_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "binarized_mnist_train.amat").write_bytes(content)
     with pytest.raises(DataError, match=r"binarized_mnist_train\.amat is not readable"):
         load(str(tmp_path))
+
+
+def test_pixels_are_white_as_often_as_they_are_grey() -> None:
+    greys = torch.arange(256, dtype=torch.uint8)
+    drawn = as_images(greys.expand(20_001, 1, 1, 256), True, generator(0, 0))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    white = drawn.double().mean((0, 1, 2))
+    expected = greys.double() / 255
+    assert white[0] == 0
+    assert white[255] == 1
+    errors = ((white - expected) / (expected * (1 - expected) / len(drawn)).sqrt())[1:-1]
+    assert errors.abs().max() < 4.5
+    assert 0.8 < errors.std() < 1.2

@@ -133,6 +133,17 @@ def test_temperature_0_is_one_hot_and_passes_no_nan_back() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_one_temperature_for_all_is_that_of_each(kind: type[GaussianVAE | GumbelVAE], temperature: float) -> None:
+    torch.manual_seed(0)
+    parameters = tuple(torch.randn(4, 3, 5) for _ in kind.parameter_names)
+    noise = kind.noise((2, 4, 3, 5), generator(0, 0))
+    together = kind.sample(parameters, noise, temperature)
+    for one, drawn in zip(noise, together, strict=True):
+        assert torch.equal(drawn, kind.sample(parameters, one, torch.full((4,), temperature)))
+
+
 def test_noise_follows_its_law() -> None:
     for model, law in ((GaussianVAE, stats.norm), (GumbelVAE, stats.gumbel_r)):
         draws = model.noise((100_000,), generator(0, 0)).numpy()

@@ -125,7 +125,7 @@ def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> N
     weight = last_weight(model.encoder)
     found = torch.autograd.grad(loss, weight)[0]
     (logits,) = model.encode(batch)
-    relaxed = model.sample((logits,), model.noise((4, 2, 3), generator(0, 0)), torch.full((4,), 0.7))
+    relaxed = model.sample((logits,), model.noise((4, 2, 3), generator(0, 0)), 0.7)
     corner = nn.functional.one_hot(relaxed.argmax(-1), 3).double().requires_grad_()
     by_hand = -log_likelihood(model.decode(corner), batch).mean()
     assert loss.item() == pytest.approx(by_hand.item())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -152,6 +153,16 @@ def test_training_improves_the_bound(tmp_path: Path) -> None:
     train(small(epochs=8, width=(16, 16), batch_size=32), tmp_path / "r", resume=False, sheet_every=9)
     bounds = [json.loads(line)["held_out_elbo"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert bounds[-1] > bounds[0] + 3
+
+
+def test_images_that_are_binary_already_enter_as_they_are(tmp_path: Path) -> None:
+    images = 255 * np.random.default_rng(0).integers(0, 2, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "binary.npz", images=images)
+    for name, binarize in (("drawn", True), ("taken", False)):
+        config = small(data=str(tmp_path / "binary.npz"), binarize=binarize)
+        train(config, tmp_path / name, resume=False, sheet_every=1)
+    drawn, taken = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("drawn", "taken"))
+    assert all(torch.equal(drawn[key], taken[key]) for key in drawn)
 
 
 def test_an_mlp_trains_as_well(tmp_path: Path) -> None:

@@ -17,16 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from export.config import TrainConfig
 from export.data import load
+from export.draws import is_binary
 from export.objectives import VAE
 from export.recipes import recipe
 from export.run import RunConfig
 
 
 class Images(Dataset[Tensor]):
-    """What torchvision's MNIST with ToTensor does, and a draw of each pixel."""
+    """What torchvision's MNIST with ToTensor does, and a draw of each pixel unless all are black or white."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = torch.from_numpy(pixels.copy())
+        self.binary = is_binary(self.pixels)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -34,7 +36,7 @@ class Images(Dataset[Tensor]):
     def __getitem__(self, row: int) -> Tensor:
         picture = Image.fromarray(self.pixels[row, 0].numpy(), mode="L")
         grey = torch.from_numpy(np.array(picture, np.uint8, copy=True)).unsqueeze(0).float().div(255)
-        return torch.bernoulli(grey)
+        return grey if self.binary else torch.bernoulli(grey)
 
 
 def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tensor], kind: str) -> float:

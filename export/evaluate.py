@@ -1,7 +1,12 @@
 """Evaluation: bounds on log p(x) of the held-out images, in nats."""
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -12,9 +17,9 @@ from tqdm import tqdm
 from export.config import Device
 from export.draws import EVALUATION, as_images, generator, is_binary
 from export.errors import RunError
-from export.objectives import elbo_terms, importance_weighted_bound
+from export.objectives import VAE, Count, elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import use_device
+from export.train import one_core_each, use_device
 from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
@@ -22,14 +27,13 @@ DECODED = 1000  # rows of a run of the decoder
 PARTIAL = ".evaluation.safetensors"
 
 
-@torch.inference_mode()
 def evaluate(
     folder: Path, *, samples: int, rows: int | None, seed: int, device: Device | None = None
 ) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
     standard errors, under the prior that the model was trained with; if a mixture was fitted afterwards, the bound with
-    that as the prior too. Gumbel codes are one-hot. The same
-    arguments give the same numbers on the same device, also after an interruption, from which it goes on.
+    that as the prior too. Gumbel codes are one-hot. The same arguments give the same numbers on the same device, also
+    after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
     """
@@ -44,17 +48,15 @@ def evaluate(
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
     batches = pixels.split(IMAGES)
     done = _resume(folder / PARTIAL, stamp)
-    progress = tqdm(batches, desc=f"bound with m={samples}", initial=len(done), disable=None)
-    for number in range(len(done), len(batches)):
-        draws = generator(seed, EVALUATION, number, device=where)
-        images = as_images(batches[number], config.train.binarize, draws)
-        likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
-        at_a_time = max(1, DECODED // len(images))
-        bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors)
-        done.append(torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu())
-        _keep(folder / PARTIAL, stamp, done)
-        progress.update()
-    progress.close()
+    draws = [generator(seed, EVALUATION, number, device=where) for number in range(len(batches))]
+    with (
+        one_core_each(torch.get_num_threads() if where.type == "cpu" else 1) as in_parallel,
+        _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
+    ):
+        bounds = partial(_bounds, model, priors, samples, config.train.binarize, count)
+        for found in in_parallel(bounds, batches[len(done) :], draws[len(done) :]):
+            done.append(found)
+            _keep(folder / PARTIAL, stamp, done)
     elbo, kl, bound, *with_mixture = torch.cat(done, 1)
     binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
@@ -73,6 +75,43 @@ def evaluate(
     write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
     (folder / PARTIAL).unlink()
     return result
+
+
+@contextmanager
+def _progress(samples: int, images: int, done: int) -> Iterator[Count]:
+    """Shows what is counted. Whoever counts after the end, because the evaluation was interrupted, is cancelled."""
+    over = Event()
+    with tqdm(
+        desc=f"bound with m={samples}", total=images * samples, initial=done * samples, unit_scale=True, disable=None
+    ) as progress:
+
+        def count(latents: int) -> None:
+            if over.is_set():
+                raise CancelledError
+            progress.update(latents)
+
+        try:
+            yield count
+        finally:
+            over.set()
+
+
+@torch.inference_mode()
+def _bounds(
+    model: VAE,
+    priors: list[Mixture],
+    samples: int,
+    binarize: bool,
+    count: Count,
+    pixels: torch.Tensor,
+    draws: torch.Generator,
+) -> torch.Tensor:
+    """The one-sample ELBO of each image, its KL term, and the bound with each prior, (2 + priors, n) float64."""
+    images = as_images(pixels, binarize, draws)
+    likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
+    at_a_time = max(1, DECODED // len(images))
+    bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors, count)
+    return torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu()
 
 
 def _with_mixture(mixture: Mixture | None, bounds: list[torch.Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What training maximizes and evaluation reports: bounds on log p(x) in nats, and the schedules of their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import cos, exp, inf, log, pi
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot, softplus
 from models import GaussianVAE, GumbelVAE, Mixture
 
 VAE = GaussianVAE | GumbelVAE
+Count = Callable[[int], None]
 
 
 class Terms(NamedTuple):
@@ -121,12 +122,14 @@ def importance_weighted_bound(
     draws: torch.Generator,
     at_a_time: int = 1,
     priors: Sequence[Mixture] | None = None,
+    count: Count = lambda latents: None,
 ) -> Tensor:
     """log 1/m sum_i p(x, z_i) / q(z_i | x) with m samples from q in nats (Burda, Grosse and Salakhutdinov, 2016,
     equation 8), for each prior p(z), (priors, n) float64. Gumbel codes are one-hot. The sum runs in float64 as samples
     come.
 
-    at_a_time: samples that are decoded together. priors: default: the model's own alone.
+    at_a_time: samples that are decoded together. priors: default: the model's own alone. count: is told of latents as
+        they are decoded.
     """
     posterior, priors = model.encode(images), priors or [model.prior()]
     total = torch.full((len(priors), len(images)), -inf, dtype=torch.float64, device=images.device)
@@ -135,6 +138,7 @@ def importance_weighted_bound(
         weights = _likelihoods(model, latents, images) - _log_q(model, latents, posterior)
         densities = torch.stack([_log_p(model, latents, prior) for prior in priors])
         total = torch.logaddexp(total, (weights + densities).double().logsumexp(1))
+        count(weights.numel())
     return total - log(samples)
 
 

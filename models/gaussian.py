@@ -94,7 +94,7 @@ class GaussianVAE(nn.Module):
         """
         mu, log_var = parameters
         if isinstance(temperature, Tensor):
-            temperature = temperature.reshape(-1, *[1] * (noise.dim() - 1))
+            temperature = temperature.reshape(-1, *[1] * (mu.dim() - 1))
         return mu + temperature * torch.exp(0.5 * log_var) * noise
 
     @staticmethod

@@ -180,3 +180,10 @@ def test_pixels_are_white_as_often_as_they_are_grey() -> None:
     errors = ((white - expected) / (expected * (1 - expected) / len(drawn)).sqrt())[1:-1]
     assert errors.abs().max() < 4.5
     assert 0.8 < errors.std() < 1.2
+
+
+def test_pixels_are_drawn_independently() -> None:
+    n = 20_001
+    drawn = as_images(torch.full((n, 1, 3, 7), 128, dtype=torch.uint8), True, generator(0, 0))
+    correlations = torch.corrcoef(drawn.flatten(1).T) - torch.eye(21)
+    assert correlations.abs().max() < 5 / n**0.5

@@ -1,5 +1,6 @@
 """Evaluation: the same numbers again, killed or not."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,13 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[st
         shutil.copytree(runs["tiny-gumbel"], tmp_path / name)
     arguments = ["--samples", "3000", "--images", "180", "--seed", "4"]
 
-    def start(name: str) -> "subprocess.Popen[bytes]":
+    def start(name: str, **environment: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "export", "evaluate", str(tmp_path / name), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}
+        )
 
-    killed = start("killed")
+    killed = start("killed", OMP_NUM_THREADS="1")  # one part after the other
     wait_until(lambda: (tmp_path / "killed" / PARTIAL).exists())
     killed.kill()
     killed.communicate()

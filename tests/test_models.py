@@ -144,6 +144,16 @@ def test_one_temperature_for_all_is_that_of_each(kind: type[GaussianVAE | Gumbel
         assert torch.equal(drawn, kind.sample(parameters, one, torch.full((4,), temperature)))
 
 
+@pytest.mark.parametrize("categories", [1, 3, 10, 20])
+def test_codes_are_relaxed_over_their_categories(categories: int) -> None:
+    logits = torch.randn(4, 3, categories)
+    noise = GumbelVAE.noise((4, 3, categories), generator(0, 0))
+    relaxed = GumbelVAE.sample((logits,), noise, 0.5)
+    torch.testing.assert_close(relaxed, ((logits + noise) / 0.5).softmax(-1))
+    found = GumbelVAE.log_prob(relaxed, (logits,))
+    torch.testing.assert_close(found, (relaxed * logits.log_softmax(-1)).sum((1, 2)))
+
+
 def test_noise_follows_its_law() -> None:
     for model, law in ((GaussianVAE, stats.norm), (GumbelVAE, stats.gumbel_r)):
         draws = model.noise((100_000,), generator(0, 0)).numpy()

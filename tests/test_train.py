@@ -22,7 +22,7 @@ from export.data import load
 from export.errors import RunError
 from export.evaluate import evaluate
 from export.learner import PRIOR_RATE, Learner, gradient_of
-from export.objectives import negative_elbo
+from export.objectives import elbo_terms, negative_elbo
 from export.prior import fit_prior
 from export.run import Run
 from export.train import train, train_epoch, use_device
@@ -99,6 +99,18 @@ def test_shares_of_a_batch_add_up_to_its_gradient() -> None:
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
 
+def test_an_epoch_tells_the_means_over_all_its_images() -> None:
+    pixels = torch.from_numpy(load("digits").train[:11].copy())
+    torch.manual_seed(0)
+    model = GaussianVAE(VAEConfig((1, 8, 8), (3,), "mlp", (4,)))
+    without_noise(model)
+    likelihood, kl = elbo_terms(model, pixels / 255, 1.0, torch.Generator())
+    config = small(binarize=False, shares=2, batch_size=4, learning_rate=1e-9)
+    metrics = train_epoch(Learner(model, 0.0), pixels, config, 0)
+    assert metrics["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert metrics["elbo"] == pytest.approx((likelihood - kl).mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
 def test_a_step_is_one_of_adam_and_of_the_average(kind: str) -> None:
     """As an optimizer without tricks takes it, on convolutions of one channel, whose gradients lie in another order."""
@@ -163,6 +175,21 @@ def test_images_that_are_binary_already_enter_as_they_are(tmp_path: Path) -> Non
         train(config, tmp_path / name, resume=False, sheet_every=1)
     drawn, taken = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("drawn", "taken"))
     assert all(torch.equal(drawn[key], taken[key]) for key in drawn)
+    assert evaluate(tmp_path / "drawn", samples=1, rows=None, seed=0)["binarization"] == "static"
+
+
+@pytest.mark.parametrize("grey", ["train", "test"])
+def test_images_that_are_grey_in_one_part_are_drawn(tmp_path: Path, grey: str) -> None:
+    random = np.random.default_rng(0)
+    parts = {name: 255 * random.integers(0, 2, (20, 8, 8), np.uint8) for name in ("train", "test")}
+    parts[grey] = random.integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez(tmp_path / "half.npz", train=parts["train"], test=parts["test"])
+    found = []
+    for binarize in (True, False):
+        run = tmp_path / str(binarize)
+        train(small(data=str(tmp_path / "half.npz"), binarize=binarize), run, resume=False, sheet_every=1)
+        found.append(json.loads((run / "metrics.jsonl").read_text())["held_out_elbo"])
+    assert found[0] != found[1]
 
 
 def test_an_mlp_trains_as_well(tmp_path: Path) -> None:

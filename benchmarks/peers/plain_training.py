@@ -1,7 +1,7 @@
 """A training loop as tutorials and VAE collections write it (https://github.com/pytorch/examples/tree/main/vae,
 https://github.com/AntixK/PyTorch-VAE), around the network, the optimizer and the batches of one of our recipes.
 
-python -m benchmarks.peers.plain_training RECIPE DATA WORKERS prints images per second.
+python -m benchmarks.peers.plain_training RECIPE DATA WORKERS THREADS prints images per second.
 """
 
 import sys
@@ -63,7 +63,8 @@ def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tenso
 
 
 def main() -> None:
-    name, source, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    name, source, workers, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(threads or torch.get_num_threads())
     config = TrainConfig(**{**recipe(name), "data": source})
     data = load(source)
     model = RunConfig.of(config, data).build()

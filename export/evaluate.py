@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from export.compute import one_core_each, use_device
 from export.config import Device
 from export.draws import EVALUATION, as_images, generator, is_binary
 from export.errors import RunError
 from export.objectives import VAE, Count, elbo_terms, importance_weighted_bound
 from export.run import Run, write_atomically
-from export.train import one_core_each, use_device
 from models import Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on

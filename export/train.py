@@ -2,19 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from export.config import Device, TrainConfig
+from export.compute import one_core_each, use_device
+from export.config import TrainConfig
 from export.data import load
 from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from export.errors import RunError
@@ -38,8 +36,6 @@ from service.pictures import png, sheet
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
 LEAST_SHARE = 64  # rows to decode that are worth a core
-
-Map = Callable[..., Iterable[Any]]
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
@@ -79,17 +75,6 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
         run.save(epoch + 1, learner.state())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return run
-
-
-def use_device(name: Device | None) -> torch.device:
-    """By default a GPU if torch finds one. Convolutions then repeat themselves and keep the digits of a float32. Raises
-    RunError."""
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        built = "finds no GPU" if torch.version.cuda else "was built for CPUs alone"
-        raise RunError(f"device 'cuda': this torch {built}; --device cpu uses the CPU (a training that began there)")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
 def _settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
@@ -176,22 +161,6 @@ def share_of(
     terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
     loss = terms.loss * (len(pixels) * image_weight)
     return gradient_of(loss, model), torch.stack([terms.likelihood, terms.kl])
-
-
-@contextmanager
-def one_core_each(shares: int) -> Iterator[Map]:
-    """A `map` that does `shares` things at the same time. Small networks gain little when several cores share one
-    operation; half a batch on each of two cores is up to 1.5 times as fast."""
-    if shares == 1:
-        yield map
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // shares))
-    try:
-        with ThreadPoolExecutor(shares) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, now: Schedule) -> Terms:

@@ -69,7 +69,19 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
+    _add_models(app, service)
+    _add_probes(app, service)
 
+    @app.get("/problems/{slug}", **schema.PROBLEM)
+    async def problem(slug: str) -> PlainTextResponse:
+        if slug not in PROBLEMS:
+            raise UnknownPath(f"no problem type {slug!r}; there are: {', '.join(PROBLEMS)}")
+        return PlainTextResponse(f"{PROBLEMS[slug].status} {slug}\n\n{PROBLEMS[slug].meaning}\n")
+
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/models", **schema.MODELS)
     async def models() -> JSONResponse:
         service.ready()
@@ -80,6 +92,10 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     async def model(name: str) -> JSONResponse:
         service.ready()
         return JSONResponse(_describe(service, service.repository.find(name, None)))
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    """What those ask who watch the service."""
 
     @app.head("/livez", include_in_schema=False)
     @app.get("/livez", **schema.LIVEZ)
@@ -105,14 +121,6 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
         if len(counted) < len(reports):
             raise Unavailable("a worker does not answer, and without it the sums are wrong: see /livez", retry_after=1)
         return Response(text(counted), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/problems/{slug}", **schema.PROBLEM)
-    async def problem(slug: str) -> PlainTextResponse:
-        if slug not in PROBLEMS:
-            raise UnknownPath(f"no problem type {slug!r}; there are: {', '.join(PROBLEMS)}")
-        return PlainTextResponse(f"{PROBLEMS[slug].status} {slug}\n\n{PROBLEMS[slug].meaning}\n")
-
-    return app
 
 
 def _describe(service: Service, model: Model) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Real parts for every test: two VAEs trained for an epoch on real digits, and servers in threads."""
 
+import shutil
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from export.config import TrainConfig
 from export.evaluate import evaluate
+from export.prior import fit_prior
 from export.publish import publish
 from export.train import train
 from service.app import create_app
@@ -25,6 +27,8 @@ TINY: dict[str, dict[str, Any]] = {
     "tiny-gaussian": {"kind": "gaussian", "latent_shape": (3,)},
     "tiny-gumbel": {"kind": "gumbel", "latent_shape": (4, 5)},
 }
+KINDS = ["gaussian", "gumbel"]
+COMPONENTS = 3  # of the mixtures that are fitted to the tiny runs
 
 
 @dataclass
@@ -66,6 +70,26 @@ def repository(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def fitted(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny runs, by kind, with a mixture fitted to each."""
+    folders = {kind: tmp_path_factory.mktemp("fitted") / kind for kind in KINDS}
+    for kind, folder in folders.items():
+        shutil.copytree(runs[f"tiny-{kind}"], folder)
+        fit_prior(folder, components=COMPONENTS, seed=0)
+        evaluate(folder, samples=2, rows=50, seed=0)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def mixed(fitted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository of those, each named by its kind."""
+    repository = tmp_path_factory.mktemp("mixed")
+    for kind, folder in fitted.items():
+        publish(folder, kind, repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
 def serve(repository: Path) -> Iterator[Callable[..., Running]]:
     """Start a server with these settings; it runs until the tests end."""
     started: list[tuple[Running, threading.Thread]] = []
@@ -96,6 +120,17 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
 def service(serve: Callable[..., Running]) -> Running:
     """A server with the default settings."""
     return serve()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK waits a millisecond before it asks again."""
+    monkeypatch.setattr("reparam.calls.FIRST_BACKOFF", 0.001)
+
+
+def small(**options: Any) -> TrainConfig:
+    """A training of a moment, but for these options."""
+    return TrainConfig(**{"kind": "gaussian", "data": "digits", "epochs": 1, "width": (4,), **options})
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:

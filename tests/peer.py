@@ -14,6 +14,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.lib import format as npy
 
+from reparam import Samples
+
 HEADERS = {
     "Model-Name": "peer",
     "Model-Version": "3",
@@ -174,3 +176,11 @@ def _begin(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]
     for name, value in headers.items():
         handler.send_header(name, value)
     handler.end_headers()
+
+
+def numbers(batches: list[Samples]) -> list[int]:
+    """The row numbers that the images of the peer spell."""
+    return [int(row) for batch in batches if batch.images is not None for row in batch.images.reshape(-1).view("<u4")]
+
+
+HTML = reply(502, b"<html>Bad Gateway</html>", Content_Type="text/html; charset=utf-8")

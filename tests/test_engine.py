@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pytest
 
 from service import noise
-from service.artifact import Artifact, load
-from tests.conftest import Running, wait_until
+from service.artifact import load
+from tests.conftest import TINY, Running, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, request
 
@@ -290,9 +290,7 @@ class Oracle:
     """Rows computed one by one, past the engine."""
 
     def __init__(self, repository: Path) -> None:
-        names = {"tiny-gaussian": "latents", "tiny-gumbel": "codes"}
-        self.latents = names
-        self.artifacts: dict[str, Artifact] = {name: load(repository / name / "1" / "model.onnx") for name in names}
+        self.artifacts = {name: load(repository / name / "1" / "model.onnx") for name in TINY}
 
     def row(self, model: str, seed: int, row: int, temperature: float) -> npt.NDArray[np.uint8]:
         artifact = self.artifacts[model]
@@ -301,46 +299,47 @@ class Oracle:
         return pixels
 
 
+def ask_at_random(engine: Running, oracle: Oracle, chance: random.Random) -> int:
+    """For few rows or many; and leave at once, or midway, or have no time. Returns how many rows were compared."""
+    body: dict[str, Any] = {
+        "model": chance.choice(list(oracle.artifacts)),
+        "n": chance.choice([1, 1, 2, 5, 63, 64, 65, 200, 3000]),
+        "seed": chance.randrange(5),
+        "start": chance.randrange(1000),
+        "temperature": chance.choice([0.0, 0.5, 1.0]),
+    }
+    fate = chance.choice(["stay", "stay", "stay", "leave", "midway", "expire"])
+    with connect(engine) as connection:
+        timeout = {"Request_Timeout": "0.002"} if fate == "expire" else {}
+        connection.sendall(request(body, **timeout))
+        if fate == "leave":
+            return 0
+        if fate == "midway":
+            connection.recv(chance.randrange(1, 5000))
+            return 0
+        status, content = answer(connection)
+    if status == 504:
+        assert fate == "expire", content
+        return 0
+    assert status == 200, content
+    rows, n = np.load(io.BytesIO(content), allow_pickle=False), body["n"]
+    compared = {0, n - 1, *chance.sample(range(n), min(n, 5))}
+    for index in compared:
+        expected = oracle.row(body["model"], body["seed"], body["start"] + index, body["temperature"])
+        assert np.array_equal(rows[index], expected), (body, index)
+    return len(compared)
+
+
 @pytest.mark.parametrize(("seed", "runners"), [(1, 1), (2, 2), (3, 3)])
 def test_rows_are_those_computed_alone_while_others_leave_expire_and_are_cut(
     engine: Running, repository: Path, seed: int
 ) -> None:
-    """Eight clients at random: they ask for few rows or many, leave at once or midway, or have no time."""
+    """Eight clients at random."""
     oracle = Oracle(repository)
 
     def client(number: int) -> int:
         chance = random.Random(seed * 100 + number)
-        checked = 0
-        for _ in range(25):
-            model = chance.choice(list(oracle.artifacts))
-            n = chance.choice([1, 1, 2, 5, 63, 64, 65, 200, 3000])
-            body: dict[str, Any] = {
-                "model": model,
-                "seed": chance.randrange(5),
-                "start": chance.randrange(1000),
-                "n": n,
-                "temperature": chance.choice([0.0, 0.5, 1.0]),
-            }
-            fate = chance.choice(["stay", "stay", "stay", "leave", "midway", "expire"])
-            with connect(engine) as connection:
-                timeout = {"Request_Timeout": "0.002"} if fate == "expire" else {}
-                connection.sendall(request(body, **timeout))
-                if fate == "leave":
-                    continue
-                if fate == "midway":
-                    connection.recv(chance.randrange(1, 5000))
-                    continue
-                status, content = answer(connection)
-            if status == 504:
-                assert fate == "expire", content
-                continue
-            assert status == 200, content
-            rows = np.load(io.BytesIO(content), allow_pickle=False)
-            for index in {0, n - 1, *chance.sample(range(n), min(n, 5))}:
-                expected = oracle.row(model, body["seed"], body["start"] + index, body["temperature"])
-                assert np.array_equal(rows[index], expected), (body, index)
-                checked += 1
-        return checked
+        return sum(ask_at_random(engine, oracle, chance) for _ in range(25))
 
     done = threading.Event()
 

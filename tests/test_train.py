@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from export.config import TrainConfig
+from export.compute import use_device
 from export.data import load
 from export.errors import RunError
 from export.evaluate import evaluate
@@ -25,9 +25,9 @@ from export.learner import PRIOR_RATE, Learner, gradient_of
 from export.objectives import elbo_terms, negative_elbo
 from export.prior import fit_prior
 from export.run import Run
-from export.train import train, train_epoch, use_device
+from export.train import train, train_epoch
 from models import MODELS, GaussianVAE, GumbelVAE, VAEConfig
-from tests.conftest import wait_until
+from tests.conftest import small, wait_until
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
 
@@ -68,10 +68,6 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
 def finished_epochs(folder: Path) -> int:
     run = Run(folder)
     return run.restore(lambda state: None)
-
-
-def small(**options: Any) -> TrainConfig:
-    return TrainConfig(**{"kind": "gaussian", "data": "digits", "epochs": 1, "width": (4,), **options})
 
 
 @torch.no_grad()
@@ -197,73 +193,9 @@ def test_an_mlp_trains_as_well(tmp_path: Path) -> None:
     assert run.trained().config.latent_shape == (2, 3)
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
-    train(small(), tmp_path / "r", resume=False, sheet_every=1)
-    with pytest.raises(RunError, match="add --resume"):
-        train(small(), tmp_path / "r", resume=False, sheet_every=1)
-    with pytest.raises(RunError, match=r"started with seed=0, not 1"):
-        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
-
-
-def test_a_checkpoint_without_its_configuration_is_not_taken_over(tmp_path: Path) -> None:
-    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
-    (run.folder / "config.json").unlink()
-    with pytest.raises(RunError, match="already holds a run"):
-        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
-
-
 def test_training_that_diverges_fails(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="lower --learning-rate"):
         train(small(learning_rate=1e30), tmp_path / "r", resume=False, sheet_every=1)
-
-
-def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> None:
-    train(small(), tmp_path / "r", resume=True, sheet_every=1)
-    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
-    train(small(), tmp_path / "r", resume=True, sheet_every=1)
-    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
-
-
-def test_a_damaged_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run"):
-        Run(tmp_path / "none").trained()
-    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
-    whole = run.checkpoint.read_bytes()
-    run.checkpoint.write_bytes(whole[:-10])
-    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
-        run.trained()
-    run.checkpoint.unlink()
-    with pytest.raises(RunError, match="finished 0 of 1 epochs"):
-        run.trained()
-    (run.folder / "config.json").write_text("{}")
-    with pytest.raises(RunError, match=r"config\.json is damaged"):
-        run.trained()
-
-
-@pytest.mark.parametrize(
-    ("name", "damaged"),
-    [
-        ("optimizer.step", torch.ones(2)),
-        ("optimizer.step", torch.ones((), dtype=torch.int64)),
-        ("optimizer.exp_avg", torch.zeros(1)),
-        ("optimizer.exp_avg_sq", None),
-        ("model.decoder.1.bias", torch.zeros(3)),
-        ("average.decoder.1.bias", torch.tensor(torch.nan)),
-        ("average.decoder.1.bias", None),
-    ],
-)
-def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Tensor | None) -> None:
-    config = small(average=0.9, epochs=2)
-    run = train(config, tmp_path, resume=False, sheet_every=9)
-    tensors = load_file(run.checkpoint)
-    before = tensors.pop(name)
-    if damaged is not None:
-        tensors[name] = damaged.expand_as(before).contiguous() if damaged.isnan().any() else damaged
-    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
-    with pytest.raises(
-        RunError, match=r"checkpoint\.safetensors is damaged or of another version \([^\n]*\): train anew"
-    ):
-        train(config, tmp_path, resume=True, sheet_every=9)
 
 
 def test_a_variable_below_its_free_bits_keeps_its_prior(tmp_path: Path) -> None:
@@ -310,14 +242,6 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert use_device("cpu").type == "cpu"
 
 
-def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(small(device="cpu"), tmp_path, resume=False, sheet_every=1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert train(small(), tmp_path, resume=True, sheet_every=1).config().train.device == "cpu"
-    with pytest.raises(RunError, match="was started with device='cpu', not 'cuda'"):
-        train(small(device="cuda"), tmp_path, resume=True, sheet_every=1)
-
-
 def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
     """One step: 0.98 p(z) + 0.02 mean q(z | x), whatever the weight of the KL term and the parts of the batch."""
     torch.manual_seed(0)
@@ -332,15 +256,6 @@ def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
     expected = 0.98 * model.prior_logits.exp() + 0.02 * used
     train_epoch(Learner(model, 0.0), pixels, small(kind="gumbel", binarize=False, shares=2, kl_warm_up=5), 0)
     torch.testing.assert_close(model.prior_logits.exp(), expected)
-
-
-def test_a_run_of_an_older_version_is_not_continued(tmp_path: Path) -> None:
-    """One whose optimizer had moments for each layer."""
-    run = train(small(), tmp_path, resume=False, sheet_every=1)
-    tensors = {name.replace("exp_avg", "encoder.0.weight.exp_avg"): t for name, t in load_file(run.checkpoint).items()}
-    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
-    with pytest.raises(RunError, match="of another version"):
-        train(run.config().train, tmp_path, resume=True, sheet_every=1)
 
 
 @pytest.mark.parametrize(

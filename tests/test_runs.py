@@ -1,0 +1,96 @@
+"""The folder of a training: begun, gone on with, and not when it is another's or damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from export.errors import RunError
+from export.run import Run
+from export.train import train
+from tests.conftest import small
+
+OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
+    train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    with pytest.raises(RunError, match="add --resume"):
+        train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    with pytest.raises(RunError, match=r"started with seed=0, not 1"):
+        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
+
+
+def test_a_checkpoint_without_its_configuration_is_not_taken_over(tmp_path: Path) -> None:
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    (run.folder / "config.json").unlink()
+    with pytest.raises(RunError, match="already holds a run"):
+        train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
+
+
+def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> None:
+    train(small(), tmp_path / "r", resume=True, sheet_every=1)
+    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
+    train(small(), tmp_path / "r", resume=True, sheet_every=1)
+    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        Run(tmp_path / "none").trained()
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    whole = run.checkpoint.read_bytes()
+    run.checkpoint.write_bytes(whole[:-10])
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
+        run.trained()
+    run.checkpoint.unlink()
+    with pytest.raises(RunError, match="finished 0 of 1 epochs"):
+        run.trained()
+    (run.folder / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        run.trained()
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("optimizer.step", torch.ones(2)),
+        ("optimizer.step", torch.ones((), dtype=torch.int64)),
+        ("optimizer.exp_avg", torch.zeros(1)),
+        ("optimizer.exp_avg_sq", None),
+        ("model.decoder.1.bias", torch.zeros(3)),
+        ("average.decoder.1.bias", torch.tensor(torch.nan)),
+        ("average.decoder.1.bias", None),
+    ],
+)
+def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Tensor | None) -> None:
+    config = small(average=0.9, epochs=2)
+    run = train(config, tmp_path, resume=False, sheet_every=9)
+    tensors = load_file(run.checkpoint)
+    before = tensors.pop(name)
+    if damaged is not None:
+        tensors[name] = damaged.expand_as(before).contiguous() if damaged.isnan().any() else damaged
+    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
+    with pytest.raises(
+        RunError, match=r"checkpoint\.safetensors is damaged or of another version \([^\n]*\): train anew"
+    ):
+        train(config, tmp_path, resume=True, sheet_every=9)
+
+
+def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(small(device="cpu"), tmp_path, resume=False, sheet_every=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train(small(), tmp_path, resume=True, sheet_every=1).config().train.device == "cpu"
+    with pytest.raises(RunError, match="was started with device='cpu', not 'cuda'"):
+        train(small(device="cuda"), tmp_path, resume=True, sheet_every=1)
+
+
+def test_a_run_of_an_older_version_is_not_continued(tmp_path: Path) -> None:
+    """One whose optimizer had moments for each layer."""
+    run = train(small(), tmp_path, resume=False, sheet_every=1)
+    tensors = {name.replace("exp_avg", "encoder.0.weight.exp_avg"): t for name, t in load_file(run.checkpoint).items()}
+    run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
+    with pytest.raises(RunError, match="of another version"):
+        train(run.config().train, tmp_path, resume=True, sheet_every=1)

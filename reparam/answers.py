@@ -2,9 +2,11 @@
 
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -21,6 +23,8 @@ NPY = "application/x-npy"
 NPZ = "application/x-npz"
 JSON = "application/json"
 BATCH_BYTES = 2**20  # of a batch of a stream, or one row where that is larger
+# What json, zipfile and NumPy raise for bytes that are not theirs.
+UNREADABLE = (BadZipFile, EOFError, KeyError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)
 
 
 def check(response: httpx.Response, body: bytes | bytearray, media_type: str) -> None:
@@ -118,8 +122,9 @@ class RowReader:
         end = whole * self._row_bytes
         rows, self._buffer = self._buffer, self._buffer[end:]
         array = np.frombuffer(rows, DTYPES[self._name], whole * prod(self._row_shape)).reshape(whole, *self._row_shape)
+        samples = _samples(self.response, {self._name: array}, self.received)
         self.received += whole
-        return _samples(self.response, {self._name: array}, self.received - whole)
+        return samples
 
 
 def _npy_header(data: bytearray, name: str, n: int) -> tuple[tuple[int, ...], int] | None:
@@ -160,6 +165,6 @@ def _readable(response: httpx.Response) -> Iterator[None]:
     """Where reading an answer fails, say so as StatusError."""
     try:
         yield
-    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         what = f"answered with something that cannot be read: {type(error).__name__}: {error}"
         raise unexpected_answer(response, what) from error

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 FIRST_BACKOFF = 0.5  # seconds, at most; it doubles with each try
 LAST_BACKOFF = 8.0
+FOR_EVER = 1e8  # seconds, three years; no socket waits much longer
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Calls:
         if max_retries < 0:
             raise ValueError(f"max_retries must be at least 0, got {max_retries}")
         self.server = Server(base_url, api_key)
-        self.timeout = timeout
+        self.timeout = None if timeout is None or timeout > FOR_EVER else timeout
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:

@@ -57,7 +57,7 @@ class StatusError(ReparamError):
 
 
 class BadRequest(StatusError):
-    """400: the body did not arrive as JSON."""
+    """400: what arrived was no HTTP request."""
 
 
 class Unauthorized(StatusError):
@@ -168,7 +168,7 @@ def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any
     if media_type == "application/problem+json":
         try:
             return dict(json.loads(body))
-        except (TypeError, ValueError):
+        except (RecursionError, TypeError, ValueError):
             pass
     if "Location" in response.headers:
         said = f"redirects to {response.headers['Location']}; use that as base_url"

@@ -101,7 +101,10 @@ def sample_request(
 
 def _numbers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     try:
-        array = np.asarray(values, np.float64)
+        given = np.asarray(values)
+        if np.iscomplexobj(given):
+            raise ValueError(f"they are {given.dtype}")
+        array = given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from error
     if not np.isfinite(array).all():
@@ -121,7 +124,7 @@ class Server:
         if self.url.scheme not in ("http", "https") or not self.url.host:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}")
         self.headers = {"User-Agent": f"reparam/{__version__}", "Accept-Encoding": "identity"}
-        if api_key is not None:
+        if api_key:
             if not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
                 raise ValueError("api_key must be printable ASCII without blanks around it; is there a line end in it?")
             self.headers["Authorization"] = f"Bearer {api_key}"

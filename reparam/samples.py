@@ -1,6 +1,7 @@
 """What a call returns: arrays, and where they come from."""
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,9 +118,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the name `path` when all is written, and is gone when something fails."""
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("xb") as file:
             yield file
         unfinished.replace(path)
     except BaseException:

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import __version__, schema
 from service.brief import ShortWay
-from service.edge import Edge, refused_by_router
+from service.edge import OPEN, Edge, refused_by_router
 from service.errors import PROBLEMS, Unavailable, UnknownPath
 from service.life import STATES, Service
 from service.metrics import text
@@ -50,9 +50,15 @@ class Application(FastAPI):
         return super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
-        """And says what `/sample` is."""
+        """And says what `/sample` is, and who asks for the key."""
         if self.openapi_schema is None:
-            super().openapi()["paths"] |= {"/sample": {"post": schema.SAMPLE}}
+            described = super().openapi()
+            described["paths"] |= {"/sample": {"post": schema.SAMPLE}}
+            if self.direct.api_key:
+                described["components"] |= schema.KEY
+                for path, operations in described["paths"].items():
+                    if not path.startswith(OPEN):
+                        operations |= {method: {**said, **schema.WITH_KEY} for method, said in operations.items()}
         return super().openapi()
 
 

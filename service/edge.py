@@ -48,7 +48,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = dict(scope["headers"])
+        given = given_in(scope["headers"])
         request_id = request_id_of(given)
         status = 0
 
@@ -89,11 +89,21 @@ class Edge:
         """Raises Unauthorized."""
         if self.api_key is None or path.startswith(OPEN):
             return
-        if not hmac.compare_digest(given.get(b"authorization", b""), f"Bearer {self.api_key}".encode()):
+        scheme, _, key = given.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self.api_key.encode()):
             raise Unauthorized(
                 "this service asks for its key: send the header `Authorization: Bearer <key>`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def given_in(headers: Headers) -> Given:
+    """By name; several of one name are one list."""
+    given = dict(headers)
+    if len(given) < len(headers):
+        for name in given:
+            given[name] = b", ".join([value for other, value in headers if other == name])
+    return given
 
 
 def request_id_of(given: Given) -> bytes:

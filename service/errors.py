@@ -53,6 +53,12 @@ class NonFiniteSample(Problem):
     )
 
 
+class MalformedRequest(Problem):
+    slug = "malformed-request"
+    status = 400
+    meaning = "What came is no HTTP request, or its head is too long or too slow; the connection is closed."
+
+
 class Unauthorized(Problem):
     slug = "unauthorized"
     status = 401

@@ -79,8 +79,9 @@ class Job(Ticket, ABC):
             self.timer = self.host.loop.call_at(self.deadline, self.expire)
 
     def expire(self) -> None:
-        """The deadline has passed."""
-        self.fail(self.host.expired(self.stage))
+        """The deadline has passed; unless there is nothing more to wait for but the client."""
+        if self.stage != "send":
+            self.fail(self.host.expired(self.stage))
 
     def fail(self, error: Exception) -> None:
         if self.error is None and self.open:

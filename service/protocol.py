@@ -6,18 +6,21 @@ headers, one by one; here they are joined at once.
 """
 
 import asyncio
-from collections.abc import Sized
+import time
 from math import inf
 from typing import Any
 
-from uvicorn.protocols.http.flow_control import FlowControl
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
+from service.edge import given_in, refusal, request_id_of
+from service.errors import MalformedRequest, Problem
 from service.patience import PATIENCE
 from service.responses import lines
+from service.transport import Cork, Flow
 
-ENOUGH = 2**16  # bytes that are written at once
+MOST_HEAD = 2**19  # bytes that are read until the head of a request is whole; one read takes up to half of them
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
 CLOSE = b"connection: close\r\n"
@@ -36,17 +39,22 @@ class Protocol(HttpToolsProtocol):
         self._patience: asyncio.TimerHandle | None = None
         self._idle_since = inf  # on the loop's clock; inf while it is not
         self._keep_alive: asyncio.TimerHandle | None = None
+        self._in_head = False  # of a request that has begun
+        self._head_bytes = 0  # read since
+        self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._cork = Cork(transport, self.loop)
         super().connection_made(self._cork)  # type: ignore[arg-type]  # all that uvicorn uses of one
-        self.flow = Flow(self.transport, self.pipeline)
+        self.flow = Flow(self.transport, self.pipeline, self.loop)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
         super().connection_lost(exc)
-        if self._keep_alive is not None:
-            self._keep_alive.cancel()
+        for timer in (self._keep_alive, self._late):
+            if timer is not None:
+                timer.cancel()
 
     def shutdown(self) -> None:
         self._go_on()
@@ -54,28 +62,94 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._idle_since = inf
-        super().data_received(data)
-        if self._waiting and self._patience is None:
-            if self._short.is_open(dict(self.headers)):
+        try:
+            self._feed(data)
+        except Problem as problem:
+            self._refuse(problem)
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD:
+                self._refuse(
+                    MalformedRequest(f"the head of a request has at most {MOST_HEAD} bytes: send less before the body")
+                )
+            elif self._late is None:
+                self._await_head()
+        elif self._waiting and self._patience is None:
+            if self._short.is_open(given_in(self.headers)):
                 self._patience = self.loop.call_later(PATIENCE, self._go_on)
             else:
                 self._go_on()
 
+    def _feed(self, data: bytes) -> None:
+        """An upgrade that is asked for is ignored (RFC 9110, 7.8). The parser would take what follows for another
+        protocol, so a fresh one goes on from a head that asks for none. Raises MalformedRequest."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as stopped:
+                data = self._head_without_upgrade() + data[stopped.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+            except httptools.HttpParserError as error:
+                raise MalformedRequest(f"no HTTP request: {error}") from error
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise MalformedRequest("CONNECT is for proxies, and this is none")
+        kept = [header for header in self.headers if header[0] != b"upgrade"]
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, self.parser.get_http_version().encode(), lines(kept))
+
+    def _await_head(self) -> None:
+        self._late = self.loop.call_later(self._short.sampling.settings.request_timeout, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._in_head:
+            self._refuse(MalformedRequest("the head of the request did not end in time: send it at once"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Tell why there is no request to answer, unless an answer is under way, and hang up."""
+        if self.cycle is None or self.cycle.response_complete:
+            request_id = request_id_of({})
+            status, headers, body = refusal(problem, request_id)
+            head = lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
+            self.transport.write(_whole_head(status, head, keep_alive=False) + body)
+            self._short.edge.account("-", "-", "other", status, time.perf_counter(), request_id)
+        self.transport.close()
+
     def on_message_begin(self) -> None:
         self._idle_since = inf
+        self._in_head, self._head_bytes = True, 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # but of a trailer
+            return
+        name = name.lower()
+        self.headers.append((name, value))
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+
     def on_headers_complete(self) -> None:
         parser = self.parser
+        self._in_head = False
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        if parser.should_upgrade():
+            return
         self._body = b""
         self._waiting = (
             self.url == self._path
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and not self.expect_100_continue
-            and not parser.should_upgrade()
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
         )
@@ -91,8 +165,10 @@ class Protocol(HttpToolsProtocol):
             self._go_on()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         if self._waiting:
-            brief = self._short.begin(dict(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
+            brief = self._short.begin(given_in(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
             if brief is not None:
                 self._end_waiting()
                 if not brief.response_complete:
@@ -221,48 +297,3 @@ class Answer:
                 cycle.transport.close()
             del cycle.send  # which refers to the cycle
             cycle.on_response()
-
-
-class Flow(FlowControl):
-    """Reads nothing more from a client while requests of its wait for their turn. uvicorn reads on with each answer, so
-    that a client which does not listen fills the memory with its questions."""
-
-    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
-        super().__init__(transport)
-        self._pipeline = pipeline
-
-    def resume_reading(self) -> None:
-        if not self._pipeline:
-            super().resume_reading()
-
-
-class Cork:
-    """A transport that writes together what it was given in one turn of the event loop."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._waiting: list[Any] = []
-        self._size = 0
-        self.is_closing = transport.is_closing
-
-    def write(self, data: Any) -> None:
-        if not self._waiting:
-            self._loop.call_soon(self.flush)
-        self._waiting.append(data)
-        self._size += len(data)
-        if self._size >= ENOUGH:
-            self.flush()
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def flush(self) -> None:
-        if self._waiting:
-            if not self._transport.is_closing():  # as it is after a reset by the client
-                self._transport.writelines(self._waiting)
-            self._waiting, self._size = [], 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from starlette.types import Receive, Scope, Send
 
 from service.contract import Arrays
-from service.edge import Given
+from service.edge import Given, given_in
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
 from service.job import Awaited, Job
 from service.life import Service
@@ -36,7 +36,7 @@ class Sampling:
         self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given: Given = dict(scope["headers"])
+        given = given_in(scope["headers"])
         job = Awaited(self.engine, self.greet(given), receive)
         self.engine.join(job)
         try:

@@ -76,14 +76,16 @@ class ProblemDocument(BaseModel):
 
 
 def _problems(*statuses: int) -> dict[int | str, Arguments]:
-    schema = ProblemDocument.model_json_schema()
-    return {
+    content = {MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}
+    said: dict[int | str, Arguments] = {
         status: {
             "description": " ".join(problem.meaning for problem in PROBLEMS.values() if problem.status == status),
-            "content": {MEDIA_TYPE: {"schema": schema}},
+            "content": content,
         }
         for status in statuses
     }
+    # With a default, FastAPI does not add a 422 of its own.
+    return {**said, "default": {"description": "Another problem.", "content": content}}
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -128,5 +130,17 @@ READYZ: Arguments = {
     "tags": ["health"],
     "responses": {503: {"description": "Starting, draining, failed, or without a model"}},
 }
-METRICS: Arguments = {"summary": "Prometheus metrics", "tags": ["health"], "response_class": PlainTextResponse}
-PROBLEM: Arguments = {"summary": "What a problem type means", "tags": ["problems"], "response_class": PlainTextResponse}
+METRICS: Arguments = {
+    "summary": "Prometheus metrics",
+    "tags": ["health"],
+    "response_class": PlainTextResponse,
+    "responses": _problems(503),
+}
+PROBLEM: Arguments = {
+    "summary": "What a problem type means",
+    "tags": ["problems"],
+    "response_class": PlainTextResponse,
+    "responses": _problems(404),
+}
+KEY: Arguments = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+WITH_KEY: Arguments = {"security": [{"key": []}]}

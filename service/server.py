@@ -45,6 +45,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 http=Protocol,
+                ws="none",
                 interface="asgi3",
                 log_config=None,
                 proxy_headers=False,

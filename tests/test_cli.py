@@ -56,6 +56,20 @@ def test_an_array_larger_than_a_batch_is_written_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(path).reshape(-1).view("<u4"), np.arange(600_000))
 
 
+def test_two_that_write_one_file_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+
+    def other(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
+        assert main(["sample", "-n", "3", "-o", str(path), "--url", peer.url]) == 0
+        assert path.exists()
+        rows()(asked, handler)
+
+    with Peer(other, rows()) as peer:
+        assert main(["sample", "-n", "9", "--start", "5", "-o", str(path), "--url", peer.url]) == 0
+    np.testing.assert_array_equal(np.load(path).reshape(-1).view("<u4"), np.arange(5, 14))
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.npy"]
+
+
 def test_npz_holds_each_output_named(service: Running, tmp_path: Path) -> None:
     path = tmp_path / "rows.npz"
     named = ["--model", "tiny-gumbel", "--hard", "--output", "codes", "--output", "indices"]

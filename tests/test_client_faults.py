@@ -1,5 +1,6 @@
 """What the clients do when the other side misbehaves."""
 
+import io
 import pickle
 from email.utils import formatdate
 from typing import Any
@@ -168,6 +169,8 @@ def test_errors_survive_pickling() -> None:
         (reply(200, b"no numpy here", **HEADERS), "broke off"),
         (reply(200, b"0123456789" + bytes(99_999), **HEADERS), "magic string is not correct"),
         (reply(200, b"\x93NUMPY\x02\x00\x10\x00" + bytes(16), **HEADERS), "not version 1.0 of the npy format"),
+        (reply(200, npy_header(1).replace(b")", b" ") + bytes(4), **HEADERS), "TokenError"),
+        (reply(500, b"[" * 100_000, Content_Type="application/problem+json"), "no problem document"),
         (
             reply(200, npy_header(1, "<f4") + bytes(16), **HEADERS),
             r"images are float32\(1, 1, 2, 2\), not 1 rows of uint8",
@@ -187,7 +190,18 @@ def test_a_strange_answer_is_told_clearly(answer: Answer, said: str) -> None:
         client.sample()
 
 
-@pytest.mark.parametrize("body", [b"", b"PK\x05\x06 no zip"])
+def encrypted() -> bytes:
+    """An archive that says it wants a password."""
+    archive = io.BytesIO()
+    np.savez(archive, images=np.zeros((1, 1, 2, 2), np.uint8), latents=np.zeros((1, 2), np.float32))
+    return (
+        archive.getvalue()
+        .replace(b"PK\x03\x04\x2d\0\0", b"PK\x03\x04\x2d\0\1")
+        .replace(b"PK\x01\x02\x2d\x03\x2d\0\0", b"PK\x01\x02\x2d\x03\x2d\0\1")
+    )
+
+
+@pytest.mark.parametrize("body", [b"", b"PK\x05\x06 no zip", encrypted()], ids=["nothing", "no zip", "encrypted"])
 def test_a_broken_archive_is_told_clearly(body: bytes) -> None:
     answer = reply(200, body, **HEADERS | {"Content-Type": "application/x-npz"})
     with (
@@ -263,6 +277,19 @@ def test_every_request_says_who_asks() -> None:
     assert asked.headers["user-agent"] == f"reparam/{reparam.__version__}"
 
 
+def test_no_key_is_sent_where_it_is_empty() -> None:
+    with Peer(rows()) as peer, Client(peer.url, "") as client:
+        client.sample()
+    assert "authorization" not in peer.asked[0].headers
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12])
+def test_a_timeout_beyond_all_waiting_is_none(timeout: float) -> None:
+    with Peer(rows()) as peer, Client(peer.url, timeout=timeout) as client:
+        assert len(client.sample(2)) == len(list(client.iter_samples(2))) * 2 == 2
+    assert all("request-timeout" not in asked.headers for asked in peer.asked)
+
+
 def test_a_fresh_seed_is_one_that_any_reader_of_json_can_hand_back() -> None:
     with Peer(rows()) as peer, Client(peer.url) as client:
         seeds = {client.sample().seed for _ in range(5)}
@@ -283,6 +310,7 @@ def test_a_fresh_seed_is_one_that_any_reader_of_json_can_hand_back() -> None:
         ({"mu": [0.0, float("inf")]}, r"mu must be finite, got inf at \(1,\)"),
         ({"logits": [[1.0], [1.0, 2.0]]}, "logits must be an array of numbers"),
         ({"log_var": "much"}, "log_var must be an array of numbers"),
+        ({"mu": [1.0 + 2.0j, 0.0]}, "mu must be an array of numbers: they are complex128"),
         ({"outputs": ()}, "outputs must be some of images, latents, codes, indices"),
         ({"outputs": "pixels"}, "got 'pixels'"),
     ],

@@ -136,6 +136,16 @@ def test_a_short_answer_of_unknown_length_goes_on_too() -> None:
     assert peer.asked[1].body["start"] == 5
 
 
+def test_rows_that_do_not_say_where_they_come_from_are_an_error() -> None:
+    whole = npy_header(3) + np.arange(3, dtype="<u4").tobytes()
+    with (
+        Peer(reply(200, whole, Content_Type="application/x-npy")) as peer,
+        Client(peer.url) as client,
+        pytest.raises(reparam.StatusError, match=r"cannot be read: KeyError: .*Model-Name"),
+    ):
+        list(client.iter_samples(3))
+
+
 def test_a_break_behind_the_last_row_is_none() -> None:
     whole = npy_header(2) + np.arange(2, dtype="<u4").tobytes()
     with Peer(chunked(whole, end=b"")) as peer, Client(peer.url) as client:

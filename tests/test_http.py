@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+from collections.abc import Callable
 
 import httpx
 import numpy as np
@@ -158,6 +160,16 @@ def test_the_api_is_documented(service: Running) -> None:
     assert all(field["description"] for field in fields.values())
     assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
     assert api["info"]["version"] == __version__
+    assert "HTTPValidationError" not in json.dumps(api)
+    assert set(api["paths"]["/problems/{slug}"]["get"]["responses"]) == {"200", "404", "default"}
+    assert "securitySchemes" not in api["components"]
+
+
+def test_the_documented_api_asks_for_the_key_where_the_service_does(serve: Callable[..., Running]) -> None:
+    api = serve(api_key="sesame").get("/openapi.json").json()
+    asking = [path for path, methods in api["paths"].items() if any("security" in said for said in methods.values())]
+    assert sorted(asking) == ["/models", "/models/{name}", "/sample"]
+    assert api["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
 @pytest.mark.parametrize("slug", PROBLEMS)

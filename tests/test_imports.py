@@ -17,8 +17,8 @@ MAY_IMPORT = {
         "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "tqdm",
     },
     "service": {
-        "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "numpy", "scipy", "onnxruntime",
-        "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
+        "fastapi", "starlette", "uvicorn", "httptools", "pydantic", "pydantic_settings", "numpy", "scipy",
+        "onnxruntime", "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
     },
     "reparam": {"httpx", "numpy", "PIL"},
     "benchmarks": {"reparam", "numpy"},

@@ -1,0 +1,133 @@
+"""What comes over a connection besides requests as they should be."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service import protocol, transport
+from tests.conftest import Running, wait_until
+from tests.raw import answer, connect, request
+
+BODY = {"n": 2, "seed": 7}
+
+
+def ask(service: Running, *pieces: bytes) -> tuple[int, bytes]:
+    """The first answer to these, which are sent one after the other."""
+    with connect(service) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.02 if len(pieces) > 1 else 0)
+        return answer(connection)
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """The other side ends the connection, and sends nothing more."""
+    return connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("wanted", ["h2c", "websocket", "TLS/1.2"])
+def test_an_upgrade_is_ignored(service: Running, wanted: str) -> None:
+    plain = ask(service, request(BODY))
+    asking = request(BODY, Connection="Upgrade, HTTP2-Settings", Upgrade=wanted, HTTP2_Settings="AAMAAABk")
+    assert ask(service, asking) == plain
+    assert ask(service, *[asking[at : at + 50] for at in range(0, len(asking), 50)]) == plain
+    head, body = asking.split(b"\r\n\r\n")
+    chunked = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
+    assert ask(service, chunked + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) == plain
+    with connect(service) as connection, connection.makefile("rb") as stream:  # and another request behind it
+        connection.sendall(asking + asking.replace(b"Host:", b"Connection: close\r\nHost:"))
+        assert stream.read().count(plain[1]) == 2
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"CONNECT example.com:80 HTTP/1.1\r\nHost: example.com\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST /sample HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+    ],
+)
+def test_what_is_no_request_is_told_so(service: Running, nonsense: bytes) -> None:
+    with connect(service) as connection:
+        connection.sendall(nonsense)
+        status, body = answer(connection)
+    assert (status, json.loads(body)["type"]) == (400, "/problems/malformed-request")
+
+
+def test_a_head_without_end_is_refused(service: Running) -> None:
+    line = b"X-More: " + b"a" * 1000 + b"\r\n"
+    with connect(service) as connection:
+        connection.sendall(b"POST /sample HTTP/1.1\r\n")
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            connection.sendall(line * (40 * protocol.MOST_HEAD // len(line)))
+    many = request(BODY).replace(b"Host:", line * (protocol.MOST_HEAD // len(line) // 4) + b"Host:")
+    assert ask(service, many)[0] == 200
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /livez HTTP/1.1\r\nHost:"])
+def test_a_head_that_does_not_come_is_not_waited_for(serve: Callable[..., Running], begun: bytes) -> None:
+    service = serve(request_timeout=0.3)
+    with connect(service) as connection:
+        connection.sendall(begun)
+        if begun:
+            assert answer(connection)[0] == 400
+        assert hung_up(connection)
+    with connect(service) as connection:  # nor a second one
+        connection.sendall(request(BODY))
+        assert answer(connection)[0] == 200
+        connection.sendall(begun or b"G")
+        assert answer(connection)[0] == 400
+
+
+def test_trailers_are_no_headers(serve: Callable[..., Running]) -> None:
+    service = serve(api_key="sesame")
+    head, body = request(BODY).split(b"\r\n\r\n")
+    head = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
+    late = b"%b\r\n\r\n%x\r\n%b\r\n0\r\nAuthorization: Bearer sesame\r\n\r\n" % (head, len(body), body)
+    assert ask(service, late)[0] == 401
+    assert ask(service, late[:-30], late[-30:])[0] == 401
+
+
+@pytest.mark.parametrize(("key", "status"), [("bearer sesame", 200), ("BEARER sesame", 200), ("Basic sesame", 401)])
+def test_the_scheme_of_the_key_has_no_case(serve: Callable[..., Running], key: str, status: int) -> None:
+    assert ask(serve(api_key="sesame"), request(BODY, Authorization=key))[0] == status
+
+
+@pytest.mark.parametrize("second", ["text/html", "application/x-npy;q=0.1"])
+def test_headers_of_one_name_are_one_list(service: Running, second: str) -> None:
+    """The same as with one header, on either way."""
+    one = ask(service, request({**BODY, "n": 1}, accept=f"image/png, {second}"))
+    asking = request({**BODY, "n": 1}, accept="image/png").replace(b"Host:", b"ACCEPT: %b\r\nHost:" % second.encode())
+    assert one[0] == 200
+    assert ask(service, asking) == one == ask(service, asking.replace(b"/sample ", b"/sample? "))
+
+
+def test_a_client_that_takes_nothing_of_its_answer_holds_it_for_a_while(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "STALLED", 0.5)
+    service = serve(request_timeout=0.4)
+    engine = service.service.engine
+    body: dict[str, Any] = {"n": 30_000, "seed": 1, "outputs": ["images", "latents"]}
+    with connect(service, receive_buffer=4096) as connection:
+        connection.sendall(request(body, accept="application/x-npz"))
+        wait_until(lambda: engine.held_bytes > 10**7)
+        wait_until(lambda: not engine.held_bytes)
+    assert 'expired_total{stage="send"' not in service.get("/metrics").text
+
+
+def test_a_client_that_reads_slowly_gets_its_answer(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "STALLED", 0.3)
+    with connect(serve(), receive_buffer=4096) as connection, connection.makefile("rb") as stream:
+        connection.sendall(request({"n": 100_000, "seed": 1}))
+        for _ in range(12):
+            time.sleep(0.1)
+            assert len(stream.read(300_000)) == 300_000

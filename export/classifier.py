@@ -14,7 +14,7 @@ from export.data import load, load_labels
 from export.draws import CLASSIFIER, generator
 from export.errors import DataError, RunError
 from export.objectives import cosine_decay
-from export.run import write_atomically
+from export.run import all_finite, write_atomically
 from models import VAEConfig
 from models.bodies import encoder
 
@@ -49,6 +49,8 @@ class Classifier:
                 about = json.loads(file.metadata()["about"])
                 classifier = cls(tuple(about["image_shape"]), about["classes"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if not all_finite(tensors.values()):
+                raise ValueError("its weights hold NaN or infinity")
             classifier.network.load_state_dict(tensors)
         except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             raise RunError(

@@ -13,7 +13,7 @@ Device = Literal["cpu", "cuda"]
 class TrainConfig(BaseModel):
     """Everything that decides the weights a training ends with, besides the images themselves."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["gaussian", "gumbel"]
     """Kind of latent."""

@@ -1,14 +1,13 @@
 """Images to train on: scikit-learn's digits, IDX files (the MNIST family), an .npz, or a folder of pictures."""
 
 import gzip
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
@@ -134,7 +133,7 @@ def _amat(path: Path) -> Pixels:
             images = loadmat(path, variable_names=["X"])["X"]
         else:
             images = np.array(content.split(), np.float32).reshape(-1, 784)
-        if images.ndim != 2 or images.shape[1] != 784 or not np.isin(images, (0, 1)).all():
+        if images.ndim != 2 or images.shape[1] != 784 or not (images.size and np.isin(images, (0, 1)).all()):
             raise ValueError("it should hold rows of 784 zeros and ones")
     except Exception as error:  # scipy raises whatever it comes upon
         raise DataError(f"{path} is not readable ({error})") from error
@@ -146,8 +145,10 @@ def _npz(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a readable .npz ({error})") from error
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("something in it is no array")
+    except Exception as error:  # NumPy and zipfile raise whatever they come upon
+        raise DataError(f"{path} is not a readable .npz ({error!r})") from error
     if {"train", "test"} <= arrays.keys():
         train, test = (_pixels(arrays[key], f"{path}[{key!r}]") for key in ("train", "test"))
         if train.shape[1:] != test.shape[1:]:
@@ -166,8 +167,9 @@ def _pixels(array: npt.NDArray[np.generic], where: str) -> Pixels:
     if array.dtype == np.uint8:
         return array.astype(np.uint8)
     floats = array.astype(np.float64) if array.dtype.kind in "biuf" else np.array([np.nan])
-    if not (floats.min() >= 0 and floats.max() <= 1):
-        raise DataError(f"{where} is {array.dtype}: it should be uint8, or floats in [0, 1]")
+    least, most = floats.min(), floats.max()
+    if not (least >= 0 and most <= 1):
+        raise DataError(f"{where} is {array.dtype}, {least:g} to {most:g}: it should be uint8, or floats in [0, 1]")
     pixels: Pixels = np.rint(floats * 255).astype(np.uint8)
     return pixels
 
@@ -193,13 +195,13 @@ def _picture_folder(folder: Path) -> Dataset:
 
 def _picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits a pixel: convert it to 8")
-            return picture.copy()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with Image.open(path) as opened:
+            picture = opened.copy()
+    except Exception as error:  # Pillow's readers raise whatever they come upon
         raise DataError(f"{path} is not a readable picture ({error})") from error
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"{path} has more than 8 bits a pixel: convert it to 8")
+    return picture
 
 
 def _split(name: str, images: Pixels) -> Dataset:

@@ -57,7 +57,14 @@ def evaluate(
         for found in in_parallel(bounds, batches[len(done) :], draws[len(done) :]):
             done.append(found)
             _keep(folder / PARTIAL, stamp, done)
-    elbo, kl, bound, *with_mixture = torch.cat(done, 1)
+    found = torch.cat(done, 1)
+    if not found.isfinite().all():
+        (folder / PARTIAL).unlink()
+        raise RunError(
+            f"the bound of {int((~found.isfinite()).any(0).sum())} of {len(pixels)} images is no number, as where the "
+            "encoder leaves no variance: train anew with a lower --learning-rate"
+        )
+    elbo, kl, bound, *with_mixture = found
     binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
         "elbo": elbo.mean().item(),

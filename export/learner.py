@@ -19,7 +19,8 @@ class Learner:
 
     model: the network. counts: the one that is evaluated and published, with the averaged parameters if there is an
         average.
-    average: what a step leaves of the running average, which begins with the initial parameters; 0 for none.
+    average: what a step leaves of the running average; 0 for none. The first steps leave less, (1 + t) / (10 + t) after
+        t of them (as in TensorFlow's ExponentialMovingAverage), so that the initial parameters are soon forgotten.
     """
 
     def __init__(self, model: VAE, average: float) -> None:
@@ -31,6 +32,7 @@ class Learner:
         self._front = sum(parameter.numel() for parameter in self._prior)
         self._weights = nn.Parameter(self._parameters[self._front :])
         self._adam = torch.optim.Adam([self._weights], fused=True)
+        self._steps = 0
 
     def step(self, gradient: Tensor, learning_rate: float, kl_weight: float) -> None:
         """gradient: of all parameters, one after the other (`gradient_of`); kl_weight: what the KL term had in it."""
@@ -43,7 +45,9 @@ class Learner:
         self._adam.step()
         self.model.learn_prior(PRIOR_RATE / kl_weight)
         if self._averages is not None:
-            self._averages.lerp_(self._parameters, 1 - self.average)
+            left = min(self.average, (1 + self._steps) / (10 + self._steps))
+            self._averages.lerp_(self._parameters, 1 - left)
+        self._steps += 1
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs to go on."""
@@ -62,6 +66,7 @@ class Learner:
             if moment.shape != expected or moment.dtype != torch.float32:
                 raise RuntimeError(f"optimizer.{name} is {moment.dtype}{list(moment.shape)}")
             self._adam.state[self._weights][name] = moment.to(self._weights.device)
+        self._steps = int(moments["step"])
 
 
 def gradient_of(loss: Tensor, model: VAE) -> Tensor:

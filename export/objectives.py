@@ -68,7 +68,8 @@ def negative_iwae(
 
     kl_weight: of log q - log p in log w_i.
     doubly: let the encoder follow the doubly reparameterized gradient, whose signal does not drown in noise as k grows
-        (Tucker et al., 2019, equation 8): sum_i (w_i / sum_j w_j)^2  d log w_i / d z_i  d z_i / d phi.
+        (Tucker et al., 2019, equation 8): sum_i s_i^2  d log w_i / d z_i  d z_i / d phi with s_i = w_i / sum_j w_j,
+        and with a kl_weight of b, (1 - b) s_i + b s_i^2 in place of s_i^2: the score is in w_i b times.
     """
     posterior = model.encode(images)
     latents = _draw(model, posterior, samples, model.default_temperature, draws)
@@ -79,7 +80,8 @@ def negative_iwae(
     shares = weights.detach().softmax(0)
     if doubly:
         # The loss brings each sample's gradient times its share, for decoder and encoder; the encoder's gets it twice.
-        latents.register_hook(lambda gradient: gradient * shares.reshape(*shares.shape, *[1] * (gradient.dim() - 2)))
+        again = (1 - kl_weight + kl_weight * shares).reshape(*shares.shape, *[1] * (latents.dim() - 2))
+        latents.register_hook(lambda gradient: gradient * again)
         loss = -(shares * weights).sum(0).mean()
     else:
         loss = -weights.logsumexp(0).mean() + log(samples)

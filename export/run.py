@@ -11,7 +11,7 @@ sheets/                 samples and reconstructions
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,8 +115,8 @@ class Run:
             with safe_open(self.checkpoint, "pt") as file:
                 epoch = int(file.metadata()["epoch"])
                 state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
-            if not all(tensor.isfinite().all() for tensor in state.values()):
-                raise ValueError("it holds NaN or infinity")
+            if epoch < 0 or not all_finite(state.values()):
+                raise ValueError(f"it holds NaN or infinity, or no epoch: {epoch}")
             load(state)
         except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
             fault = str(error).partition("\n")[0]
@@ -203,12 +203,21 @@ def _sha256(*paths: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Raises OSError, with the name of the file that was not written; nothing of it is left then."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: not written", str(path)) from error
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _epoch_of(line: str) -> int:

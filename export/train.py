@@ -29,7 +29,7 @@ from export.objectives import (
     warm_up,
 )
 from export.prior import encoded, fit_mixture
-from export.run import Run, RunConfig, write_atomically
+from export.run import Run, RunConfig, all_finite, write_atomically
 from models.bodies import start_at
 from service.pictures import png, sheet
 
@@ -66,13 +66,14 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
                 each.set_prior(mixture)
         metrics = train_epoch(learner, images, config, epoch)
         metrics |= _held_out_metrics(learner.counts, held_out, config)
-        if not math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]):
-            raise RunError(f"the bound is no number any more in epoch {epoch + 1}: lower --learning-rate")
+        state = learner.state()
+        if not (math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]) and all_finite(state.values())):
+            raise RunError(f"bound or weights are no numbers any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"
             write_atomically(path, contact_sheet(learner.counts, held_out, config))
-        run.save(epoch + 1, learner.state())
+        run.save(epoch + 1, state)
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return run
 

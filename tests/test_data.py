@@ -1,7 +1,9 @@
 """Every source of images, and every way it can be broken: an error naming the file."""
 
 import gzip
+import io
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,17 @@ def refusal(source: Path | str) -> str:
     with pytest.raises(DataError) as error:
         load(str(source))
     return str(error.value)
+
+
+def refusal_of(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes one to be allow_pickle
+    return refusal(path)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def test_the_digits_are_always_there() -> None:
@@ -131,8 +144,14 @@ def test_npz_files_that_do_not_fit(tmp_path: Path) -> None:
     ):
         np.savez(path, **arrays)
         assert says in refusal(path)
-    path.write_bytes(b"PK no zip")
-    assert f"{path} is not a readable .npz" in refusal(path)
+    assert "is float64, -1 to 2: it should be uint8" in refusal_of(path, images=np.array([[[-1.0]], [[2.0]]]))
+    for content in (b"PK no zip", b"", npy(np.zeros(3)), npy(np.zeros(3))[:-30].replace(b"(3,)", b"(9**99,)")):
+        path.write_bytes(content)
+        assert f"{path} is not a readable .npz" in refusal(path)
+    for member in (b"no array", npy(np.zeros(3))[:60], npy(np.zeros(3)).replace(b"(3,), }", b"(3,   }")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images", member)
+        assert f"{path} is not a readable .npz" in refusal(path)
 
 
 def test_deep_pictures_are_refused(tmp_path: Path) -> None:
@@ -145,6 +164,10 @@ def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
     Image.new("L", (9, 9)).save(folder / "other.png")
     assert "other.png is 9x9" in refusal(folder)
     (folder / "other.png").write_bytes((folder / "000.png").read_bytes()[:40])
+    assert "other.png is not a readable picture" in refusal(folder)
+    broken = bytearray((folder / "000.png").read_bytes())
+    broken[16:24] = b"\0\0\0\5\0\0\0\7"  # the size, and not its checksum
+    (folder / "other.png").write_bytes(broken)
     assert "other.png is not a readable picture" in refusal(folder)
 
 
@@ -162,7 +185,7 @@ def test_amat_files(tmp_path: Path, as_text: bool) -> None:
     assert np.array_equal(data.test.reshape(7, 784), images * 255)
 
 
-@pytest.mark.parametrize("content", [b"MATLAB 5.0 and no more", b"0 1 1", b"2 " * 784, b"x " * 784])
+@pytest.mark.parametrize("content", [b"MATLAB 5.0 and no more", b"0 1 1", b"2 " * 784, b"x " * 784, b""])
 def test_amat_files_that_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "binarized_mnist_train.amat").write_bytes(content)
     with pytest.raises(DataError, match=r"binarized_mnist_train\.amat is not readable"):

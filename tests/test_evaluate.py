@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from export.config import TrainConfig
 from export.errors import RunError
@@ -47,6 +47,19 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[st
     whole, resumed = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed"))
     assert whole == resumed
     assert not (tmp_path / "killed" / PARTIAL).exists()
+
+
+def test_a_bound_that_is_no_number_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["tiny-gaussian"], tmp_path / "r"))
+    tensors = load_file(folder / "checkpoint.safetensors")
+    last = [name for name in tensors if name.startswith("model.encoder") and name.endswith("bias")][-1]
+    tensors[last][3:] = -300  # no variance
+    (folder / "checkpoint.safetensors").write_bytes(save(tensors, {"epoch": "1"}))
+    before = (folder / "evaluation.json").read_bytes()
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"the bound of \d+ of 150 images is no number.* lower --learning-rate"):
+            evaluate(folder, samples=2, rows=150, seed=0)
+    assert (folder / "evaluation.json").read_bytes() == before
 
 
 def test_an_evaluation_of_something_else_starts_anew(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from export import publish as publication
+from export.config import TrainConfig
 from export.errors import GateError, RunError
 from export.evaluate import evaluate
 from export.graph import export_sampler
@@ -19,6 +20,7 @@ from export.inspect import inspect
 from export.objectives import VAE
 from export.publish import describe, gate, publish, write
 from export.run import Run
+from export.train import train
 from export.verify import varied_feeds, verify
 from models import MODELS
 from service.artifact import load
@@ -71,6 +73,22 @@ def test_a_decoder_that_overflows_float16_is_refused_with_the_way_out(runs: dict
     with pytest.raises(GateError, match=r"does not fit float16, publish it in float32: .*NaN or infinity"):
         publish(folder, "m", tmp_path / "artifacts", "float16")
     publish(folder, "m", tmp_path / "artifacts")
+
+
+def test_weights_that_are_alike_may_be_one_in_the_file(tmp_path: Path) -> None:
+    """Black images leave biases at the zeros they began with."""
+    np.savez(tmp_path / "black.npz", images=np.zeros((20, 8, 8), np.uint8))
+    config = TrainConfig(kind="gaussian", data=str(tmp_path / "black.npz"), epochs=1, width=(4, 4))
+    train(config, tmp_path / "run", resume=False, sheet_every=1)
+    evaluate(tmp_path / "run", samples=2, rows=None, seed=0)
+    assert load(publish(tmp_path / "run", "m", tmp_path / "artifacts") / "model.onnx").contract.kind == "gaussian"
+
+
+def test_there_is_a_last_version(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "m" / ("9" * 18)).mkdir(parents=True)
+    with pytest.raises(GateError, match=r"has no version left after 9{18}"):
+        publish(runs["tiny-gaussian"], "m", tmp_path)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["9" * 18]
 
 
 def test_the_next_version_is_taken(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The folder of a training: begun, gone on with, and not when it is another's or damaged."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from export.errors import RunError
-from export.run import Run
+from export.run import Run, write_atomically
 from export.train import train
 from tests.conftest import small
 
@@ -35,6 +36,20 @@ def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> Non
     before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
     train(small(), tmp_path / "r", resume=True, sheet_every=1)
     assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    before = run.checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"not written: '.*checkpoint\.safetensors'"):
+            write_atomically(run.checkpoint, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.checkpoint.read_bytes() == before
+    assert not list(run.folder.glob(".*"))
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
 from export.config import Device, TrainConfig
@@ -199,7 +198,7 @@ def main() -> None:
     try:
         CliApp.run(Export)
     except ValidationError as error:
-        sys.exit("\n".join(map(_explain, error.errors())))
+        sys.exit("\n".join(_explain(item["type"], item["loc"], item["input"], item["msg"]) for item in error.errors()))
     except (ExportError, ArtifactError, SettingsError, OSError) as error:
         sys.exit(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -210,15 +209,13 @@ def main() -> None:
         sys.exit("interrupted; the same `train` with --resume, or the same `evaluate`, goes on where it was")
 
 
-def _explain(fault: ErrorDetails) -> str:
+def _explain(kind: str, location: tuple[int | str, ...], given: object, says: str) -> str:
     """The option that a fault of the configuration lies in, the last name on the way to it; if it is in one alone."""
-    names = [part for part in fault["loc"] if isinstance(part, str)]
+    names = [part for part in location if isinstance(part, str)]
     if not names:
-        return fault["msg"]
+        return says
     name = names[-1].replace("_", "-")
-    if fault["type"] == "missing":
-        return f"{name} is missing: --help says what it is"
-    return f"--{name} {fault['input']!r}: {fault['msg']}"
+    return f"{name} is missing: --help says what it is" if kind == "missing" else f"--{name} {given!r}: {says}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def evaluate(
     done = _resume(folder / PARTIAL, stamp)
     draws = [generator(seed, EVALUATION, number, device=where) for number in range(len(batches))]
     with (
+        run.alone(),
         one_core_each(torch.get_num_threads() if where.type == "cpu" else 1) as in_parallel,
         _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
     ):

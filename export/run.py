@@ -11,7 +11,9 @@ sheets/                 samples and reconstructions
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +29,9 @@ from export.errors import RunError
 from export.learner import under
 from export.objectives import VAE
 from models import MODELS, Mixture, VAEConfig
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class RunConfig(BaseModel):
@@ -85,6 +90,21 @@ class Run:
         for name, now in _flat(config).items():
             if _flat(before)[name] != now:
                 raise RunError(f"{self.folder} was started with {name}={_flat(before)[name]!r}, not {now!r}")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process writes into the folder meanwhile (where the system has such locks). Raises RunError."""
+        if sys.platform == "win32":
+            yield
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise RunError(f"another process trains or evaluates {self.folder}: wait until it has ended") from error
+        finally:
+            os.close(folder)
 
     def config(self) -> RunConfig:
         path = self.folder / "config.json"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from export.compute import one_core_each, use_device
 from export.config import TrainConfig
-from export.data import load
+from export.data import Dataset, load
 from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from export.errors import RunError
 from export.learner import Learner, gradient_of
@@ -43,13 +43,19 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     data, run = load(config.data), Run(out)
     goes_on = resume and (out / "config.json").exists()
     config = _settled(config, run.config().train if goes_on else None)
-    where = use_device(config.device)
     run_config = RunConfig.of(config, data)
     model = run_config.build()
     if goes_on:
         run.resume(run_config)
     else:
         run.start(run_config)
+    with run.alone():
+        _train(model, data, config, run, sheet_every)
+    return run
+
+
+def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every: int) -> None:
+    where = use_device(config.device)
     images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
     if is_binary(images) and is_binary(held_out):
         config = config.model_copy(update={"binarize": False})  # the same images, without draws
@@ -71,11 +77,10 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
             raise RunError(f"bound or weights are no numbers any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
-            path = out / "sheets" / f"epoch-{epoch + 1:04d}.png"
+            path = run.folder / "sheets" / f"epoch-{epoch + 1:04d}.png"
             write_atomically(path, contact_sheet(learner.counts, held_out, config))
         run.save(epoch + 1, state)
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    return run
 
 
 def _settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:

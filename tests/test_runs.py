@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from export.errors import RunError
+from export.evaluate import evaluate
 from export.run import Run, write_atomically
 from export.train import train
 from tests.conftest import small
@@ -36,6 +37,18 @@ def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> Non
     before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
     train(small(), tmp_path / "r", resume=True, sheet_every=1)
     assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_two_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
+    before = run.metrics.read_bytes()
+    with run.alone():
+        with pytest.raises(RunError, match=r"another process trains or evaluates .*r: wait"):
+            train(small(), tmp_path / "r", resume=True, sheet_every=1)
+        with pytest.raises(RunError, match="another process"):
+            evaluate(run.folder, samples=1, rows=10, seed=0)
+    assert run.metrics.read_bytes() == before
+    assert evaluate(run.folder, samples=1, rows=10, seed=0)["images"] == 10
 
 
 def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:

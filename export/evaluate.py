@@ -59,21 +59,15 @@ def evaluate(
             done.append(found)
             _keep(folder / PARTIAL, stamp, done)
     found = torch.cat(done, 1)
-    if not found.isfinite().all():
+    if wrong := int((~found.isfinite()).any(0).sum()):
         (folder / PARTIAL).unlink()
         raise RunError(
-            f"the bound of {int((~found.isfinite()).any(0).sum())} of {len(pixels)} images is no number, as where the "
-            "encoder leaves no variance: train anew with a lower --learning-rate"
+            f"the bound of {wrong} of {len(pixels)} images is no number, as where the encoder leaves no variance: "
+            "train anew with a lower --learning-rate"
         )
-    elbo, kl, bound, *with_mixture = found
     binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
-        "elbo": elbo.mean().item(),
-        "elbo_standard_error": _standard_error(elbo),
-        "kl": kl.mean().item(),
-        "bound": bound.mean().item(),
-        "bound_standard_error": _standard_error(bound),
-        **_with_mixture(fitted, with_mixture),
+        **_means(found, fitted),
         "m": samples,
         "images": len(pixels),
         "binarization": "static" if is_binary(pixels) else binarization,
@@ -127,11 +121,20 @@ def _bounds(
     return torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu()
 
 
-def _with_mixture(mixture: Mixture | None, bounds: list[torch.Tensor]) -> dict[str, Any]:
+def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
+    """Of what `_bounds` found of all images, with standard errors."""
+    elbo, kl, bound, *with_mixture = found
+    means = {
+        "elbo": elbo.mean().item(),
+        "elbo_standard_error": _standard_error(elbo),
+        "kl": kl.mean().item(),
+        "bound": bound.mean().item(),
+        "bound_standard_error": _standard_error(bound),
+    }
     if mixture is None:
-        return {}
-    [bound] = bounds
-    return {
+        return means
+    [bound] = with_mixture
+    return means | {
         "mixture_components": len(mixture.log_weights),
         "mixture_bound": bound.mean().item(),
         "mixture_bound_standard_error": _standard_error(bound),

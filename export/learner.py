@@ -32,7 +32,7 @@ class Learner:
         self._front = sum(parameter.numel() for parameter in self._prior)
         self._weights = nn.Parameter(self._parameters[self._front :])
         self._adam = torch.optim.Adam([self._weights], fused=True)
-        self._steps = 0
+        self._steps = 0  # Adam counts them too, perhaps on a GPU, which nothing here waits for
 
     def step(self, gradient: Tensor, learning_rate: float, kl_weight: float) -> None:
         """gradient: of all parameters, one after the other (`gradient_of`); kl_weight: what the KL term had in it."""

@@ -129,12 +129,8 @@ class Protocol(HttpToolsProtocol):
         self.expect_100_continue = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:  # but of a trailer
-            return
-        name = name.lower()
-        self.headers.append((name, value))
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
+        if self._in_head:  # not of a trailer
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         parser = self.parser

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from typing import Any
 
 from tests.conftest import Running
@@ -15,6 +16,14 @@ def connect(service: Running, receive_buffer: int | None = None) -> socket.socke
     connection.settimeout(60)
     connection.connect((host, int(port)))
     return connection
+
+
+def send(connection: socket.socket, *pieces: bytes) -> None:
+    """One after the other, each in a packet of its own."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for piece in pieces:
+        connection.sendall(piece)
+        time.sleep(0.02 if len(pieces) > 1 else 0)  # or the other side reads them together
 
 
 def answer(connection: socket.socket) -> tuple[int, bytes]:

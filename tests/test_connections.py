@@ -1,7 +1,6 @@
 """What comes over a connection besides requests as they should be."""
 
 import json
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from service import protocol, transport
 from tests.conftest import Running, wait_until
-from tests.raw import answer, connect, request
+from tests.raw import answer, connect, request, send
 
 BODY = {"n": 2, "seed": 7}
 
@@ -18,16 +17,8 @@ BODY = {"n": 2, "seed": 7}
 def ask(service: Running, *pieces: bytes) -> tuple[int, bytes]:
     """The first answer to these, which are sent one after the other."""
     with connect(service) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in pieces:
-            connection.sendall(piece)
-            time.sleep(0.02 if len(pieces) > 1 else 0)
+        send(connection, *pieces)
         return answer(connection)
-
-
-def hung_up(connection: socket.socket) -> bool:
-    """The other side ends the connection, and sends nothing more."""
-    return connection.recv(1) == b""
 
 
 @pytest.mark.parametrize("wanted", ["h2c", "websocket", "TLS/1.2"])
@@ -77,7 +68,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(serve: Callable[..., Runnin
         connection.sendall(begun)
         if begun:
             assert answer(connection)[0] == 400
-        assert hung_up(connection)
+        assert connection.recv(1) == b""  # hung up
     with connect(service) as connection:  # nor a second one
         connection.sendall(request(BODY))
         assert answer(connection)[0] == 200

@@ -1,7 +1,6 @@
 """The two ways of `POST /sample`, the short one and the one through ASGI: nobody can tell which was taken."""
 
 import json
-import socket
 import time
 from io import BufferedReader
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, NAN
-from tests.raw import connect, request
+from tests.raw import connect, request, send
 
 Answer = tuple[int, dict[bytes, bytes], bytes]
 THEIR_OWN = {b"date", b"server-timing"}
@@ -29,10 +28,7 @@ def read(stream: BufferedReader) -> Answer:
 
 def ask(service: Running, *pieces: bytes) -> Answer:
     with connect(service) as connection, connection.makefile("rb") as stream:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in pieces:
-            connection.sendall(piece)
-            time.sleep(0.02 if len(pieces) > 1 else 0)
+        send(connection, *pieces)
         return read(stream)
 
 

@@ -1,6 +1,5 @@
 """The artifact: one ONNX file that says what it is, and the only code that opens it."""
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,17 +49,16 @@ class Artifact:
         return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))
 
 
-def load(path: Path, attempts: Sequence[Providers] = (("CPUExecutionProvider",),), threads: int = 0) -> Artifact:
+def load(path: Path, providers: Providers = ("CPUExecutionProvider",), threads: int = 0) -> Artifact:
     """Load a sampler and check that it keeps the contract.
 
-    attempts: providers for onnxruntime, the first preferred; of several attempts the first that takes the graph counts.
-    threads: for one run on the CPU, 0 for one a core.
+    providers: for onnxruntime, the first preferred. threads: for one run on the CPU, 0 for one a core.
 
     Raises ArtifactError naming the file and the fault.
     """
     try:
         content = path.read_bytes()
-        session = _open_first(content, attempts, threads)
+        session = open_session(content, providers, threads)
         contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         _check_signature(session, contract)
         artifact = Artifact(contract, session, len(content), steady=not any(sign in content for sign in _BRANCHES))
@@ -69,15 +67,9 @@ def load(path: Path, attempts: Sequence[Providers] = (("CPUExecutionProvider",),
         raise ArtifactError(f"{path}: {error}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
+        raise ArtifactError(f"{path}: {error!r}") from error
     return artifact
-
-
-def _open_first(content: bytes, attempts: Sequence[Providers], threads: int) -> ort.InferenceSession:
-    *others, last = attempts
-    for providers in others:
-        with contextlib.suppress(ArtifactError):
-            return open_session(content, providers, threads)
-    return open_session(content, last, threads)
 
 
 def open_session(content: bytes, providers: Providers, threads: int = 0) -> ort.InferenceSession:
@@ -90,7 +82,7 @@ def open_session(content: bytes, providers: Providers, threads: int = 0) -> ort.
     # No folder at all: whatever other file the graph wants to read as weights, it may not.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     try:
-        return ort.InferenceSession(content, options, providers=list(providers))
+        return ort.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # onnxruntime's errors have no common base but this
         fault = str(error).split(" : ")[-1].strip()
         if "xternal" in fault:

@@ -24,8 +24,8 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """attempts: lists of providers; a model is opened with the first that takes its graph. runners: batches that run at
-    a time. threads: cores that each of them uses on the CPU. workers: processes that serve side by side."""
+    """attempts: lists of providers; a model runs with the first that takes it. runners: batches that run at a time,
+    one on a GPU. threads: cores that each of them uses on the CPU. workers: processes that serve side by side."""
 
     name: Literal["cpu", "cuda"]
     attempts: tuple[tuple[Any, ...], ...]
@@ -56,7 +56,7 @@ def choose(
     missing = _missing_for_cuda()
     if missing is None:
         options = {**CUDA_OPTIONS, "use_tf32": str(int(tf32))}
-        # Some graphs cannot be captured as a CUDA graph: those of which a part runs on the CPU.
+        # Some graphs cannot be captured as a CUDA graph, such as those of which a part runs on the CPU.
         attempts = (((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU))
         return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works", workers=gpu_workers)
     if wanted == "cuda":

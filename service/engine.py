@@ -10,6 +10,8 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 from service.contract import Arrays
 from service.errors import DeadlineExceeded, Problem, QueueFull, Unavailable
@@ -31,7 +33,7 @@ class Engine:
     """Runs rows in batches, while at most `max_queue_rows` rows wait and the answers being made hold at most
     `max_held_bytes`.
 
-    All methods are for the event loop's thread, but for the four that the runners call.
+    All methods are for the event loop's thread, but for the five that the runners call.
     """
 
     def __init__(self, runners: int, max_queue_rows: int, max_held_bytes: int, metrics: Metrics) -> None:
@@ -41,6 +43,8 @@ class Engine:
         self.jobs: set[Job] = set()
         self.runners = [Runner(self, number) for number in range(runners)]
         self.loop: asyncio.AbstractEventLoop
+        self._load: Callable[[], None]
+        self._loaded = Future[None]()
         self.patience: Patience
         self._metrics = metrics
         self._scheduler = Scheduler[Job]()
@@ -53,11 +57,15 @@ class Engine:
         self._closed = ""
         self._seconds_per_row = 0.0
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, load: Callable[[], None]) -> asyncio.Future[None]:
+        """load: is called on the first runner's thread, the only one on a GPU, and may take long. What is returned ends
+        when it has ended, and raises what it raised."""
         self.loop = loop
         self.patience = Patience(loop, self.jobs)
+        self._load = load
         for runner in self.runners:
             runner.start()
+        return asyncio.wrap_future(self._loaded, loop=loop)
 
     def serve(self, model: Model) -> None:
         """From now on rows of the model may be submitted."""
@@ -66,8 +74,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """A batch is running."""
-        return any(runner.busy_since is not None for runner in self.runners)
+        """A batch is running, or models are being loaded."""
+        return not self._loaded.done() or any(runner.busy_since is not None for runner in self.runners)
 
     @property
     def queued_rows(self) -> int:
@@ -204,6 +212,15 @@ class Engine:
                 self._gate.release()
 
     # What the runners call, each on its thread.
+
+    def prepare(self, number: int) -> None:
+        if number == 0 and self._loaded.set_running_or_notify_cancel():
+            try:
+                self._load()
+            except Exception as error:
+                self._loaded.set_exception(error)
+            else:
+                self._loaded.set_result(None)
 
     def next_batch(self) -> Batch[Job] | None:
         """Whoever passes the gate leaves it open for the next, if anything is left to do."""

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import AsyncIterator
-from functools import lru_cache
+from collections.abc import AsyncIterator, Awaitable
+from functools import lru_cache, partial
 
 from fastapi import FastAPI
 
@@ -42,7 +42,7 @@ class Service:
         self.engine = Engine(self.device.runners, settings.max_queue_rows, settings.max_held_bytes, self.metrics)
         self.access_log = AccessLog(settings.log_format)
         self.state = "starting"
-        self._loading: asyncio.Task[None] | None = None
+        self._loading: asyncio.Task[None] | None = None  # and what follows from it
         self.metrics.queue_rows.set_function(lambda: self.engine.queued_rows)
         self.metrics.queue_oldest.set_function(self.engine.oldest)
         self.metrics.held_bytes.set_function(lambda: self.engine.held_bytes)
@@ -50,8 +50,9 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
-        self.engine.start(asyncio.get_running_loop())
-        self._loading = asyncio.create_task(self._load())
+        settings = self.settings
+        load = partial(self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS)
+        self._loading = asyncio.create_task(self._serve(self.engine.start(asyncio.get_running_loop(), load)))
         if self.siblings is not None:
             await self.siblings.listen(self.report)
         yield
@@ -61,12 +62,9 @@ class Service:
         if self.siblings is not None:
             self.siblings.close()
 
-    async def _load(self) -> None:
-        settings = self.settings
+    async def _serve(self, loaded: Awaitable[None]) -> None:
         try:
-            await asyncio.to_thread(
-                self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS
-            )
+            await loaded
         except Exception:
             log.exception("the models could not be loaded")
             raise

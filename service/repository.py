@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
+from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, Providers, load
 from service.buckets import Buckets
 from service.contract import ArtifactError, Contract
 from service.devices import CPU, Device
@@ -89,7 +89,8 @@ class Repository:
     def load(self, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
         """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody.
 
-        Batches will have at most `max_rows` rows, and as few as take about `seconds`.
+        Batches will have at most `max_rows` rows, and as few as take about `seconds`. On a GPU this is for the thread
+        that will run them: onnxruntime keeps CUDA graphs for each thread apart.
         """
         if not folder.is_dir():
             self.refused["*"] = f"the model repository {folder.absolute()} is no folder: set REPARAM_ARTIFACTS"
@@ -98,22 +99,44 @@ class Repository:
         for name, version, path in _versions(folder):
             started = time.perf_counter()
             try:
-                artifact = load(_inside(path, folder), device.attempts, device.threads)
-                buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
-                rows = min(each.warm_up(seconds) for each in buckets)
-            except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
+                model = open_model(name, version, _inside(path, folder), device, max_rows, seconds)
+            except Exception as error:  # onnxruntime's errors have no common base but this
                 fault = str(error) if isinstance(error, ArtifactError) else f"{path}: {error!r}"
                 self.refused[f"{name}/{version}"] = fault
                 log.error("model refused", extra={"model": name, "version": version, "fault": fault})
                 continue
             self._found.clear()
-            self.models.setdefault(name, {})[version] = Model(name, version, artifact, buckets, rows)
-            about: dict[str, Any] = {"provider": artifact.provider, "reason": device.reason}
-            about |= {"batch_rows": rows, "runners": device.runners}
+            self.models.setdefault(name, {})[version] = model
+            about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
+            about |= {"batch_rows": model.batch_rows, "runners": device.runners}
             about["load_seconds"] = round(time.perf_counter() - started, 3)
             log.info("model loaded", extra={"model": name, "version": version, **about})
         if self.default and self.default not in self.models:
             log.error("the default model is not served", extra={"model": self.default})
+
+
+def open_model(name: str, version: int, path: Path, device: Device, max_rows: int, seconds: float) -> Model:
+    """Load a version and warm it up, with the first of the device's lists of providers that takes it; whether a graph
+    can be captured as a CUDA graph shows only in the second run.
+
+    Raises ArtifactError, and what onnxruntime raises.
+    """
+    *others, last = device.attempts
+    for providers in others:
+        try:
+            return _open(name, version, path, device, providers, max_rows, seconds)
+        except Exception as error:  # onnxruntime's errors have no common base but this
+            about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}
+            log.info("model does not run so", extra=about)
+    return _open(name, version, path, device, last, max_rows, seconds)
+
+
+def _open(
+    name: str, version: int, path: Path, device: Device, providers: Providers, max_rows: int, seconds: float
+) -> Model:
+    artifact = load(path, providers, device.threads)
+    buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
+    return Model(name, version, artifact, buckets, min(each.warm_up(seconds) for each in buckets))
 
 
 def _versions(folder: Path) -> Iterator[tuple[str, int, Path]]:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 class Work(Protocol):
     """Where batches come from and results go; every method is called on the thread."""
 
+    def prepare(self, number: int) -> None:
+        """Is called before the first batch, with the runner's number."""
+
     def next_batch(self) -> Batch[Job] | None:
         """Waits for the next batch; None ends the thread."""
 
@@ -45,6 +48,7 @@ class Runner(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._work.prepare(self._number)
             while (batch := self._work.next_batch()) is not None:
                 self._work.deliver(batch, *self.compute(batch))
         except BaseException as error:  # whatever it was, /livez tells

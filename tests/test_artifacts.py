@@ -11,6 +11,8 @@ import pytest
 
 from service.artifact import load
 from service.contract import ArtifactError
+from service.devices import Device
+from service.repository import open_model
 from tests.conftest import Running
 from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
 
@@ -151,6 +153,23 @@ def test_a_default_model_that_is_not_served_is_an_answer_not_a_crash(serve: Any)
     service: Running = serve(default_model="gone")
     assert service.post({}).json()["detail"].startswith("unknown model 'gone'")
     assert service.get("/models").json()["default"] == "gone"
+
+
+def test_models_are_loaded_by_the_thread_that_will_run_them(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """On a GPU; CUDA graphs belong to it."""
+    with caplog.at_level("INFO"):
+        serve()
+    loaded = [record for record in caplog.records if record.message == "model loaded"]
+    assert loaded
+    assert {record.threadName for record in loaded} == {"runner 0"}
+
+
+def test_a_model_runs_with_the_first_providers_that_take_it(good: Path) -> None:
+    none_at_all, cpu = (42,), ("CPUExecutionProvider",)
+    model = open_model("some", 1, good, Device("cpu", (none_at_all, cpu), reason=""), max_rows=4, seconds=1)
+    assert model.artifact.provider == "CPUExecutionProvider"
+    with pytest.raises(ArtifactError, match=r"model\.onnx: .*must be either strings"):
+        open_model("some", 1, good, Device("cpu", (none_at_all,), reason=""), max_rows=4, seconds=1)
 
 
 def test_a_graph_with_a_loop_is_not_steady(repository: Path) -> None:

@@ -18,7 +18,7 @@ DEMOS = sorted(Path("artifacts").glob("*/*/model.onnx"))
 
 
 def buckets_of(path: Path, powers: bool) -> Buckets:
-    buckets = Buckets(load(path, choose("auto").attempts), MOST, powers)
+    buckets = Buckets(load(path, choose("auto").attempts[0]), MOST, powers)
     buckets.warm_up(seconds=1)
     return buckets
 

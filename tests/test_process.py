@@ -148,6 +148,27 @@ def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
         assert all(images is not None and np.array_equal(images, answer[0]) for images in answer)
 
 
+def test_a_signal_while_models_are_loaded_ends_the_service(repository: Path, tmp_path: Path) -> None:
+    for version in range(1, 1000):
+        (tmp_path / "many" / str(version)).mkdir(parents=True)
+        os.link(repository / "tiny-gaussian" / "1" / "model.onnx", tmp_path / "many" / str(version) / "model.onnx")
+    port = free_port()
+    settings = {"REPARAM_WORKERS": "1", "REPARAM_PORT": port, "REPARAM_DRAIN_DELAY": "0"}
+    running = start(REPARAM_ARTIFACTS=str(tmp_path), **settings)
+
+    def loading() -> bool:
+        try:
+            return bool(httpx.get(f"http://127.0.0.1:{port}/readyz").json()["status"] == "starting")
+        except httpx.TransportError:
+            return False
+
+    wait_until(loading)
+    running.send_signal(signal.SIGTERM)
+    _, log = running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert 0 < log.count('"model loaded"') < 999
+
+
 def test_a_second_signal_hurries(repository: Path) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 50, "n": 30_000}
     with process(repository, REPARAM_DRAIN_DELAY="3600") as (running, url), ThreadPoolExecutor(1) as pool:

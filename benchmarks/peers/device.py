@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,10 +21,9 @@ from torch import Tensor
 from benchmarks.peers.decoders import DEMOS, Autoencoder, demo
 from export.graph import Sampler, export_sampler, sampler_inputs
 from export.objectives import VAE
-from service.artifact import load
-from service.buckets import Buckets
 from service.contract import Contract
 from service.devices import Device, choose
+from service.repository import open_model
 
 LARGE = "autoencoder-kl"
 ROWS, LARGE_ROWS = (1, 64, 1024), (1, 8)
@@ -75,9 +75,9 @@ def _artifact(model: VAE, path: Path) -> Path:
 
 def _ways(model: VAE, path: Path, rows: int, device: Device) -> Iterator[tuple[str, Way]]:
     where = torch.device(device.name)
-    artifact = load(path, device.attempts)
+    served = open_model(path.name, 1, path, device, rows, seconds=inf)
+    artifact, buckets = served.artifact, served.buckets[0]
     inputs = _inputs(model, rows)
-    buckets = Buckets(artifact, rows)
     for name, array in inputs.items():
         buckets.inputs[name][:rows] = array
     yield "reparam", lambda: buckets.run(rows)["images"]

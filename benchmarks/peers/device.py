@@ -22,8 +22,8 @@ from benchmarks.peers.decoders import DEMOS, Autoencoder, demo
 from export.graph import Sampler, export_sampler, sampler_inputs
 from export.objectives import VAE
 from service.contract import Contract
-from service.devices import Device, choose
-from service.repository import open_model
+from service.devices import choose
+from service.repository import Model, open_model
 
 LARGE = "autoencoder-kl"
 ROWS, LARGE_ROWS = (1, 64, 1024), (1, 8)
@@ -46,8 +46,10 @@ def main(seconds: float, rounds: int) -> None:
     seen: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
         artifacts = {name: _artifact(network, Path(folder) / name) for name, network in networks.items()}
-        for name, rows in cases:
-            ways = dict(_ways(networks[name], artifacts[name], rows, device))
+        for name, most in cases:
+            served = open_model(name, 1, artifacts[name], device, most, seconds=inf)
+            rows = served.buckets[0].max_rows
+            ways = dict(_ways(networks[name], served, rows, device.name))
             seen[f"{name}, {rows} rows"] = _rows_per_second(ways, rows, seconds / rounds, rounds)
     where = torch.cuda.get_device_name() if on_gpu else "the CPU"
     print(json.dumps({"device": device.name, "name": where, "reason": device.reason, "rows_per_second": seen}))
@@ -73,19 +75,17 @@ def _artifact(model: VAE, path: Path) -> Path:
     return path
 
 
-def _ways(model: VAE, path: Path, rows: int, device: Device) -> Iterator[tuple[str, Way]]:
-    where = torch.device(device.name)
-    served = open_model(path.name, 1, path, device, rows, seconds=inf)
-    artifact, buckets = served.artifact, served.buckets[0]
-    inputs = _inputs(model, rows)
+def _ways(model: VAE, served: Model, rows: int, device: str) -> Iterator[tuple[str, Way]]:
+    where = torch.device(device)
+    buckets, inputs = served.buckets[0], _inputs(model, rows)
     for name, array in inputs.items():
         buckets.inputs[name][:rows] = array
     yield "reparam", lambda: buckets.run(rows)["images"]
-    yield "onnxruntime", lambda: artifact.run(inputs)["images"]
+    yield "onnxruntime", lambda: served.artifact.run(inputs)["images"]
     sampler = Sampler(model).to(where).eval()
     yield "torch", lambda: _through(sampler, inputs, where)
     torch.compiler.reset()  # it gives up on a function that it has compiled eight times
-    compiled = torch.compile(sampler, dynamic=False, mode="reduce-overhead" if device.name == "cuda" else None)
+    compiled = torch.compile(sampler, dynamic=False, mode="reduce-overhead" if device == "cuda" else None)
     yield "torch.compile", lambda: _through(compiled, inputs, where)
 
 

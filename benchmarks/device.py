@@ -11,7 +11,7 @@ WAYS = ("reparam", "onnxruntime", "torch", "torch.compile")
 
 
 def measure(options: Options) -> Report:
-    """Rows per second from inputs to images, both in the memory of the host; measured in a process of its own."""
+    """Rows per second from inputs to pixels, both in the memory of the host; measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.peers.device", str(options.seconds), str(options.rounds)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     return Report(
@@ -27,7 +27,7 @@ def measure(options: Options) -> Report:
         ],
         results=found,
         notes=[
-            "From noise and parameters in the host's memory to latents, images and pixels there; random weights. "
+            "From noise and parameters in the host's memory to latents and pixels there; random weights. "
             "reparam: bound buffers, on a GPU a CUDA graph for each size; onnxruntime: the same file, run with arrays; "
             "torch.compile: on a GPU with CUDA graphs too. At most as many rows as the service runs at a time",
             *([] if found["device"] == "cuda" else ["Not measured on a CPU: a decoder of AutoencoderKL's size"]),

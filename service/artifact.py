@@ -41,9 +41,9 @@ class Artifact:
     def provider(self) -> str:
         return str(self.session.get_providers()[0])
 
-    def run(self, feeds: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
-        """Run the graph on the inputs of `contract.inputs()`, each (n, ...). Returns all its outputs by name."""
-        names = list(self.contract.outputs())
+    def run(self, feeds: Mapping[str, npt.NDArray[np.float32]], names: Sequence[str] = ()) -> Arrays:
+        """Run the graph on the inputs of `contract.inputs()`, each (n, ...). Returns these outputs, or all, by name."""
+        names = list(names or self.contract.outputs())
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "-1")  # no CUDA graph: these arrays do not stay
         return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))

@@ -1,6 +1,8 @@
 """The graph's inputs and outputs, in memory that stays, bound to its session once for each batch size."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -8,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from service import noise
-from service.artifact import Artifact
+from service.artifact import Artifact, open_session
 from service.contract import Arrays
 from service.devices import CUDA
 
@@ -17,25 +19,30 @@ MOST_BYTES_ON_GPU, MOST_BYTES = 2**28, 2**22
 TIMED = 5  # runs of a size that seems to take too long
 _TYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
+Values = dict[str, ort.OrtValue]
+
 
 class Buckets:
     """Runs a sampler on 1 .. max_rows rows; for one thread. Of a model with large rows these are fewer than asked for.
 
-    powers: run as many rows as the next power of two instead of exactly those asked for. On a GPU, where rows that are
-    not needed cost little, few sizes mean few CUDA graphs; on a CPU every row costs its time.
+    apart: the graph's memory is another than `inputs`, as on a GPU, and as many rows run as the next power of two, not
+    exactly those asked for: there rows that are not needed cost little, and few sizes mean few CUDA graphs. On a CPU
+    every row costs its time. By default as the artifact's provider has it.
 
     inputs: by name, float32 (max_rows, ...); whoever runs the graph writes here first.
+    checked: outputs of `run` that are finite for the rows whose latents and images are.
     """
 
-    def __init__(self, artifact: Artifact, max_rows: int, powers: bool | None = None) -> None:
+    def __init__(self, artifact: Artifact, max_rows: int, apart: bool | None = None) -> None:
         contract = artifact.contract
         shapes = [*contract.inputs().values(), *(shape for _, shape in contract.outputs().values())]
         self.artifact = artifact
-        self.on_gpu = artifact.provider == CUDA
-        fitting = (MOST_BYTES_ON_GPU if self.on_gpu else MOST_BYTES) // sum(4 * prod(shape) for shape in shapes)
+        on_gpu = artifact.provider == CUDA
+        fitting = (MOST_BYTES_ON_GPU if on_gpu else MOST_BYTES) // sum(4 * prod(shape) for shape in shapes)
         # A power of two, as requests often ask for: then those that fill a batch fill it whole.
         self.max_rows = max_rows = min(max_rows, 1 << max(0, fitting.bit_length() - 1))
-        self.powers = self.on_gpu if powers is None else powers
+        self.apart = on_gpu if apart is None else apart
+        self.checked = (contract.traits.latents, "sums" if self.apart else "images")
         self.prior = contract.prior_arrays()
         self.weights, components = contract.mixture_arrays()
         # Last of all the standard prior, component -1.
@@ -50,18 +57,20 @@ class Buckets:
             name: np.zeros((max_rows, *shape), _TYPES[type_]) for name, (type_, shape) in contract.outputs().items()
         }
         self._with_prior = 0  # rows of the inputs whose parameters are the prior's
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[int, Callable[[], Arrays]] = {}
+        self._sums = open_session(_SUMS, artifact.session.get_providers()) if self.apart else None
 
     def run(self, n: int) -> Arrays:
         """Run the graph on the first n rows of the inputs.
 
-        Returns its outputs, (n, ...) each, which the next run overwrites. Raises what onnxruntime raises.
+        Returns its outputs, (n, ...) each, which the next run overwrites; if apart, the sums of the images, (n,), in
+        their place. Raises what onnxruntime raises.
         """
         size = self.size(n)
-        bound = self._bound.get(size)
-        if bound is None:
-            bound = self._bound[size] = _Bound(self.artifact, self.inputs, self._outputs, size, self.on_gpu)
-        outputs = bound.run()
+        run = self._bound.get(size)
+        if run is None:
+            run = self._bound[size] = self._bind(size).run
+        outputs = run()
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
     def fill_prior(self, n: int) -> None:
@@ -83,7 +92,7 @@ class Buckets:
 
     def size(self, n: int) -> int:
         """Rows that are run when n are asked for."""
-        return min(1 << (n - 1).bit_length(), self.max_rows) if self.powers else n
+        return min(1 << (n - 1).bit_length(), self.max_rows) if self.apart else n
 
     def warm_up(self, seconds: float) -> int:
         """Run the powers of two, and with them every bucket there is, so that no request waits for memory or for a CUDA
@@ -101,41 +110,76 @@ class Buckets:
                 return rows
             rows = min(2 * rows, self.max_rows)
 
+    def _bind(self, rows: int) -> "_InPlace | _Apart":
+        if self._sums is None:
+            return _InPlace(self.artifact, self.inputs, self._outputs, rows)
+        return _Apart(self.artifact, self._sums, self.inputs, self._outputs, rows)
+
     def _seconds(self, rows: int) -> float:
         started = time.perf_counter()
         self.run(rows)
         return time.perf_counter() - started
 
 
-class _Bound:
-    """One batch size. On the CPU the graph uses the given arrays themselves, on a GPU buffers of its own."""
+class _InPlace:
+    """One batch size, whose inputs and outputs are the first rows of these arrays."""
 
-    def __init__(self, artifact: Artifact, inputs: Arrays, outputs: Arrays, rows: int, on_gpu: bool) -> None:
-        self._session = artifact.session
-        self._on_gpu = on_gpu
-        self._host = {name: array[:rows] for name, array in (inputs | outputs).items()}
-        self._inputs = {name: _value(self._host[name], on_gpu) for name in inputs}
-        self._outputs = {name: _value(self._host[name], on_gpu) for name in outputs}
-        self._arrays = {name: self._host[name] for name in outputs}
-        self._binding = self._session.io_binding()
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in self._outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(rows))
+    def __init__(self, artifact: Artifact, inputs: Arrays, outputs: Arrays, rows: int) -> None:
+        self._outputs = {name: array[:rows] for name, array in outputs.items()}
+        given, taken = (
+            {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
+            for arrays in (inputs, outputs)
+        )
+        self._run = _bound(artifact.session, given, taken, rows)
 
     def run(self) -> Arrays:
-        if self._on_gpu:
-            for name, value in self._inputs.items():
-                value.update_inplace(self._host[name])
-        self._session.run_with_iobinding(self._binding, self._options)
-        if self._on_gpu:
-            return {name: value.numpy() for name, value in self._outputs.items()}
-        return self._arrays
+        self._run()
+        return self._outputs
 
 
-def _value(array: npt.NDArray[np.generic], on_gpu: bool) -> ort.OrtValue:
-    if on_gpu:
-        return ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, "cuda", 0)
-    return ort.OrtValue.ortvalue_from_numpy(array)  # the array's own memory
+class _Apart:
+    """One batch size, whose inputs and outputs lie in the device's memory. Only what a request can ask for comes back,
+    and of the images, float32, the sum of each: pixels are a quarter of their bytes."""
+
+    def __init__(
+        self, artifact: Artifact, sums: ort.InferenceSession, inputs: Arrays, outputs: Arrays, rows: int
+    ) -> None:
+        def buffers(arrays: Arrays) -> Values:
+            device = "cuda" if artifact.provider == CUDA else "cpu"
+            return {
+                name: ort.OrtValue.ortvalue_from_shape_and_type((rows, *array.shape[1:]), array.dtype, device, 0)
+                for name, array in arrays.items()
+            }
+
+        self._host = {name: array[:rows] for name, array in inputs.items()}
+        self._inputs, graph_outputs = buffers(inputs), buffers(outputs)
+        of_images = buffers({"sums": np.zeros(rows, np.float32)})
+        self._run = _bound(artifact.session, self._inputs, graph_outputs, rows)
+        self._add_up = _bound(sums, {"images": graph_outputs.pop("images")}, of_images, rows)
+        self._outputs = graph_outputs | of_images
+
+    def run(self) -> Arrays:
+        for name, value in self._inputs.items():
+            value.update_inplace(self._host[name])
+        self._run()
+        self._add_up()
+        return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+def _bound(session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int) -> Callable[[], None]:
+    """A run of the session on these."""
+    binding, options = session.io_binding(), ort.RunOptions()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for name, value in outputs.items():
+        binding.bind_ortvalue_output(name, value)
+    options.add_run_config_entry("gpu_graph_id", str(rows))
+    return partial(session.run_with_iobinding, binding, options)
+
+
+# A small ONNX model: sums = ReduceSum(images) over C, H and W, float32 (n, C, H, W) -> (n,).
+_SUMS = bytes.fromhex(
+    "08083a6c0a3b0a06696d61676573120473756d73220952656475636553756d2a0f0a0461786573400140024003a001072a0f0a086b656570"
+    "64696d731800a001021201735a180a06696d61676573120e0a0c080112080a000a000a000a0062100a0473756d7312080a06080112020a00"
+    "42040a00100b"
+)

@@ -45,15 +45,14 @@ def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
 
     Returns for each share the outputs it asked for, or what went wrong with it alone. Raises what onnxruntime raises.
     """
-    model = batch[0][0].model
     outputs = buckets.run(_fill(buckets, batch))
-    finite = _finite(model, outputs)
+    finite = _finite(outputs, buckets.checked)
     selected: Arrays = {}
     results: list[Arrays | Problem] = []
     end = 0
     for rows, lo, hi in batch:
         begin, end = end, end + hi - lo
-        if not finite and not _finite(model, {name: array[begin:end] for name, array in outputs.items()}):
+        if not finite and not _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
             results.append(_not_finite(rows))
             continue
         result: Arrays = {}
@@ -108,10 +107,9 @@ def _components(buckets: Buckets, batch: Sequence[Share]) -> noise.Int64:
     return components
 
 
-def _finite(model: Model, outputs: Arrays) -> bool:
+def _finite(outputs: Arrays, checked: Sequence[str]) -> bool:
     """NaN and infinity never leave the service as a sample."""
-    latents = outputs[model.contract.traits.latents]
-    return bool(np.isfinite(latents).all() and np.isfinite(outputs["images"]).all())
+    return all(np.isfinite(outputs[name]).all() for name in checked)
 
 
 def _not_finite(rows: Rows) -> Problem:

@@ -15,19 +15,21 @@ from service.devices import CUDA, choose
 
 MOST = 50
 DEMOS = sorted(Path("artifacts").glob("*/*/model.onnx"))
+DEVICE = choose("auto")
+APART = [True] if DEVICE.name == "cuda" else [False, True]
 
 
-def buckets_of(path: Path, powers: bool) -> Buckets:
-    buckets = Buckets(load(path, choose("auto").attempts[0]), MOST, powers)
+def buckets_of(path: Path, apart: bool) -> Buckets:
+    buckets = Buckets(load(path, DEVICE.attempts[0]), MOST, apart)
     buckets.warm_up(seconds=1)
     return buckets
 
 
-@pytest.mark.parametrize("powers", [False, True], ids=["exact", "powers"])
+@pytest.mark.parametrize("apart", APART, ids=lambda apart: "apart" if apart else "in place")
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parts[1])
-def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: Path, powers: bool) -> None:
+def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: Path, apart: bool) -> None:
     """On the CPU bit for bit; a GPU may round otherwise, but rows do not depend on the bucket's other rows."""
-    buckets = buckets_of(path, powers)
+    buckets = buckets_of(path, apart)
     plain = load(path)
     contract = plain.contract
     for n in (1, 2, 3, 4, 5, 31, 32, 33, MOST):
@@ -40,23 +42,39 @@ def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: 
             buckets.inputs[name][n:] = 0
         for name, array in buckets.run(n).items():
             assert np.array_equal(array, outputs[name])
-        for name, array in plain.run(feeds).items():
+        expected = plain.run(feeds)
+        if apart:
+            sums = expected.pop("images").sum((1, 2, 3))
+            np.testing.assert_allclose(outputs.pop("sums"), sums, rtol=1e-4)
+        assert outputs.keys() == expected.keys()
+        for name, array in expected.items():
             assert outputs[name].shape == array.shape
-            if buckets.on_gpu:
+            if DEVICE.name == "cuda":
                 np.testing.assert_allclose(outputs[name].astype(float), array, atol=1 if name == "pixels" else 1e-4)
             else:
                 assert np.array_equal(outputs[name], array)
 
 
+@pytest.mark.parametrize("apart", APART)
+def test_what_is_checked_is_finite_for_the_rows_that_are(apart: bool) -> None:
+    buckets = buckets_of(DEMOS[0], apart)
+    buckets.inputs["mu"][1] = 3e38  # the network overflows
+    buckets.inputs["mu"][2] = np.nan
+    outputs = buckets.run(4)
+    latents, images = (np.isfinite(outputs[name].reshape(4, -1)).all(1).tolist() for name in buckets.checked)
+    assert latents == [True, True, False, True]
+    assert images == [True, False, False, True]
+
+
 def test_a_bucket_is_a_power_of_two_or_all_there_is() -> None:
-    powers, exact = buckets_of(DEMOS[0], powers=True), buckets_of(DEMOS[0], powers=False)
-    assert [powers.size(n) for n in (1, 2, 3, 31, 32, 33, MOST)] == [1, 2, 4, 32, 32, MOST, MOST]
-    assert [exact.size(n) for n in (1, 3, MOST)] == [1, 3, MOST]
+    apart = buckets_of(DEMOS[0], apart=True)
+    assert [apart.size(n) for n in (1, 2, 3, 31, 32, 33, MOST)] == [1, 2, 4, 32, 32, MOST, MOST]
+    assert [Buckets(load(DEMOS[0]), MOST).size(n) for n in (1, 3, MOST)] == [1, 3, MOST]
 
 
 def test_a_gpu_runs_the_demo_models_where_there_is_one() -> None:
-    expected = CUDA if choose("auto").name == "cuda" else "CPUExecutionProvider"
-    assert {buckets_of(path, powers=True).artifact.provider for path in DEMOS} == {expected}
+    expected = CUDA if DEVICE.name == "cuda" else "CPUExecutionProvider"
+    assert {buckets_of(path, apart=True).artifact.provider for path in DEMOS} == {expected}
 
 
 def test_buckets_of_large_rows_are_small(monkeypatch: pytest.MonkeyPatch) -> None:

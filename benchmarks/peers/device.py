@@ -38,6 +38,8 @@ def main(seconds: float, rounds: int) -> None:
     """seconds: of each way in each case, all rounds together."""
     device = choose("auto")
     on_gpu = device.name == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(device.threads)  # as many as one run of ours has
     networks: dict[str, VAE] = {name: demo(name) for name in DEMOS}
     cases = [(name, rows) for name in DEMOS for rows in ROWS]
     if on_gpu:

@@ -90,6 +90,7 @@ class Protocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as stopped:
                 data = self._head_without_upgrade() + data[stopped.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
             except httptools.HttpParserError as error:
                 raise MalformedRequest(f"no HTTP request: {error}") from error
             else:

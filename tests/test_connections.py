@@ -35,6 +35,17 @@ def test_an_upgrade_is_ignored(service: Running, wanted: str) -> None:
         assert stream.read().count(plain[1]) == 2
 
 
+@pytest.mark.parametrize("asks", [{"Connection": "close"}, {"Connection": "close, Upgrade", "Upgrade": "h2c"}])
+def test_what_follows_the_last_request_does_not_hurt_its_answer(service: Running, asks: dict[str, str]) -> None:
+    many = {"n": 3000, "seed": 7}  # which are computed while the rest is read
+    plain = ask(service, request(many))
+    with connect(service) as connection, connection.makefile("rb") as stream:
+        connection.sendall(request(many, **asks) + b"GET /livez HTTP/1.1\r\n\r\n")
+        said = stream.read()
+    assert said.startswith(b"HTTP/1.1 200")
+    assert said.endswith(plain[1])
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [

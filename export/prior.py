@@ -39,8 +39,9 @@ def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
     seen, unseen = (
         encoded(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
     )
-    mixture = fit_mixture(model, seen, components, seed)
-    run.keep_prior(mixture)
+    with run.alone():
+        mixture = fit_mixture(model, seen, components, seed)
+        run.keep_prior(mixture)
     return {
         name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
         for name, prior in (("standard", model.prior()), ("mixture", mixture))

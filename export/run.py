@@ -102,7 +102,7 @@ class Run:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError as error:
-            raise RunError(f"another process trains or evaluates {self.folder}: wait until it has ended") from error
+            raise RunError(f"another process works in {self.folder}: wait until it has ended") from error
         finally:
             os.close(folder)
 

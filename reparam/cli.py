@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 for a failure, told in one line on stderr. A wrong option exits with 2."""
     parser = _parser()
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _end)
     try:
         with Client(options.url, options.api_key, timeout=options.timeout) as client:
             options.command(client, options)
@@ -30,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # what a shell reports for an interrupted command
     return 0
+
+
+def _end(number: int, frame: object) -> None:
+    """Takes away on the way out what is not whole, as an interrupt does."""
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

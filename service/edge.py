@@ -14,6 +14,7 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, Unavailable, UnknownPath
@@ -133,6 +134,7 @@ async def refused_by_router(request: Request, error: Exception) -> Response:
     """Exception handler for what the router itself refuses: says it as a problem."""
     assert isinstance(error, HTTPException)  # noqa: S101  # it is registered for this class
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allow = (error.headers or {}).get("Allow", "")
-        raise MethodNotAllowed(f"{request.url.path} answers {allow}, not {request.method}", headers=error.headers)
+        here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        allow = ", ".join(sorted({method for route in here for method in route.methods}))
+        raise MethodNotAllowed(f"{request.url.path} answers {allow}, not {request.method}", headers={"Allow": allow})
     raise UnknownPath(f"nothing lies at {request.url.path!r}; /docs lists what does")

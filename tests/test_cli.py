@@ -135,19 +135,22 @@ def test_wrong_usage_exits_with_2(options: list[str], said: str, capsys: pytest.
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored, as in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_leaves_neither_file_nor_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_neither_file_nor_traceback(tmp_path: Path, number: int, status: int) -> None:
     def interrupt(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         silence(asked, handler)
 
-    with Peer(interrupt) as peer:
-        assert main(["sample", "-o", str(tmp_path / "x.npy"), "--url", peer.url]) == 130
+    with Peer(interrupt) as peer, pytest.raises(SystemExit) as ended:
+        sys.exit(main(["sample", "-o", str(tmp_path / "x.npy"), "--url", peer.url]))
+    assert ended.value.code == status
     assert list(tmp_path.iterdir()) == []
 
 

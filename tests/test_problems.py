@@ -129,6 +129,9 @@ def test_unknown_paths_and_methods(service: Running) -> None:
     response = service.get("/sample")
     problem(response, "method-not-allowed")
     assert response.headers["Allow"] == "POST"
+    response = httpx.put(f"{service.url}/livez")
+    problem(response, "method-not-allowed")
+    assert response.headers["Allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/webp", "application/json;q=0", "nonsense", ","])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from export.errors import RunError
 from export.evaluate import evaluate
+from export.prior import fit_prior
 from export.run import Run, write_atomically
 from export.train import train
 from tests.conftest import small
@@ -43,10 +44,12 @@ def test_two_do_not_write_into_one_folder(tmp_path: Path) -> None:
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
     before = run.metrics.read_bytes()
     with run.alone():
-        with pytest.raises(RunError, match=r"another process trains or evaluates .*r: wait"):
+        with pytest.raises(RunError, match=r"another process works in .*r: wait"):
             train(small(), tmp_path / "r", resume=True, sheet_every=1)
         with pytest.raises(RunError, match="another process"):
             evaluate(run.folder, samples=1, rows=10, seed=0)
+        with pytest.raises(RunError, match="another process"):
+            fit_prior(run.folder, components=2, seed=0)
     assert run.metrics.read_bytes() == before
     assert evaluate(run.folder, samples=1, rows=10, seed=0)["images"] == 10
 

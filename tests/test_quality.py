@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy import linalg
 
 from export.classifier import Classifier, train_classifier
@@ -111,6 +113,12 @@ def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classi
         quality(runs["tiny-gaussian"], classifier=tmp_path, samples=500, seed=0)
     (tmp_path / "classifier.safetensors").write_bytes(b"none")
     with pytest.raises(RunError, match="holds no classifier"):
+        Classifier.load(tmp_path)
+    weights = load_file(classifier / "classifier.safetensors")
+    next(iter(weights.values())).fill_(torch.nan)
+    with safe_open(classifier / "classifier.safetensors", "pt") as file:
+        save_file(weights, tmp_path / "classifier.safetensors", file.metadata())
+    with pytest.raises(RunError, match="holds no classifier .*NaN"):
         Classifier.load(tmp_path)
     with pytest.raises(DataError, match="has no train-labels-idx1-ubyte"):
         load_labels(str(tmp_path))

@@ -118,7 +118,7 @@ def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classi
     next(iter(weights.values())).fill_(torch.nan)
     with safe_open(classifier / "classifier.safetensors", "pt") as file:
         save_file(weights, tmp_path / "classifier.safetensors", file.metadata())
-    with pytest.raises(RunError, match="holds no classifier .*NaN"):
+    with pytest.raises(RunError, match=r"holds no classifier .*NaN"):
         Classifier.load(tmp_path)
     with pytest.raises(DataError, match="has no train-labels-idx1-ubyte"):
         load_labels(str(tmp_path))

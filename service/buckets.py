@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -58,7 +58,7 @@ class Buckets:
         }
         self._with_prior = 0  # rows of the inputs whose parameters are the prior's
         self._bound: dict[int, Callable[[], Arrays]] = {}
-        self._sums = open_session(_SUMS, artifact.session.get_providers()) if self.apart else None
+        self._sums = _sums_session(tuple(artifact.session.get_providers())) if self.apart else None
 
     def run(self, n: int) -> Arrays:
         """Run the graph on the first n rows of the inputs.
@@ -98,17 +98,28 @@ class Buckets:
         """Run the powers of two, and with them every bucket there is, so that no request waits for memory or for a CUDA
         graph to be captured.
 
-        Returns the first that takes `seconds`, or all rows if none does; larger ones are not run. Other
-        programs can only make a run longer, so the shortest of a few counts.
+        Returns the first that takes `seconds`, or all rows if none does; larger ones are not run. Or the last that the
+        device has memory for. Other programs can only make a run longer, so the shortest of a few counts.
         """
         self.fill_prior(self.max_rows)
-        rows = 1
+        rows, fitting = 1, 0
         while True:
-            self.run(rows)
-            self.run(rows)  # onnxruntime captures a CUDA graph in the second run of a size
-            if rows == self.max_rows or not any(self._seconds(rows) <= seconds for _ in range(TIMED)):
+            try:
+                self.run(rows)  # which onnxruntime repeats until it has captured a CUDA graph
+                slow = not any(self._seconds(rows) <= seconds for _ in range(TIMED))
+            except Exception as error:  # onnxruntime's errors have no common base but this
+                if fitting and is_out_of_memory(error):
+                    return fitting
+                raise
+            if slow or rows == self.max_rows:
                 return rows
-            rows = min(2 * rows, self.max_rows)
+            rows, fitting = min(2 * rows, self.max_rows), rows
+
+    def check_device(self) -> None:
+        """Raises what onnxruntime raises if a GPU computes nothing any more, as after an error that only a new process
+        gets over."""
+        if self._sums is not None:
+            self._sums.run(None, {"images": np.zeros((1, 1, 1, 1), np.float32)})
 
     def _bind(self, rows: int) -> "_InPlace | _Apart":
         if self._sums is None:
@@ -130,10 +141,10 @@ class _InPlace:
             {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
             for arrays in (inputs, outputs)
         )
-        self._run = _bound(artifact.session, given, taken, rows)
+        self._graph = _Bound(artifact.session, given, taken, rows)
 
     def run(self) -> Arrays:
-        self._run()
+        self._graph.run()
         return self._outputs
 
 
@@ -154,27 +165,54 @@ class _Apart:
         self._host = {name: array[:rows] for name, array in inputs.items()}
         self._inputs, graph_outputs = buffers(inputs), buffers(outputs)
         of_images = buffers({"sums": np.zeros(rows, np.float32)})
-        self._run = _bound(artifact.session, self._inputs, graph_outputs, rows)
-        self._add_up = _bound(sums, {"images": graph_outputs.pop("images")}, of_images, rows)
+        self._graph = _Bound(artifact.session, self._inputs, graph_outputs, rows)
+        self._sums = _Bound(sums, {"images": graph_outputs.pop("images")}, of_images, rows)
         self._outputs = graph_outputs | of_images
 
     def run(self) -> Arrays:
         for name, value in self._inputs.items():
             value.update_inplace(self._host[name])
-        self._run()
-        self._add_up()
+            self._graph.binding.bind_ortvalue_input(name, value)  # copies what a part of the graph on the CPU reads
+        self._graph.run()
+        self._sums.run()
         return {name: value.numpy() for name, value in self._outputs.items()}
 
 
-def _bound(session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int) -> Callable[[], None]:
-    """A run of the session on these."""
-    binding, options = session.io_binding(), ort.RunOptions()
-    for name, value in inputs.items():
-        binding.bind_ortvalue_input(name, value)
-    for name, value in outputs.items():
-        binding.bind_ortvalue_output(name, value)
-    options.add_run_config_entry("gpu_graph_id", str(rows))
-    return partial(session.run_with_iobinding, binding, options)
+class _Bound:
+    """A session that reads and writes these."""
+
+    def __init__(self, session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int) -> None:
+        self._session = session
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(rows))
+        self.binding = session.io_binding()
+        for name, value in inputs.items():
+            self.binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self.binding, self._options)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """onnxruntime has no type for it. Its arenas say `Failed to allocate memory`, CUDA `out of memory`, its libraries
+    `ALLOC_FAILED` and `ALLOCATION_FAILED`, the CPU `bad_alloc`."""
+    signs = (
+        "Failed to allocate memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "ALLOCATION_FAILED",
+        "bad_alloc",
+        "bad allocation",
+    )
+    return any(sign in str(error) for sign in signs)
+
+
+@cache
+def _sums_session(providers: tuple[str, ...]) -> ort.InferenceSession:
+    """One for all models: on a GPU each takes memory."""
+    return open_session(_SUMS, providers)
 
 
 # A small ONNX model: sums = ReduceSum(images) over C, H and W, float32 (n, C, H, W) -> (n,).

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnxruntime as ort
 
 CPU = "CPUExecutionProvider"
@@ -64,6 +65,11 @@ def choose(
     return cpu(f"REPARAM_DEVICE=auto, and {missing}")
 
 
+def with_tensor_cores(providers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For a decoder of float16: onnxruntime keeps its convolutions off the tensor cores too, unless TF32 is allowed."""
+    return tuple((CUDA, {**each[1], "use_tf32": "1"}) if each[0] == CUDA else each for each in providers)
+
+
 def _cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -80,15 +86,21 @@ def _missing_for_cuda() -> str | None:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver shows no GPU"
     ort.preload_dlls()  # from the nvidia packages of the `cuda` dependency group, where they are installed
-    return _missing_libraries()
+    return _fault()
 
 
-def _missing_libraries() -> str | None:
-    """Ask onnxruntime itself: it falls back to the CPU if a library of CUDA or cuDNN cannot be loaded."""
+def _fault() -> str | None:
+    """Ask onnxruntime itself, by a convolution: it falls back to the CPU if a library of CUDA cannot be loaded, and
+    looks for cuDNN, and for kernels that suit the GPU, only when it needs them."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    if ort.InferenceSession(_IDENTITY, options, providers=[CUDA, CPU]).get_providers()[0] == CUDA:
-        return None
+    try:
+        session = ort.InferenceSession(_CONVOLUTION, options, providers=[CUDA, CPU], enable_fallback=0)
+        if session.get_providers()[0] == CUDA:
+            session.run(None, {"x": np.ones((1, 1, 1, 1), np.float32)})
+            return None
+    except Exception as error:  # onnxruntime's errors have no common base but this
+        return f"onnxruntime cannot compute with it: {error}"
     provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
         ctypes.CDLL(str(provider))  # only for the loader's message, which names the library that is missing
@@ -97,8 +109,8 @@ def _missing_libraries() -> str | None:
     return "onnxruntime refused to use CUDA, though its libraries are there"
 
 
-# The smallest ONNX model: y = Identity(x), float32 (1,).
-_IDENTITY = bytes.fromhex(
-    "080812003a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
-    "0f0a0179120a0a08080112040a02080142040a001011"
+# A small ONNX model: y = Conv(x, x), float32 (1, 1, 1, 1).
+_CONVOLUTION = bytes.fromhex(
+    "08083a4e0a0f0a01780a01781201792204436f6e761201735a1b0a017812160a14080112100a0208010a0208010a0208010a020801621b0a01"
+    "7912160a14080112100a0208010a0208010a0208010a02080142040a00100b"
 )

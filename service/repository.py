@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, Providers, load
+from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
 from service.buckets import Buckets
 from service.contract import ArtifactError, Contract
-from service.devices import CPU, Device
+from service.devices import CPU, CUDA, Device, with_tensor_cores
 from service.errors import Unavailable, UnknownModel
 
 log = logging.getLogger(__name__)
@@ -132,9 +132,11 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
 
 
 def _open(
-    name: str, version: int, path: Path, device: Device, providers: Providers, max_rows: int, seconds: float
+    name: str, version: int, path: Path, device: Device, providers: tuple[Any, ...], max_rows: int, seconds: float
 ) -> Model:
     artifact = load(path, providers, device.threads)
+    if artifact.provider == CUDA and artifact.contract.precision == "float16":
+        artifact = load(path, with_tensor_cores(providers), device.threads)
     buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
     return Model(name, version, artifact, buckets, min(each.warm_up(seconds) for each in buckets))
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from service.buckets import is_out_of_memory
 from service.contract import Arrays
 from service.errors import ModelFailed, Problem, Unavailable
 from service.job import Job
@@ -64,13 +65,14 @@ class Runner(threading.Thread):
         return results, started, time.perf_counter()
 
     def _attempt(self, pieces: list[Piece[Job]]) -> list[Arrays | Problem]:
-        """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone."""
+        """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone.
+        Raises what onnxruntime raises if nothing works any more."""
         model = pieces[0].ticket.request.model
         try:
             shares = [(piece.ticket.request, piece.lo, piece.hi) for piece in pieces]
             return compute(shares, model.buckets[self._number])
         except Exception as error:  # onnxruntime's errors have no common base but this
-            no_memory = _is_out_of_memory(error)
+            no_memory = is_out_of_memory(error)
             rows = sum(piece.hi - piece.lo for piece in pieces)
             if no_memory:
                 self._work.out_of_memory(model, rows)
@@ -84,6 +86,7 @@ class Runner(threading.Thread):
             log.exception("a run failed", extra={"model": model.name, "version": model.version})
             if no_memory:
                 return [Unavailable(f"the device has no memory for a row of model {model.name!r}", retry_after=1)]
+            model.buckets[self._number].check_device()
             return [ModelFailed(f"model {model.name!r} version {model.version} failed on these rows")]
 
 
@@ -95,10 +98,3 @@ def _joined(first: list[Arrays | Problem], second: list[Arrays | Problem]) -> Ar
     if isinstance(right, Problem):
         return right
     return {name: np.concatenate([left[name], right[name]]) for name in left}
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """onnxruntime has no type for it. Its arenas say `Failed to allocate memory`, CUDA `out of memory`, the CPU
-    `bad_alloc`."""
-    text = str(error)
-    return any(sign in text for sign in ("Failed to allocate memory", "out of memory", "bad_alloc", "bad allocation"))

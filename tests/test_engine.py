@@ -22,6 +22,7 @@ import pytest
 
 from service import noise
 from service.artifact import load
+from service.buckets import Buckets
 from tests.conftest import TINY, Running, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, request
@@ -189,6 +190,12 @@ def test_a_poisonous_row_fails_alone_in_a_full_batch(engine: Running) -> None:
         images = {future.result().json()["images"][0] for future in asked if future.result().status_code == 200}
         assert len(images) == 1
         assert slow.result().status_code == 200
+
+
+def test_a_model_is_warmed_up_as_far_as_there_is_memory(repository: Path) -> None:
+    buckets = Buckets(load(repository / "trouble" / "1" / "model.onnx"), max_rows=64)
+    buckets.inputs["temperature"][:] = GREEDY
+    assert buckets.warm_up(seconds=60) == MODEST
 
 
 def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:

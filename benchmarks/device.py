@@ -29,7 +29,8 @@ def measure(options: Options) -> Report:
         notes=[
             "From noise and parameters in the host's memory to latents and pixels there; random weights. "
             "reparam: bound buffers, on a GPU a CUDA graph for each size; onnxruntime: the same file, run with arrays; "
-            "torch.compile: on a GPU with CUDA graphs too, in some cases only, for it takes long. At most as many rows as the service runs at a time",
+            "torch.compile: on a GPU with CUDA graphs too, in some cases only, for it takes long. At most as many rows "
+            "as the service runs at a time",
             *([] if found["device"] == "cuda" else ["Not measured on a CPU: a decoder of AutoencoderKL's size"]),
         ],
     )

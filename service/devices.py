@@ -100,7 +100,8 @@ def _fault() -> str | None:
             session.run(None, {"x": np.ones((1, 1, 1, 1), np.float32)})
             return None
     except Exception as error:  # onnxruntime's errors have no common base but this
-        return f"onnxruntime cannot compute with it: {error}"
+        fault = str(error).partition("\n")[0]
+        return f"onnxruntime cannot compute on the GPU ({fault}): it needs the `cuda` dependency group and its cuDNN"
     provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
         ctypes.CDLL(str(provider))  # only for the loader's message, which names the library that is missing

@@ -217,7 +217,7 @@ class Engine:
         if number == 0 and self._loaded.set_running_or_notify_cancel():
             try:
                 self._load()
-            except Exception as error:
+            except Exception as error:  # for whoever waits for it; the runner goes on
                 self._loaded.set_exception(error)
             else:
                 self._loaded.set_result(None)

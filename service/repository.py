@@ -135,7 +135,7 @@ def _open(
     name: str, version: int, path: Path, device: Device, providers: tuple[Any, ...], max_rows: int, seconds: float
 ) -> Model:
     artifact = load(path, providers, device.threads)
-    if artifact.provider == CUDA and artifact.contract.precision == "float16":
+    if artifact.provider == CUDA and artifact.contract.precision == "float16":  # known only now that it is open
         artifact = load(path, with_tensor_cores(providers), device.threads)
     buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
     return Model(name, version, artifact, buckets, min(each.warm_up(seconds) for each in buckets))

@@ -131,5 +131,5 @@ def test_a_client_that_reads_slowly_gets_its_answer(
     with connect(serve(), receive_buffer=4096) as connection, connection.makefile("rb") as stream:
         connection.sendall(request({"n": 100_000, "seed": 1}))
         for _ in range(12):
-            time.sleep(0.1)
+            time.sleep(0.1)  # slow, but sooner than STALLED
             assert len(stream.read(300_000)) == 300_000

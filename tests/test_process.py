@@ -53,20 +53,22 @@ def free_port() -> str:
 
 
 @contextmanager
-def process(repository: Path, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A ready service and its URL."""
+def process(
+    repository: Path, until: str = "ready", **environment: str
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A service in this state, and its URL."""
     port = environment.setdefault("REPARAM_PORT", free_port())
     running = start(REPARAM_ARTIFACTS=str(repository), **environment)
     url = f"http://127.0.0.1:{port}"
 
-    def ready() -> bool:
+    def there() -> bool:
         try:
-            return httpx.get(f"{url}/readyz").status_code == 200
+            return bool(httpx.get(f"{url}/readyz").json()["status"] == until)
         except httpx.TransportError:
             return False
 
     try:
-        wait_until(ready)
+        wait_until(there)
         yield running, url
     finally:
         running.kill()
@@ -152,19 +154,10 @@ def test_a_signal_while_models_are_loaded_ends_the_service(repository: Path, tmp
     for version in range(1, 1000):
         (tmp_path / "many" / str(version)).mkdir(parents=True)
         os.link(repository / "tiny-gaussian" / "1" / "model.onnx", tmp_path / "many" / str(version) / "model.onnx")
-    port = free_port()
-    settings = {"REPARAM_WORKERS": "1", "REPARAM_PORT": port, "REPARAM_DRAIN_DELAY": "0"}
-    running = start(REPARAM_ARTIFACTS=str(tmp_path), **settings)
-
-    def loading() -> bool:
-        try:
-            return bool(httpx.get(f"http://127.0.0.1:{port}/readyz").json()["status"] == "starting")
-        except httpx.TransportError:
-            return False
-
-    wait_until(loading)
-    running.send_signal(signal.SIGTERM)
-    _, log = running.communicate(timeout=60)
+    at_once = {"REPARAM_WORKERS": "1", "REPARAM_DRAIN_DELAY": "0"}
+    with process(tmp_path, until="starting", **at_once) as (running, _):
+        running.send_signal(signal.SIGTERM)
+        _, log = running.communicate(timeout=60)
     assert running.returncode == 0
     assert 0 < log.count('"model loaded"') < 999
 

@@ -50,6 +50,9 @@ class TrainConfig(BaseModel):
     followed by its own gradient or the doubly reparameterized one, that of one-hot codes by VIMCO's."""
     samples: PositiveInt = 1
     """Latents drawn for each image."""
+    resampled: int = Field(default=0, ge=0)
+    """So many of these, drawn by their importance weights, stand for all of them in the gradient (iwae, dreg): the same
+    in the mean, and faster. 0: all."""
     kl_warm_up: int = Field(default=1, ge=0)
     """Epochs over which the weight of the KL term rises from 0 to 1."""
     free_bits: float = Field(default=0.0, ge=0)
@@ -94,6 +97,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f"objective {self.objective!r} needs a latent with a density: a Gaussian one")
         if self.objective == "vimco" and (self.kind == "gaussian" or self.samples < 2):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
+        if self.resampled and (self.objective not in ("iwae", "dreg") or self.resampled >= self.samples):
+            raise ValueError(
+                f"resampled is {self.resampled} of {self.samples} samples: it belongs to objective 'iwae' or 'dreg' and "
+                "more samples"
+            )
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
         if self.elbo_epochs and self.objective == "elbo" and not self.straight_through:

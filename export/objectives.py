@@ -61,7 +61,14 @@ def negative_elbo(
 
 
 def negative_iwae(
-    model: VAE, images: Tensor, draws: torch.Generator, *, samples: int, kl_weight: float = 1.0, doubly: bool = False
+    model: VAE,
+    images: Tensor,
+    draws: torch.Generator,
+    *,
+    samples: int,
+    kl_weight: float = 1.0,
+    doubly: bool = False,
+    resampled: int = 0,
 ) -> Terms:
     """-log 1/k sum_i w_i with k = `samples` and w_i = p(x, z_i) / q(z_i | x) (Burda, Grosse and Salakhutdinov, 2016,
     equation 8); for a latent with a density.
@@ -70,22 +77,46 @@ def negative_iwae(
     doubly: let the encoder follow the doubly reparameterized gradient, whose signal does not drown in noise as k grows
         (Tucker et al., 2019, equation 8): sum_i s_i^2  d log w_i / d z_i  d z_i / d phi with s_i = w_i / sum_j w_j,
         and with a kl_weight of b, (1 - b) s_i + b s_i^2 in place of s_i^2: the score is in w_i b times.
+    resampled: follow only so many of the samples, drawn by their s_i, for the others have little weight: the same
+        gradient in the mean, in the memory and for little more than the time of these few. 0: all of them.
     """
     posterior = model.encode(images)
-    latents = _draw(model, posterior, samples, model.default_temperature, draws)
     density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior
-    likelihoods = _likelihoods(model, latents, images)
-    prior = model.prior()
-    weights = likelihoods - kl_weight * (_log_q(model, latents, density) - _log_p(model, latents, prior))
-    shares = weights.detach().softmax(0)
+    noise, prior = model.noise((samples, *posterior[0].shape), draws), model.prior()
+
+    def weigh(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        latents = model.sample(posterior, noise, model.default_temperature)
+        parts = [_likelihoods(model, part, images) for part in latents.split(resampled or samples)]
+        likelihoods = torch.cat(parts)
+        kls = _log_q(model, latents, density) - _log_p(model, latents, prior)
+        return latents, likelihoods, likelihoods - kl_weight * kls
+
+    if resampled:
+        with torch.no_grad():
+            _, likelihoods, weights = weigh(noise)
+        shares = weights.softmax(0)
+        chosen = systematic(shares, resampled, draws)
+        shares = shares.take_along_dim(chosen, 0)
+        latents, _, weights = weigh(noise.take_along_dim(_beside(chosen, noise), 0))
+        loss = -weights.mean()
+    else:
+        latents, likelihoods, weights = weigh(noise)
+        shares = weights.detach().softmax(0)
+        loss = -(shares * weights).sum(0).mean() if doubly else log(samples) - weights.logsumexp(0).mean()
     if doubly:
         # The loss brings each sample's gradient times its share, for decoder and encoder; the encoder's gets it twice.
-        again = (1 - kl_weight + kl_weight * shares).reshape(*shares.shape, *[1] * (latents.dim() - 2))
+        again = _beside(1 - kl_weight + kl_weight * shares, latents)
         latents.register_hook(lambda gradient: gradient * again)
-        loss = -(shares * weights).sum(0).mean()
-    else:
-        loss = -weights.logsumexp(0).mean() + log(samples)
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
+
+
+def systematic(shares: Tensor, count: int, draws: torch.Generator) -> Tensor:
+    """Draw `count` of each column's rows by their shares, (samples, n) -> (count, n): a row of share s is drawn count s
+    times, rounded up or down at random so that the mean is right (systematic resampling; Kitagawa, 1996)."""
+    starts = torch.rand(shares.shape[1], generator=draws, device=shares.device, dtype=torch.float64)
+    marks = (starts.unsqueeze(1) + torch.arange(count, device=shares.device)) / count
+    drawn = torch.searchsorted(shares.double().cumsum(0).T.contiguous(), marks, right=True).T
+    return drawn.clamp_max(len(shares) - 1)
 
 
 def negative_vimco(
@@ -195,3 +226,8 @@ def _likelihoods(model: VAE, latents: Tensor, images: Tensor) -> Tensor:
     """log p(x | z), (samples, n)."""
     pixel_logits: Tensor = model.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
     return log_likelihood(pixel_logits, images)
+
+
+def _beside(rows: Tensor, latents: Tensor) -> Tensor:
+    """(samples, n) with as many axes as latents, (samples, n, *latent_shape)."""
+    return rows.reshape(*rows.shape, *[1] * (latents.dim() - 2))

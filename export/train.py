@@ -174,7 +174,15 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
         return negative_vimco(model, images, draws, samples=config.samples, kl_weight=now.kl_weight)
     if config.objective in ("iwae", "dreg"):
         doubly = config.objective == "dreg"
-        return negative_iwae(model, images, draws, samples=config.samples, kl_weight=now.kl_weight, doubly=doubly)
+        return negative_iwae(
+            model,
+            images,
+            draws,
+            samples=config.samples,
+            kl_weight=now.kl_weight,
+            doubly=doubly,
+            resampled=config.resampled,
+        )
     return negative_elbo(
         model,
         images,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from export.draws import generator
 from export.objectives import (
@@ -21,6 +22,7 @@ from export.objectives import (
     negative_elbo,
     negative_iwae,
     negative_vimco,
+    systematic,
     warm_up,
 )
 from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
@@ -105,6 +107,29 @@ def test_dreg_has_the_gradient_of_iwae_and_less_noise(kl_weight: float) -> None:
     error = difference.std(0) / len(difference) ** 0.5
     assert (difference.mean(0).abs() <= 4.5 * error).all()
     assert dreg[:, :encoder].var(0).sum() < (0.5 if kl_weight == 1 else 1) * iwae[:, :encoder].var(0).sum()
+
+
+@pytest.mark.parametrize("doubly", [False, True])
+def test_a_few_resampled_latents_have_the_gradient_of_all(doubly: bool) -> None:
+    model, image = gaussian(), images(1).expand(500, -1, -1, -1)
+
+    def gradients(seed: int, resampled: int) -> Tensor:
+        draws = generator(seed, 0)
+        terms = negative_iwae(model, image, draws, samples=8, kl_weight=0.6, doubly=doubly, resampled=resampled)
+        return gradient(model, terms.loss)
+
+    difference = torch.stack([gradients(seed, 3) - gradients(seed, 0) for seed in range(200)])
+    error = difference.std(0) / len(difference) ** 0.5
+    assert (difference.mean(0).abs() <= 4.5 * error).all()
+
+
+def test_systematic_resampling_draws_shares_rounded_up_or_down() -> None:
+    shares = torch.rand(7, 40_000, generator=generator(0, 0)).softmax(0)
+    shares[2], shares[5] = 0, shares[5] + shares[2]
+    drawn = one_hot(systematic(shares, 4, generator(1, 0)), 7).sum(0).T
+    assert (drawn.sum(0) == 4).all()
+    assert ((drawn >= (4 * shares - 1e-5).floor()) & (drawn <= (4 * shares + 1e-5).ceil())).all()
+    torch.testing.assert_close(drawn.double().mean(1), 4 * shares.double().mean(1), atol=0.01, rtol=0)
 
 
 def test_free_bits_charge_only_what_is_above() -> None:

@@ -99,8 +99,8 @@ class TrainConfig(BaseModel):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
         if self.resampled and (self.objective not in ("iwae", "dreg") or self.resampled >= self.samples):
             raise ValueError(
-                f"resampled is {self.resampled} of {self.samples} samples: it belongs to objective 'iwae' or 'dreg' and "
-                "more samples"
+                f"resampled is {self.resampled} of {self.samples} samples: leave it out, or draw fewer of more, for "
+                "objective 'iwae' or 'dreg'"
             )
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")

@@ -19,7 +19,7 @@ def test_a_recipe_is_a_whole_configuration(name: str) -> None:
 
 
 def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
-    small = ["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "r")]
+    small = ["--data", "digits", "--epochs", "1", "--elbo-epochs", "0", "--out", str(tmp_path / "r")]
     command = [sys.executable, "-m", "export", "train", "--recipe", "dreg-50", *small]
     subprocess.run(command, check=True, timeout=120)
     config = Run(tmp_path / "r").config().train
@@ -42,6 +42,11 @@ def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
         (
             ["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "1", "--shares", "2"],
             "leave out shares",
+        ),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--resampled", "2"], "2 of 1 samples: leave it out"),
+        (
+            ["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--samples", "4",
+             "--resampled", "4"], "draw fewer of more",
         ),
         (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),

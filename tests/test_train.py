@@ -266,6 +266,7 @@ def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
         ("gumbel", {"straight_through": True}),
         ("gumbel", {"objective": "vimco", "samples": 2}),
         ("gaussian", {"objective": "dreg", "samples": 2}),
+        ("gaussian", {"objective": "iwae", "samples": 3, "resampled": 2}),
     ],
 )
 def test_another_objective_comes_after_the_epochs_of_the_elbo(tmp_path: Path, kind: str, then: dict[str, Any]) -> None:

@@ -1,17 +1,20 @@
 """A training loop as tutorials and VAE collections write it (https://github.com/pytorch/examples/tree/main/vae,
 https://github.com/AntixK/PyTorch-VAE), around the network, the optimizer and the batches of one of our recipes.
 
-python -m benchmarks.peers.plain_training RECIPE DATA WORKERS THREADS prints images per second.
+python -m benchmarks.peers.plain_training RECIPE DATA SAMPLES WORKERS THREADS prints images per second of the ELBO by
+one sample, or of the importance-weighted bound by more.
 """
 
 import sys
 import time
 from functools import partial
+from math import log
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn.functional import binary_cross_entropy, gumbel_softmax
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,23 +42,37 @@ class Images(Dataset[Tensor]):
         return grey if self.binary else torch.bernoulli(grey)
 
 
-def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tensor], kind: str) -> float:
+def negative_elbo(model: VAE, images: Tensor) -> Tensor:
+    posterior = model.encode(images)
+    if model.kind == "gaussian":
+        mu, log_var = posterior
+        latents = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+        kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
+    else:
+        (logits,) = posterior
+        latents = gumbel_softmax(logits, tau=1.0)
+        q, log_p = logits.softmax(-1), model.prior().parameters[0].log_softmax(-1)
+        kl = torch.sum(q * (torch.log(q + 1e-7) - log_p))
+    decoded = torch.sigmoid(model.decode(latents))
+    return binary_cross_entropy(decoded, images, reduction="sum") + kl
+
+
+def negative_iwae(model: VAE, images: Tensor, samples: int) -> Tensor:
+    mu, log_var = model.encode(images)
+    q = Normal(mu, torch.exp(0.5 * log_var))
+    latents = q.rsample((samples,))
+    decoded = torch.sigmoid(model.decode(latents.flatten(0, 1))).unflatten(0, latents.shape[:2])
+    errors = binary_cross_entropy(decoded, images.expand_as(decoded), reduction="none").flatten(2).sum(-1)
+    weights = Normal(0, 1).log_prob(latents).sum(-1) - q.log_prob(latents).sum(-1) - errors
+    return -(torch.logsumexp(weights, 0) - log(samples)).sum()
+
+
+def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tensor], samples: int) -> float:
     model.train()
     total = 0.0
     for images in loader:
         optimizer.zero_grad()
-        posterior = model.encode(images)
-        if kind == "gaussian":
-            mu, log_var = posterior
-            latents = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
-            kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
-        else:
-            (logits,) = posterior
-            latents = gumbel_softmax(logits, tau=1.0)
-            q, log_p = logits.softmax(-1), model.prior().parameters[0].log_softmax(-1)
-            kl = torch.sum(q * (torch.log(q + 1e-7) - log_p))
-        decoded = torch.sigmoid(model.decode(latents))
-        loss = binary_cross_entropy(decoded, images, reduction="sum") + kl
+        loss = negative_elbo(model, images) if samples == 1 else negative_iwae(model, images, samples)
         (loss / len(images)).backward()
         optimizer.step()
         total += loss.item()
@@ -63,7 +80,8 @@ def epoch(model: VAE, optimizer: torch.optim.Optimizer, loader: DataLoader[Tenso
 
 
 def main() -> None:
-    name, source, workers, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    name, source = sys.argv[1:3]
+    samples, workers, threads = map(int, sys.argv[3:])
     torch.set_num_threads(threads or torch.get_num_threads())
     config = TrainConfig(**{**recipe(name), "data": source})
     data = load(source)
@@ -76,9 +94,9 @@ def main() -> None:
     loader = DataLoader(
         dataset, batch_size=config.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
-    epoch(model, optimizer, loader, config.kind)  # warm
+    epoch(model, optimizer, loader, samples)  # warm
     started = time.perf_counter()
-    epoch(model, optimizer, loader, config.kind)
+    epoch(model, optimizer, loader, samples)
     print(len(dataset) / (time.perf_counter() - started))
 
 

@@ -102,8 +102,10 @@ def given_in(headers: Headers) -> Given:
     """By name; several of one name are one list."""
     given = dict(headers)
     if len(given) < len(headers):
-        for name in given:
-            given[name] = b", ".join([value for other, value in headers if other == name])
+        lists: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            lists.setdefault(name, []).append(value)
+        given = {name: b", ".join(values) for name, values in lists.items()}
     return given
 
 

@@ -61,7 +61,6 @@ class Protocol(HttpToolsProtocol):
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
-        self._idle_since = inf
         try:
             self._feed(data)
         except Problem as problem:

@@ -65,6 +65,8 @@ class Cork:
     def close(self) -> None:
         self.flush()
         self._transport.close()
+        if self._transport.get_write_buffer_size():  # which the transport would wait for without end
+            self._loop.call_later(STALLED, self._transport.abort)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

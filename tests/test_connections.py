@@ -87,6 +87,15 @@ def test_a_head_that_does_not_come_is_not_waited_for(serve: Callable[..., Runnin
         assert answer(connection)[0] == 400
 
 
+def test_what_comes_of_a_body_after_its_answer_does_not_keep_the_connection(serve: Callable[..., Running]) -> None:
+    head, end, body = request(BODY).partition(b"\r\n\r\n")
+    with connect(serve(api_key="sesame")) as connection:
+        connection.sendall(head + end)
+        assert answer(connection)[0] == 401
+        connection.sendall(body[:1])
+        assert connection.recv(1) == b""  # hung up, as if it had not come
+
+
 def test_trailers_are_no_headers(serve: Callable[..., Running]) -> None:
     service = serve(api_key="sesame")
     head, body = request(BODY).split(b"\r\n\r\n")

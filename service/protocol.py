@@ -46,12 +46,13 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._cork = Cork(transport, self.loop)
         super().connection_made(self._cork)  # type: ignore[arg-type]  # all that uvicorn uses of one
-        self.flow = Flow(self.transport, self.pipeline, self.loop)
+        self.flow = Flow(self._cork, self.pipeline)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
         super().connection_lost(exc)
+        self._cork.unwatch()
         for timer in (self._keep_alive, self._late):
             if timer is not None:
                 timer.cancel()

@@ -1,11 +1,14 @@
 """What comes over a connection besides requests as they should be."""
 
+import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvloop
 
 from service import protocol, transport
 from tests.conftest import Running, wait_until
@@ -142,3 +145,34 @@ def test_a_client_that_reads_slowly_gets_its_answer(
         for _ in range(12):
             time.sleep(0.1)  # slow, but sooner than STALLED
             assert len(stream.read(300_000)) == 300_000
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_closed_connection_lasts_while_its_client_takes_something(
+    monkeypatch: pytest.MonkeyPatch, takes: bool
+) -> None:
+    """Of an answer that is too short for the flow to be paused, which is watched elsewhere."""
+    monkeypatch.setattr(transport, "STALLED", 0.3)
+    lost = asyncio.Event()
+
+    class Protocol(asyncio.Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.set()
+
+    async def taken() -> int:
+        loop, (ours, theirs) = asyncio.get_running_loop(), socket.socketpair()
+        with theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            theirs.setblocking(False)
+            cork = transport.Cork((await loop.create_connection(Protocol, sock=ours))[0], loop)
+            cork.write(bytes(60_000))
+            cork.close()
+            count = 0
+            while takes and (some := await loop.sock_recv(theirs, 4096)):
+                count += len(some)
+                await asyncio.sleep(0.05)
+            await asyncio.wait_for(lost.wait(), 10)
+            return count
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(taken()) == (60_000 if takes else 0)

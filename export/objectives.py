@@ -77,8 +77,8 @@ def negative_iwae(
     doubly: let the encoder follow the doubly reparameterized gradient, whose signal does not drown in noise as k grows
         (Tucker et al., 2019, equation 8): sum_i s_i^2  d log w_i / d z_i  d z_i / d phi with s_i = w_i / sum_j w_j,
         and with a kl_weight of b, (1 - b) s_i + b s_i^2 in place of s_i^2: the score is in w_i b times.
-    resampled: follow only so many of the samples, drawn by their s_i, for the others have little weight: the same
-        gradient in the mean, in the memory and for little more than the time of these few. 0: all of them.
+    resampled: follow only so many of the samples backwards, drawn by their s_i, for the others have little weight: the
+        same gradient in the mean, in the memory of these few. 0: all of them.
     """
     posterior = model.encode(images)
     density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior

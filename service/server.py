@@ -75,13 +75,17 @@ class Server(uvicorn.Server):
         loop.call_later(self.service.settings.drain_timeout, self.service.stop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGTERM or SIGINT. Does not record the signal, so that the process ends with 0. A second one hurries."""
-        loop = asyncio.get_running_loop() if self.started else None
-        if loop is None or self.service.state == "draining":
+        """On SIGTERM or SIGINT, amid whatever this thread does, perhaps while it holds a lock: so the loop ends the
+        service. Does not record the signal, and the process ends with 0."""
+        asyncio.get_running_loop().call_soon_threadsafe(self._end, sig)
+
+    def _end(self, sig: int) -> None:
+        """Let what is in flight end first. A second signal hurries."""
+        if not self.started or self.service.state == "draining":
             self.service.stop()
             self.should_exit = self.force_exit = True
             return
-        settings = self.service.settings
+        loop, settings = asyncio.get_running_loop(), self.service.settings
         log.info("draining", extra={"signal": sig})
         self.service.drain()
         loop.call_later(settings.drain_delay, self._close)

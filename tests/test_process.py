@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 from reparam import Client
 from service import devices
 from service.settings import Settings
-from tests.conftest import wait_until
+from tests.conftest import Running, wait_until
 from tests.graphs import SLOW
 
 
@@ -175,6 +175,19 @@ def test_a_second_signal_hurries(repository: Path) -> None:
         assert running.returncode == 0
     assert "the-last" in log
     assert "Traceback" not in log
+
+
+def test_signals_that_interrupt_the_engine_do_not_wait_for_its_lock(serve: Callable[..., Running]) -> None:
+    service = serve(drain_delay=3600)
+    engine, server = service.service.engine, service.server
+
+    def interrupted() -> None:
+        with engine._lock:
+            server.handle_exit(signal.SIGINT, None)
+            server.handle_exit(signal.SIGTERM, None)
+
+    server.servers[0].get_loop().call_soon_threadsafe(interrupted)
+    wait_until(lambda: server.force_exit, 10)
 
 
 def test_the_log_is_json_and_names_device_and_requests(repository: Path) -> None:

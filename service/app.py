@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from service import __version__, schema
 from service.brief import ShortWay
 from service.edge import OPEN, Edge, refused_by_router
-from service.errors import PROBLEMS, Unavailable, UnknownPath
+from service.errors import PROBLEMS, Unavailable, UnknownPath, clipped
 from service.life import STATES, Service
 from service.metrics import text
 from service.repository import Model
@@ -44,7 +44,7 @@ class Application(FastAPI):
         self.add_exception_handler(HTTPException, refused_by_router)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
-        if scope["type"] == "http" and scope["path"] == "/sample" and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] == self.sample.path and scope["method"] == "POST":
             scope["route"] = self.sample
             return self.direct(scope, receive, send)
         return super().__call__(scope, receive, send)
@@ -53,7 +53,7 @@ class Application(FastAPI):
         """And says what `/sample` is, and who asks for the key."""
         if self.openapi_schema is None:
             described = super().openapi()
-            described["paths"] |= {"/sample": {"post": schema.SAMPLE}}
+            described["paths"] |= {self.sample.path: {"post": schema.SAMPLE}}
             if self.direct.api_key:
                 described["components"] |= schema.KEY
                 for path, operations in described["paths"].items():
@@ -81,7 +81,7 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     @app.get("/problems/{slug}", **schema.PROBLEM)
     async def problem(slug: str) -> PlainTextResponse:
         if slug not in PROBLEMS:
-            raise UnknownPath(f"no problem type {slug!r}; there are: {', '.join(PROBLEMS)}")
+            raise UnknownPath(f"no problem type {clipped(slug)!r}; there are: {', '.join(PROBLEMS)}")
         return PlainTextResponse(f"{PROBLEMS[slug].status} {slug}\n\n{PROBLEMS[slug].meaning}\n")
 
     return app
@@ -143,7 +143,7 @@ def _describe(service: Service, model: Model) -> dict[str, Any]:
         "noise_version": contract.noise_version,
         "parameters": contract.traits.parameters,
         "priors": contract.priors,
-        "outputs": model.outputs,
+        "outputs": contract.traits.outputs,
         "trained_on": contract.trained_on,
         "evaluation": contract.evaluation,
         "provider": model.artifact.provider,

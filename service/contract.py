@@ -14,10 +14,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from service import noise
+from service.errors import clipped
 
 Arrays = dict[str, npt.NDArray[Any]]
 Prior = Literal["standard", "mixture"]
 Precision = Literal["float32", "float16"]
+Output = Literal["images", "latents", "codes", "indices"]
 
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
@@ -31,21 +33,31 @@ class ArtifactError(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes the kinds of model: their parameters, their latent output, and their noise."""
+    """What distinguishes the kinds of model: their parameters, the latent output of their graph, their noise, and of a
+    request the fields that only they have and the outputs that it may ask for."""
 
     parameters: tuple[str, ...]
     latents: str
     noise: Callable[[noise.Words], noise.Float32]
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Of a request, those that only this kind has."""
-        return (*self.parameters, *(("hard",) if self.latents == "codes" else ()))
+    fields: tuple[str, ...]
+    outputs: tuple[Output, ...]
 
 
 KINDS = {
-    "gaussian": Kind(parameters=("mu", "log_var"), latents="latents", noise=noise.normal),
-    "gumbel": Kind(parameters=("logits",), latents="codes", noise=noise.gumbel),
+    "gaussian": Kind(
+        parameters=("mu", "log_var"),
+        latents="latents",
+        noise=noise.normal,
+        fields=("mu", "log_var"),
+        outputs=("images", "latents"),
+    ),
+    "gumbel": Kind(
+        parameters=("logits",),
+        latents="codes",
+        noise=noise.gumbel,
+        fields=("logits", "hard"),
+        outputs=("images", "codes", "indices"),
+    ),
 }
 
 
@@ -74,23 +86,26 @@ class Contract(BaseModel):
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Contract":
         """Raises ArtifactError naming the key."""
         fields: dict[str, Any] = {}
-        for key, field in cls.model_fields.items():
+        for key in [key for key in metadata if key.startswith(KEY_PREFIX)]:
             try:
-                fields[key] = json.loads(metadata[KEY_PREFIX + key])
-            except KeyError:
-                if field.is_required():
-                    raise ArtifactError(f"the metadata has no key {KEY_PREFIX + key!r}") from None
+                fields[key.removeprefix(KEY_PREFIX)] = json.loads(metadata[key])
             except (ValueError, RecursionError) as error:
-                raise ArtifactError(f"metadata key {KEY_PREFIX + key!r} is not JSON: {error}") from error
+                raise ArtifactError(f"metadata key {key!r} is not JSON: {error}") from error
         try:
             contract = cls.model_validate(fields)
             contract.prior_arrays()
             contract.mixture_arrays()
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            key = KEY_PREFIX + ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                raise ArtifactError(f"the metadata has no key {key!r}") from error
+            if first["type"] == "extra_forbidden":
+                raise ArtifactError(
+                    f"metadata key {key!r} is unknown; there are: {', '.join(cls.model_fields)}"
+                ) from error
             raise ArtifactError(
-                f"metadata key {KEY_PREFIX + key!r} is {first['input']!r}: {first['msg'].lower()}"
+                f"metadata key {key!r} is {clipped(repr(first['input']))}: {first['msg'].lower()}"
             ) from error
         return contract
 
@@ -132,10 +147,11 @@ class Contract(BaseModel):
                 f"reparam.{what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
             )
         try:
-            arrays = {name: np.broadcast_to(_numbers(values, np.float32), shape) for name, values in parameters.items()}
+            stored = {name: _numbers(values, np.float32) for name, values in parameters.items()}
+            arrays = {name: np.broadcast_to(array, shape) for name, array in stored.items()}
         except ValueError as error:
             raise ArtifactError(f"reparam.{what} does not fit the shape {list(shape)}: {error}") from error
-        if not all(np.isfinite(array).all() for array in arrays.values()):
+        if not all(np.isfinite(array).all() for array in stored.values()):
             raise ArtifactError(f"reparam.{what} holds NaN or infinity")
         return arrays
 

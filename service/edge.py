@@ -17,7 +17,16 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import MEDIA_TYPE, ClientLeft, MethodNotAllowed, Problem, Unauthorized, Unavailable, UnknownPath
+from service.errors import (
+    MEDIA_TYPE,
+    ClientLeft,
+    MethodNotAllowed,
+    Problem,
+    Unauthorized,
+    Unavailable,
+    UnknownPath,
+    clipped,
+)
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.responses import Headers
@@ -138,5 +147,7 @@ async def refused_by_router(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         allow = ", ".join(sorted({method for route in here for method in route.methods}))
-        raise MethodNotAllowed(f"{request.url.path} answers {allow}, not {request.method}", headers={"Allow": allow})
-    raise UnknownPath(f"nothing lies at {request.url.path!r}; /docs lists what does")
+        raise MethodNotAllowed(
+            f"{clipped(request.url.path)} answers {allow}, not {request.method}", headers={"Allow": allow}
+        )
+    raise UnknownPath(f"nothing lies at {clipped(request.url.path)!r}; /docs lists what does")

@@ -30,8 +30,8 @@ FORGETTING = 0.1  # what the latest batch counts for in the measured rate
 
 
 class Engine:
-    """Runs rows in batches, while at most `max_queue_rows` rows wait and the answers being made hold at most
-    `max_held_bytes`.
+    """Runs rows in batches, while at most `max_queue_rows` rows wait, and the requests being answered hold at most
+    `max_held_bytes`, their answers included.
 
     All methods are for the event loop's thread, but for the five that the runners call.
     """
@@ -89,16 +89,20 @@ class Engine:
         self.patience.begin(job)
 
     def submit(self, job: Job, rows: Rows, size: int, first: int) -> None:
-        """Let these rows be computed, the first of them now. size: bytes that the answer holds at a time.
+        """Let these rows be computed, the first of them now. size: bytes that the answer holds at a time, besides those
+        that the job holds already.
 
         Raises Unavailable, and QueueFull with the seconds after which the rows ahead should be done.
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
-        self._admit(first, size)
-        self.held_bytes += size
-        job.ask(rows, size)
+        self._admit(job, first, size)
+        job.ask(rows)
         self.grant(job, first)
+
+    def hold(self, job: Job, size: int) -> None:
+        """The job holds so many more bytes until it is closed. Raises QueueFull."""
+        self._admit(job, 0, size)
 
     def window(self, model: Model) -> int:
         """Rows of one request that are computed ahead of its reader."""
@@ -152,18 +156,20 @@ class Engine:
                 job.fail(Unavailable(reason, retry_after=1))
         self._open_gate()
 
-    def _admit(self, rows: int, size: int) -> None:
-        """One rule for a row and for many: an answer that would never fit goes in when nothing else is there."""
-        waiting = self._scheduler.waiting
+    def _admit(self, job: Job, rows: int, size: int) -> None:
+        """One rule for a row and for many: what would never fit goes in when nothing else is there."""
+        waiting, others = self._scheduler.waiting, self.held_bytes - job.size
         full = ""
         if waiting and waiting + rows > self.max_queue_rows:
             full = f"{waiting} rows wait already and the limit is {self.max_queue_rows}"
-        elif self.held_bytes and self.held_bytes + size > self.max_held_bytes:
-            full = f"the answers being made hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}"
+        elif others and self.held_bytes + size > self.max_held_bytes:
+            full = f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}"
         if full:
             seconds = max(1, math.ceil(waiting * self._seconds_per_row))
             self._metrics.rejected.labels("queue-full").inc()
             raise QueueFull(f"{full}: try again in {seconds} s", retry_after=seconds)
+        job.size += size
+        self.held_bytes += size
 
     def _open_gate_soon(self) -> None:
         """When the loop has read what had come, so that requests that came together run together; now, while they come

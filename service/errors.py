@@ -5,6 +5,12 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 MEDIA_TYPE = "application/problem+json"
+SHORT = 80  # characters of a value that a message repeats
+
+
+def clipped(text: str) -> str:
+    """As much of what a client sent as a message repeats."""
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 class Problem(Exception):

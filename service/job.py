@@ -30,10 +30,10 @@ class Host(Protocol):
 class Job(Ticket, ABC):
     """One request, until the last byte of its answer. Whoever has it closes it.
 
-    deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes the answer holds at a time.
-    done: what is computed, in order, each piece with the outputs asked for. left: rows not computed yet. queue, infer:
-    seconds that its pieces waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter.
-    error: why it failed.
+    deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes that it holds, of body and
+    answer. done: what is computed, in order, each piece with the outputs asked for. left: rows not computed yet.
+    queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that wait began to, on
+    time.perf_counter. error: why it failed.
     """
 
     request: Rows
@@ -53,10 +53,10 @@ class Job(Ticket, ABC):
         self.done: list[Arrays] = []
         self._early: dict[int, tuple[int, Arrays]] = {}  # what ended before the rows in front of it: lo, hi
 
-    def ask(self, request: Rows, size: int) -> None:
+    def ask(self, request: Rows) -> None:
         """Now it is known what it wants."""
         self.reading = False
-        self.request, self.size = request, size
+        self.request = request
         self.model = request.model
         self.rows = self.left = request.n
         self.since = time.perf_counter()
@@ -134,8 +134,8 @@ class Awaited(Job):
         self._old = False
         self._watcher: asyncio.Task[None] | None = None
 
-    def ask(self, request: Rows, size: int) -> None:
-        super().ask(request, size)
+    def ask(self, request: Rows) -> None:
+        super().ask(request)
         if self._old:
             self._watch()
 

@@ -42,6 +42,7 @@ class Service:
         self.engine = Engine(self.device.runners, settings.max_queue_rows, settings.max_held_bytes, self.metrics)
         self.access_log = AccessLog(settings.log_format)
         self.state = "starting"
+        self._loaded = False
         self._loading: asyncio.Task[None] | None = None  # and what follows from it
         self.metrics.queue_rows.set_function(lambda: self.engine.queued_rows)
         self.metrics.queue_oldest.set_function(self.engine.oldest)
@@ -78,8 +79,9 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
+        self._loaded = True
         if self.state == "starting":
-            self.state = "ready" if self.repository.models else "no model"
+            self.state = "ready" if self.repository.default_name() in self.repository.models else "no model"
 
     def report(self) -> Report:
         """How this process is."""
@@ -111,5 +113,5 @@ class Service:
 
     def ready(self) -> None:
         """Raises Unavailable."""
-        if self.state == "starting":
-            raise Unavailable("the models are being loaded", retry_after=1)
+        if not self._loaded:
+            raise Unavailable(self._failure() or "the models are being loaded", retry_after=1)

@@ -20,7 +20,7 @@ from service.patience import PATIENCE
 from service.responses import lines
 from service.transport import Cork, Flow
 
-MOST_HEAD = 2**19  # bytes that are read until the head of a request is whole; one read takes up to half of them
+MOST_LINES = 2**19  # bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
 CLOSE = b"connection: close\r\n"
@@ -40,7 +40,7 @@ class Protocol(HttpToolsProtocol):
         self._idle_since = inf  # on the loop's clock; inf while it is not
         self._keep_alive: asyncio.TimerHandle | None = None
         self._in_head = False  # of a request that has begun
-        self._head_bytes = 0  # read since
+        self._line_bytes = 0  # read since a request began, its head ended, or its body went on
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -67,13 +67,13 @@ class Protocol(HttpToolsProtocol):
         except Problem as problem:
             self._refuse(problem)
             return
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD:
-                self._refuse(
-                    MalformedRequest(f"the head of a request has at most {MOST_HEAD} bytes: send less before the body")
-                )
-            elif self._late is None:
+        self._line_bytes += len(data)
+        if self._line_bytes > MOST_LINES:
+            self._refuse(
+                MalformedRequest(f"the head of a request, or its trailer, has at most {MOST_LINES} bytes: send less")
+            )
+        elif self._in_head:
+            if self._late is None:
                 self._await_head()
         elif self._waiting and self._patience is None:
             if self._short.is_open(given_in(self.headers)):
@@ -124,7 +124,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._idle_since = inf
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._line_bytes = True, 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -135,7 +135,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         parser = self.parser
-        self._in_head = False
+        self._in_head, self._line_bytes = False, 0
         if self._late is not None:
             self._late.cancel()
             self._late = None
@@ -154,6 +154,7 @@ class Protocol(HttpToolsProtocol):
             self._take_the_long_way()
 
     def on_body(self, body: bytes) -> None:
+        self._line_bytes = 0
         if not self._waiting:
             super().on_body(body)
             return

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
 from service.buckets import Buckets
 from service.contract import ArtifactError, Contract
 from service.devices import CPU, CUDA, Device, with_tensor_cores
-from service.errors import Unavailable, UnknownModel
+from service.errors import Unavailable, UnknownModel, clipped
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,6 @@ class Model:
         steady = self.artifact.steady and self.artifact.provider == CPU
         return self.batch_rows // PROMPT if steady else 0
 
-    @cached_property
-    def outputs(self) -> tuple[str, ...]:
-        """What a request may ask for."""
-        return ("images", "latents") if self.contract.kind == "gaussian" else ("images", "codes", "indices")
-
 
 @dataclass
 class Repository:
@@ -68,8 +62,10 @@ class Repository:
             name = self.default_name()
         versions = self.models.get(name or "")
         if versions is None:
-            available = self._available()
-            raise UnknownModel(f"unknown model {name!r}; this server has: {', '.join(available)}", available=available)
+            refused = any(label.partition("/")[0] == name for label in self.refused)
+            shown, available = clipped(name or ""), self._available()
+            fault = f"refused model {shown!r}: /readyz says why" if refused else f"unknown model {shown!r}"
+            raise UnknownModel(f"{fault}; this server has: {', '.join(available)}", available=available)
         if version is None:
             return versions[max(versions)]
         if version not in versions:
@@ -92,27 +88,42 @@ class Repository:
         Batches will have at most `max_rows` rows, and as few as take about `seconds`. On a GPU this is for the thread
         that will run them: onnxruntime keeps CUDA graphs for each thread apart.
         """
-        if not folder.is_dir():
-            self.refused["*"] = f"the model repository {folder.absolute()} is no folder: set REPARAM_ARTIFACTS"
-            log.error("no model repository", extra={"folder": str(folder.absolute())})
+        try:
+            models = [path for path in _entries(folder) if path.is_dir()]
+        except OSError as error:
+            fault = f"the model repository {folder.absolute()} cannot be read ({error.strerror}): set REPARAM_ARTIFACTS"
+            self._refuse("*", fault)
             return
-        for name, version, path in _versions(folder):
-            started = time.perf_counter()
+        for path in models:
             try:
-                model = open_model(name, version, _inside(path, folder), device, max_rows, seconds)
-            except Exception as error:  # onnxruntime's errors have no common base but this
-                fault = str(error) if isinstance(error, ArtifactError) else f"{path}: {error!r}"
-                self.refused[f"{name}/{version}"] = fault
-                log.error("model refused", extra={"model": name, "version": version, "fault": fault})
+                versions = _versions(path)
+            except OSError as error:
+                if NAME.fullmatch(path.name):  # others may be anything
+                    self._refuse(path.name, f"{path} cannot be read: {error.strerror}")
                 continue
-            self._found.clear()
-            self.models.setdefault(name, {})[version] = model
-            about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
-            about |= {"batch_rows": model.batch_rows, "runners": device.runners}
-            about["load_seconds"] = round(time.perf_counter() - started, 3)
-            log.info("model loaded", extra={"model": name, "version": version, **about})
-        if self.default and self.default not in self.models:
-            log.error("the default model is not served", extra={"model": self.default})
+            for version in versions:
+                started = time.perf_counter()
+                try:
+                    _check_names(version)
+                    file = _inside(version / MODEL_FILE, folder)
+                    model = open_model(path.name, int(version.name), file, device, max_rows, seconds)
+                except Exception as error:  # onnxruntime's errors have no common base but this
+                    fault = str(error) if isinstance(error, ArtifactError) else f"{version}: {error!r}"
+                    self._refuse(f"{path.name}/{version.name}", fault)
+                    continue
+                self._found.clear()
+                self.models.setdefault(model.name, {})[model.version] = model
+                about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
+                about |= {"batch_rows": model.batch_rows, "runners": device.runners}
+                about["load_seconds"] = round(time.perf_counter() - started, 3)
+                log.info("model loaded", extra={"model": model.name, "version": model.version, **about})
+        if self.models and self.default_name() not in self.models:
+            has = ", ".join(sorted(self.models))
+            self._refuse(f"{self.default}", f"REPARAM_DEFAULT_MODEL={self.default} is not served; there are: {has}")
+
+    def _refuse(self, label: str, fault: str) -> None:
+        self.refused[label] = fault
+        log.error("model refused", extra={"model": label, "fault": fault})
 
 
 def open_model(name: str, version: int, path: Path, device: Device, max_rows: int, seconds: float) -> Model:
@@ -141,11 +152,25 @@ def _open(
     return Model(name, version, artifact, buckets, min(each.warm_up(seconds) for each in buckets))
 
 
-def _versions(folder: Path) -> Iterator[tuple[str, int, Path]]:
-    for model in sorted(folder.iterdir()):
-        if model.is_dir() and NAME.fullmatch(model.name):
-            for version in sorted(path for path in model.iterdir() if VERSION.fullmatch(path.name)):
-                yield model.name, int(version.name), version / MODEL_FILE
+def _entries(folder: Path) -> list[Path]:
+    """Raises OSError."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _versions(model: Path) -> list[Path]:
+    """What is named like a version, or holds a model. Raises OSError."""
+    return [path for path in _entries(model) if VERSION.fullmatch(path.name) or (path / MODEL_FILE).exists()]
+
+
+def _check_names(version: Path) -> None:
+    """Raises ArtifactError."""
+    if not NAME.fullmatch(version.parent.name):
+        raise ArtifactError(
+            f"{version.parent}: a model's name is made of letters, digits, '.', '_' and '-', and begins with a letter "
+            "or digit: rename the folder"
+        )
+    if not VERSION.fullmatch(version.name):
+        raise ArtifactError(f"{version}: a version is a whole number, 1 or more, without zeros in front: rename it")
 
 
 def _inside(path: Path, folder: Path) -> Path:

@@ -1,22 +1,20 @@
 """The body of `POST /sample`: what may be said, checked once at the door."""
 
-import json
 import secrets
 from functools import cache, lru_cache
-from math import prod
+from json import JSONEncoder
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from service.contract import FLOAT32_MAX, Prior
-from service.errors import InvalidRequest, TooLarge
+from service.contract import FLOAT32_MAX, KINDS, Output, Prior
+from service.errors import SHORT, InvalidRequest, TooLarge, clipped
 from service.repository import Model, Repository
-from service.rows import Float32, Output, Rows
+from service.rows import Float32, Rows
 
 SEEDS = 2**64
-SHORT = 80  # characters of a value that a message repeats
 LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
 
 Count = Annotated[int, Field(strict=True, lt=SEEDS)]
@@ -92,12 +90,16 @@ def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Ro
     model = repository.find(request.model, request.version)
     _check_outputs(model, request.outputs)
     if request.n > max_rows:
-        raise TooLarge(f"n is {request.n}, the limit is {max_rows} rows", limit=max_rows, got=request.n)
+        raise TooLarge(
+            f"n is {request.n}, the limit is {max_rows} rows: ask for them in parts, each from its own `start`",
+            limit=max_rows,
+            got=request.n,
+        )
     if request.start + request.n > SEEDS:
         raise _invalid([(("start",), f"start + n must be at most 2**64 = {SEEDS}", request.start)])
     parameters: dict[str, Float32] = {}
     prior = model.contract.priors[0]
-    if not request.model_fields_set <= _OF_EVERY_KIND:
+    if not request.model_fields_set <= _OF_EVERY_REQUEST:
         _check_kind(request, model)
         given = {name: getattr(request, name) for name in model.contract.traits.parameters}
         parameters = {
@@ -119,13 +121,14 @@ def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Ro
     )
 
 
-_OF_EVERY_KIND = {"model", "version", "n", "temperature", "seed", "start", "outputs"}
+_OF_ONE_KIND = [name for kind in KINDS.values() for name in kind.fields]
+_OF_EVERY_REQUEST = SampleRequest.model_fields.keys() - _OF_ONE_KIND - {"prior"}
 
 
 def _check_kind(request: SampleRequest, model: Model) -> None:
     """Refuse what only the other kind of model has."""
     known = model.contract.traits.fields
-    for name in ("hard", "mu", "log_var", "logits"):
+    for name in _OF_ONE_KIND:
         value = getattr(request, name)
         if name not in known and value is not None and value is not False:
             problem = f"model {model.name!r} is {model.contract.kind} and has no {name}; it has: {', '.join(known)}"
@@ -148,8 +151,8 @@ def _prior(request: SampleRequest, model: Model, parameters: dict[str, Float32])
 @lru_cache(1024)
 def _check_outputs(model: Model, outputs: tuple[Output, ...]) -> None:
     for index, output in enumerate(outputs):
-        if output not in model.outputs:
-            kind, has = model.contract.kind, ", ".join(model.outputs)
+        kind, has = model.contract.kind, ", ".join(model.contract.traits.outputs)
+        if output not in model.contract.traits.outputs:
             problem = f"model {model.name!r} is {kind} and has no {output}; it has: {has}"
             raise _invalid([(("outputs", index), problem, output)])
     if len(set(outputs)) < len(outputs):
@@ -200,28 +203,39 @@ def _wrong_shape(name: str, shapes: tuple[tuple[int, ...], ...], got: str) -> In
 
 
 def _faults(refusal: ValidationError) -> list[Fault]:
-    return [(error["loc"], error["msg"], error["input"]) for error in refusal.errors(include_url=False)]
+    """Of a list and an element of it, the fault of the element; and what Python calls a tuple is a list in JSON."""
+    errors = refusal.errors(include_url=False)
+    above = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return [(error["loc"], _as_json(error["msg"]), error["input"]) for error in errors if error["loc"] not in above]
+
+
+def _as_json(message: str) -> str:
+    return message.replace("tuple", "list").replace("Tuple", "List").replace(" after validation", "")
 
 
 def _invalid(errors: list[Fault]) -> InvalidRequest:
     pointed = [
-        {"pointer": "".join(f"/{part}" for part in location), "detail": f"{message}, got {_short(value)}"}
+        {"pointer": "".join(f"/{_pointed(part)}" for part in location), "detail": f"{message}, got {_short(value)}"}
         for location, message, value in errors[:10]
     ]
     return InvalidRequest("; ".join(f"{error['pointer'][1:]}: {error['detail']}" for error in pointed), errors=pointed)
 
 
+def _pointed(part: int | str) -> str:
+    """A part of a JSON pointer (RFC 6901, 3)."""
+    return clipped(str(part)).replace("~", "~0").replace("/", "~1")
+
+
 def _short(value: Any) -> str:
-    """The value as JSON, whatever its size at no cost."""
+    """The value as JSON, of which no more is written than a message repeats: it may hold a million others."""
     if isinstance(value, list | dict) and len(value) > SHORT:
         return f"{len(value)} elements"
-    text = json.dumps(value[:SHORT] if isinstance(value, str) else value)
-    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+    text = ""
+    for part in _PIECEWISE.iterencode(value[:SHORT] if isinstance(value, str) else value):
+        text += part[: SHORT + 1]
+        if len(text) > SHORT:
+            break
+    return clipped(text)
 
 
-@lru_cache(1024)
-def row_bytes(model: Model, outputs: tuple[Output, ...]) -> int:
-    """What one row of a buffered answer counts for: its raw bytes, but at least 1 KiB, for encoding it costs time."""
-    latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
-    sizes = {"images": image, "latents": 4 * latent, "codes": 4 * latent, "indices": 4 * latent}
-    return max(1024, sum(sizes[output] for output in outputs))
+_PIECEWISE = JSONEncoder()

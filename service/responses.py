@@ -11,32 +11,41 @@ import mimeparse
 import numpy as np
 import orjson
 
-from service.contract import Arrays
-from service.errors import NotAcceptable
+from service.contract import Arrays, Output
+from service.errors import NotAcceptable, clipped
 from service.noise import NOISE_VERSION
 from service.pictures import png, sheet
 from service.repository import Model
-from service.rows import Output, Rows
+from service.rows import Rows
 
 Headers = list[tuple[bytes, bytes]]
+MOST_ACCEPT = 1000  # bytes of the header that are read
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
-@lru_cache(256)
-def negotiate(header: bytes, outputs: tuple[Output, ...]) -> str:
+def negotiate(accept: bytes, outputs: tuple[Output, ...]) -> str:
     """The media type that the header `Accept` likes best; JSON where it does not care. Raises NotAcceptable."""
-    accept = header.decode("latin-1")
+    if len(accept) > MOST_ACCEPT:
+        raise NotAcceptable(
+            f"`Accept` has {len(accept)} bytes, at most {MOST_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
+            available=list(MEDIA_TYPES),
+        )
+    return _negotiate(accept.decode("latin-1"), outputs)
+
+
+@lru_cache(256)
+def _negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
     if best:
         return best
     if _best(list(_CARRIES), accept):
         raise NotAcceptable(
-            f"{accept!r} cannot carry {', '.join(outputs)}; {', '.join(able)} can: image/png carries images alone, "
-            f"{NPY} one output",
+            f"{clipped(accept)!r} cannot carry {', '.join(outputs)}; {', '.join(able)} can: {PNG} carries images "
+            f"alone, {NPY} one output",
             available=able,
         )
-    raise NotAcceptable(f"cannot send {accept!r}; can send {', '.join(able)}", available=able)
+    raise NotAcceptable(f"cannot send {clipped(accept)!r}; can send {', '.join(able)}", available=able)
 
 
 _CARRIES: dict[str, Callable[[Sequence[Output]], bool]] = {

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from service import noise
 from service.buckets import Buckets
-from service.contract import Arrays, Prior
+from service.contract import Arrays, Output, Prior
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
 
 Float32 = npt.NDArray[np.float32]
-Output = Literal["images", "latents", "codes", "indices"]
 Share = tuple["Rows", int, int]  # rows lo .. hi - 1 of a request
 
 
@@ -129,3 +130,12 @@ _SELECT: dict[str, Callable[[Arrays], npt.NDArray[Any]]] = {
     "codes": lambda outputs: outputs["codes"].copy(),
     "indices": lambda outputs: outputs["codes"].argmax(-1).astype(np.int32),
 }
+
+
+@lru_cache(1024)
+def row_bytes(model: Model, outputs: tuple[Output, ...]) -> int:
+    """What one row of an answer counts for: its raw bytes, but at least 1 KiB, for encoding it costs time."""
+    latent, image = prod(model.contract.latent_shape), prod(model.contract.image_shape)
+    indices = prod(model.contract.latent_shape[:-1])
+    sizes = {"images": image, "latents": 4 * latent, "codes": 4 * latent, "indices": 4 * indices}
+    return max(1024, sum(sizes[output] for output in outputs))

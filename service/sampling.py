@@ -10,14 +10,14 @@ from starlette.types import Receive, Scope, Send
 
 from service.contract import Arrays
 from service.edge import Given, given_in
-from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType
+from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType, clipped
 from service.job import Awaited, Job
 from service.life import Service
-from service.requests import parse, resolve, row_bytes
+from service.requests import parse, resolve
 from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, head, headers, negotiate, npy_header
-from service.rows import Rows
+from service.rows import Rows, row_bytes
 
-LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on meanwhile
+LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on between its steps
 LARGE_ANSWER = 2**13  # raw bytes; from here on PNG, JSON and npz are encoded on a thread
 LARGE_MESSAGE = 2**16  # bytes; from here on arrays are sent as they are, not copied into one message
 STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
@@ -40,11 +40,11 @@ class Sampling:
         job = Awaited(self.engine, self.greet(given), receive)
         self.engine.join(job)
         try:
-            body = await _body(given, receive, self.settings.max_body_bytes)
+            body = await self._body(job, given, receive)
             rows = self.read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self.read, body)
             media_type = self.negotiate(given, rows)
-            size = len(body) + self.held(rows, media_type)
-            self.engine.submit(job, rows, size, min(rows.n, self.engine.window(rows.model)))
+            first = min(rows.n, self.engine.window(rows.model))
+            self.engine.submit(job, rows, self.held(rows, media_type), first)
             await self._send(job, media_type, send)
         except ClientLeft:
             self.left(job)
@@ -99,6 +99,26 @@ class Sampling:
         """Count a client that did not wait for its answer."""
         self.service.metrics.cancelled.labels(job.stage).inc()
 
+    async def _body(self, job: Job, given: Given, receive: Receive) -> bytes:
+        """Raises TooLarge, before the body is read where its length is announced, QueueFull, and ClientLeft."""
+        limit = self.settings.max_body_bytes
+        if announced(given) > limit:
+            raise _too_large(limit, announced(given))
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            if len(body) + len(piece) > limit:
+                raise _too_large(limit, len(body) + len(piece))
+            self.engine.hold(job, len(piece))
+            if not more and not body:
+                return bytes(piece)  # it came in one piece, as most do
+            body += piece
+            if not more:
+                return bytes(body)
+
     async def _send(self, job: Awaited, media_type: str, send: Send) -> None:
         if self.size_if_small(job.request, media_type) is not None:
             body, seconds = encoded(job.request, media_type, await job.all())
@@ -142,12 +162,12 @@ def _check_content_type(given: Given) -> None:
     content_type = given.get(b"content-type", b"application/json")
     if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() != b"application/json":
         raise UnsupportedMediaType(
-            f"the body is declared as {content_type.decode('latin-1')!r}: send JSON with the header "
+            f"the body is declared as {clipped(content_type.decode('latin-1'))!r}: send JSON with the header "
             "`Content-Type: application/json`"
         )
     encoding = given.get(b"content-encoding", b"identity")
     if encoding.lower() != b"identity":
-        raise UnsupportedMediaType(f"the body is encoded as {encoding.decode('latin-1')!r}: send it as it is")
+        raise UnsupportedMediaType(f"the body is encoded as {clipped(encoding.decode('latin-1'))!r}: send it as it is")
 
 
 def _timeout(given: Given, limit: float) -> float:
@@ -160,37 +180,23 @@ def _timeout(given: Given, limit: float) -> float:
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise InvalidRequest(
-            f"the header Request-Timeout must be a positive number of seconds, got {header.decode('latin-1')!r}"
-        )
+        got = clipped(header.decode("latin-1"))
+        raise InvalidRequest(f"the header Request-Timeout must be a positive number of seconds, got {got!r}")
     return min(seconds, limit)
+
+
+def _too_large(limit: int, got: int) -> TooLarge:
+    return TooLarge(
+        f"the body has at least {got} bytes, the limit is {limit}: send the parameters of fewer rows at a time",
+        limit=limit,
+        got=got,
+    )
 
 
 def announced(given: Given) -> int:
     """Bytes of the body, as its head says; 0 if it does not."""
     length = given.get(b"content-length", b"")
     return int(length) if length.isdigit() else 0
-
-
-async def _body(given: Given, receive: Receive, limit: int) -> bytes:
-    """Raises TooLarge, before the body is read where its length is announced, and ClientLeft."""
-    if announced(given) > limit:
-        raise TooLarge(
-            f"the body has {announced(given)} bytes, the limit is {limit}", limit=limit, got=announced(given)
-        )
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        piece, more = message.get("body", b""), message.get("more_body", False)
-        if len(body) + len(piece) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes", limit=limit, got=len(body) + len(piece))
-        if not more and not body:
-            return bytes(piece)  # it came in one piece, as most do
-        body += piece
-        if not more:
-            return bytes(body)
 
 
 def encoded(rows: Rows, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:

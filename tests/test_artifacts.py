@@ -2,8 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -12,7 +14,7 @@ import pytest
 from service.artifact import load
 from service.contract import ArtifactError
 from service.devices import Device
-from service.repository import open_model
+from service.repository import Repository, open_model
 from tests.conftest import Running
 from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
 
@@ -23,6 +25,8 @@ FAULTS: list[tuple[Surgery, str]] = [
     (rename_input("temperature", "tau"), "this file has noise, mu, log_var, tau"),
     (fix_batch(2), "'noise' has a fixed batch of 2"),
     (set_metadata("reparam.prior", None), "no key 'reparam.prior'"),
+    (set_metadata("reparam.mixtures", "null"), "'reparam.mixtures' is unknown; there are: kind, latent_shape"),
+    (set_metadata("reparam.latent_shape", "[1000000, 1000000]"), "after the batch axis, not [1000000, 1000000]"),
     (set_metadata("reparam.kind", None), "no key 'reparam.kind'"),
     (set_metadata("reparam.noise_version", "2"), "'reparam.noise_version' is 2"),
     (set_metadata("reparam.kind", '"flow"'), "'reparam.kind' is 'flow'"),
@@ -106,6 +110,9 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     (folder / "digits" / ".partial-x").mkdir()
     (folder / "digits" / "notes.txt").write_text("not a version")
     (folder / "digits" / "03").mkdir()
+    shutil.copytree(folder / "digits" / "1", folder / "digits" / "v4")
+    shutil.copytree(folder / "digits", folder / "my digits")
+    (folder / "lost+found").mkdir()
     (folder / "outside" / "1").mkdir(parents=True)
     (folder / "outside" / "1" / "model.onnx").symlink_to(good)
     (folder / "inside" / "1").mkdir(parents=True)
@@ -116,14 +123,19 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     assert ready.status_code == 200
     assert ready.json()["models"] == {"digits": [1, 3], "inside": [1]}
     refused = ready.json()["refused"]
-    assert set(refused) == {"digits/10", "unnamed/1", "hollow/1", "outside/1"}
+    misnamed = {f"my digits/{version}" for version in ("1", "3", "10", "v4")}
+    assert set(refused) == {"digits/10", "digits/v4", "unnamed/1", "hollow/1", "outside/1"} | misnamed
+    assert "a version is a whole number" in refused["digits/v4"]
+    assert all("begins with a letter or digit: rename the folder" in refused[label] for label in misnamed)
     assert "truncated" in refused["digits/10"]
     assert "no key 'reparam.kind'" in refused["unnamed/1"]
     assert "cannot be read: No such file" in refused["hollow/1"]
     assert "a link leads out of the repository" in refused["outside/1"]
     assert service.post({}).json()["version"] == 3
     assert service.post({"version": 1}).json()["version"] == 1
-    assert "reparam_models_refused 4.0" in service.get("/metrics").text
+    assert "reparam_models_refused 9.0" in service.get("/metrics").text
+    detail = service.post({"model": "hollow"}).json()["detail"]
+    assert detail == "refused model 'hollow': /readyz says why; this server has: digits, inside"
 
 
 def test_a_file_that_breaks_its_reader_breaks_nothing_else(serve: Any, good: Path, tmp_path: Path) -> None:
@@ -149,10 +161,49 @@ def test_a_repository_that_is_not_there_is_named(serve: Any, tmp_path: Path) -> 
     assert str(tmp_path / "none") in service.get("/readyz").json()["refused"]["*"]
 
 
-def test_a_default_model_that_is_not_served_is_an_answer_not_a_crash(serve: Any) -> None:
+def test_without_the_default_model_the_service_is_not_ready(serve: Any) -> None:
     service: Running = serve(default_model="gone")
-    assert service.post({}).json()["detail"].startswith("unknown model 'gone'")
+    ready = service.get("/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (503, "no model")
+    assert "REPARAM_DEFAULT_MODEL=gone is not served; there are: tiny-gaussian" in ready.json()["refused"]["gone"]
+    assert service.post({}).status_code == 404
+    assert service.post({"model": "tiny-gumbel"}).status_code == 200
     assert service.get("/models").json()["default"] == "gone"
+
+
+def test_a_folder_that_cannot_be_read_hurts_no_other(good: Path) -> None:
+    device, repository = Device("cpu", (("CPUExecutionProvider",),), "as the test asks"), Repository()
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("closed", "lost+found", "open"):
+            (folder / name / "1").mkdir(parents=True)
+            shutil.copy(good, folder / name / "1")
+            (folder / name).chmod(0o755 if name == "open" else 0)
+        folder.chmod(0o755)
+        with as_nobody():
+            repository.load(folder, device, 64, 0.001)
+        assert (list(repository.models), list(repository.refused)) == (["open"], ["closed"])
+        assert "cannot be read: Permission denied" in repository.refused["closed"]
+
+        folder.chmod(0)
+        with as_nobody():
+            repository.load(folder, device, 64, 0.001)
+        assert "cannot be read (Permission denied): set REPARAM_ARTIFACTS" in repository.refused["*"]
+        folder.chmod(0o755)
+        (folder / "closed").chmod(0o755)
+        (folder / "lost+found").chmod(0o755)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """For root may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 def test_models_are_loaded_by_the_thread_that_will_run_them(serve: Any, caplog: pytest.LogCaptureFixture) -> None:

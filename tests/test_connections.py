@@ -70,9 +70,33 @@ def test_a_head_without_end_is_refused(service: Running) -> None:
     with connect(service) as connection:
         connection.sendall(b"POST /sample HTTP/1.1\r\n")
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            connection.sendall(line * (40 * protocol.MOST_HEAD // len(line)))
-    many = request(BODY).replace(b"Host:", line * (protocol.MOST_HEAD // len(line) // 4) + b"Host:")
+            connection.sendall(line * (40 * protocol.MOST_LINES // len(line)))
+    many = request(BODY).replace(b"Host:", line * (protocol.MOST_LINES // len(line) // 4) + b"Host:")
     assert ask(service, many)[0] == 200
+
+
+@pytest.mark.parametrize("path", [b"/sample", b"/models"])
+@pytest.mark.parametrize("begun", [b"0\r\n", b"1\r\n{\r\n5;"])
+def test_a_trailer_or_the_size_of_a_chunk_without_end_is_refused(service: Running, path: bytes, begun: bytes) -> None:
+    head = b"POST %b HTTP/1.1\r\nHost: reparam\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    with connect(service) as connection:
+        connection.sendall(head + begun)
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            connection.sendall(b"X-More: ".ljust(40 * protocol.MOST_LINES, b"a"))
+
+
+def test_a_body_counts_as_held_while_it_comes(serve: Callable[..., Running]) -> None:
+    service = serve(max_held_bytes=600_000)
+    whole = request({"mu": [0.0, 0.0, 0.0], "model": "tiny-gaussian"}).replace(b"{", b"{".ljust(700_000))
+    whole = whole.replace(b"Content-Length: ", b"Content-Length: 700000\r\nX-Before: ")
+    with connect(service) as connection:
+        connection.sendall(whole[:650_000])
+        wait_until(lambda: service.service.engine.held_bytes > 600_000)  # alone it may
+        refused = service.post({})
+        assert (refused.status_code, refused.json()["type"]) == (429, "/problems/queue-full")
+        assert "the requests being answered hold 6" in refused.json()["detail"]
+    wait_until(lambda: service.service.engine.held_bytes == 0)
+    assert service.post({}).status_code == 200
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /livez HTTP/1.1\r\nHost:"])

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,6 +91,20 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(repository: Path) -> Non
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/livez")
     assert '"message":"draining"' in log
+
+
+def test_what_is_asked_while_the_models_are_loaded_is_told_so(repository: Path, tmp_path: Path) -> None:
+    """Also when the end begins meanwhile."""
+    for version in range(1, 60):  # seconds
+        shutil.copytree(repository / "tiny-gaussian" / "1", tmp_path / "many" / str(version))
+    alone = {"REPARAM_WORKERS": "1", "REPARAM_DRAIN_DELAY": "30"}
+    with process(tmp_path, until="starting", **alone) as (running, url):
+        before = httpx.post(f"{url}/sample", json={})
+        running.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/readyz").json()["status"] == "draining")
+        after = httpx.post(f"{url}/sample", json={})
+    for answer in (before, after):
+        assert (answer.status_code, answer.json()["detail"]) == (503, "the models are being loaded")
 
 
 def test_what_still_waits_when_the_drain_ends_is_told_so(repository: Path) -> None:

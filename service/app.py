@@ -54,6 +54,7 @@ class Application(FastAPI):
         if self.openapi_schema is None:
             described = super().openapi()
             described["paths"] |= {self.sample.path: {"post": schema.SAMPLE}}
+            described["components"]["schemas"] |= schema.SCHEMAS
             if self.direct.api_key:
                 described["components"] |= schema.KEY
                 for path, operations in described["paths"].items():

@@ -78,7 +78,8 @@ class Edge:
         except (Exception, asyncio.CancelledError) as caught:  # whatever it is, the client gets a problem document
             error = CUT_OFF if isinstance(caught, asyncio.CancelledError) else caught
             if status:  # half an answer is out, and cutting it short is all that can be said
-                log.exception("broken off", extra={"request_id": request_id.decode()})
+                about = {"request_id": request_id.decode(), "fault": str(error)}
+                log.warning("broken off", extra=about, exc_info=not isinstance(error, Problem))
             else:
                 code, headers, body = refusal(error, request_id)
                 await send_with_id({"type": "http.response.start", "status": code, "headers": headers})

@@ -28,7 +28,7 @@ class SampleRequest(BaseModel):
 
     model: Annotated[str, Field(strict=True)] | None = None
     """Name of the model; default: the server's default model, else its first by name."""
-    version: Count | None = None
+    version: Annotated[Count, Field(ge=1)] | None = None
     """Version of the model; default: the latest."""
     n: Annotated[Count, Field(ge=1)] = 1
     """Number of rows."""

@@ -22,11 +22,11 @@ from service.siblings import Siblings
 log = logging.getLogger("service")
 
 
-def serve(settings: Settings, siblings: Siblings | None = None, listener: socket.socket | None = None) -> None:
-    """Serve until a signal ends it; on the listener, or else on the settings' port. Raises DeviceError."""
+def serve(settings: Settings, listener: socket.socket, siblings: Siblings | None = None) -> None:
+    """Serve at the listener until a signal ends it. Raises DeviceError."""
     logging.config.dictConfig(log_config(settings))
     server = Server(create_app(settings, siblings), settings)
-    server.run(None if listener is None else [listener])
+    server.run([listener])
     server.service.access_log.flush()
     if server.service.engine.busy:
         # A run cannot be interrupted, nor the interpreter taken down around it.

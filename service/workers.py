@@ -29,15 +29,30 @@ BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 MARGIN = 5  # seconds that a worker has besides those that the settings give it to end
 
 
-def supervise(settings: Settings, count: int) -> int:
-    """Run so many workers until a signal ends them. One that ends by itself ends all, after they have answered what
-    they have: whatever restarts the service sees it, as it would see a single process die.
+def run(settings: Settings, count: int) -> int:
+    """Serve with so many workers until a signal ends them; one is this process.
 
     Returns the exit status, 0 if the end was asked for and orderly.
     """
-    with _reserved(settings.host, settings.port) as reserved, _signals() as inbox:
+    try:
+        held = _listener(settings) if count == 1 else _reserved(settings)
+    except OSError as error:
+        sys.exit(f"REPARAM_HOST={settings.host} REPARAM_PORT={settings.port}: {error}")
+    with held:
+        host, port = held.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if held.family == socket.AF_INET6 else f"http://{host}:{port}"
+        log.info("starting", extra={"url": url, "workers": count})
+        if count == 1:
+            serve(settings, held)
+            return 0
+        return _supervise(settings.model_copy(update={"port": port}), count)
+
+
+def _supervise(settings: Settings, count: int) -> int:
+    """A worker that ends by itself ends all, after they have answered what they have: whatever restarts the service
+    sees it, as it would see a single process die."""
+    with _signals() as inbox:
         shared = {
-            "port": reserved.getsockname()[1],
             "max_queue_rows": -(-settings.max_queue_rows // count),
             "max_held_bytes": -(-settings.max_held_bytes // count),
         }
@@ -52,8 +67,6 @@ def supervise(settings: Settings, count: int) -> int:
         with _without_interrupts():
             for worker in workers:
                 worker.start()
-        host = f"[{settings.host}]" if reserved.family == socket.AF_INET6 else settings.host
-        log.info("starting", extra={"url": f"http://{host}:{shared['port']}", "workers": count})
         return _watch(workers, inbox, settings.drain_delay + settings.drain_timeout + MARGIN)
 
 
@@ -112,23 +125,23 @@ def _without_interrupts() -> Iterator[None]:
 
 def _work(settings: Settings, siblings: Siblings) -> None:
     os.setpgrp()  # from here on a terminal's Ctrl-C reaches the parent alone, which passes it on
-    listener = socket.create_server(
-        (settings.host, settings.port), family=_family(settings.host), backlog=BACKLOG, reuse_port=True
-    )
-    serve(settings, siblings, listener)
+    serve(settings, _listener(settings, shared=True), siblings)
 
 
-def _reserved(host: str, port: int) -> socket.socket:
-    """A port that the workers can share and nobody else has; or the end, if it cannot be had."""
-    reserved = socket.socket(_family(host))
+def _listener(settings: Settings, shared: bool = False) -> socket.socket:
+    """shared: with the other workers. Raises OSError."""
+    host, port = settings.host, settings.port
+    return socket.create_server((host, port), family=_family(host), backlog=BACKLOG, reuse_port=shared)
+
+
+def _reserved(settings: Settings) -> socket.socket:
+    """A port that the workers can share and nobody else has. Raises OSError."""
+    with _listener(settings) as probe:  # fails if another service has it
+        address = probe.getsockname()
+    reserved = socket.socket(_family(settings.host))
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a service before may linger
-    try:
-        with socket.create_server((host, port), family=reserved.family) as probe:  # fails if another service has it
-            port = probe.getsockname()[1]
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind((host, port))  # without listening: connections go to the workers
-    except OSError as error:
-        sys.exit(f"REPARAM_HOST={host} REPARAM_PORT={port}: {error}")
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(address)  # without listening: connections go to the workers
     return reserved
 
 

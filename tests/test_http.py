@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from collections.abc import Callable
 
 import httpx
@@ -153,12 +154,22 @@ def test_the_api_is_documented(service: Running) -> None:
     assert "swagger" in service.get("/docs").text
     api = service.get("/openapi.json").json()
     sample = api["paths"]["/sample"]["post"]
-    fields = sample["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    schemas = api["components"]["schemas"]
+    assert sample["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/SampleRequest"
+    }
+    fields = schemas["SampleRequest"]["properties"]
     assert list(fields) == [
         "model", "version", "n", "temperature", "hard", "seed", "start", "mu", "log_var", "logits", "prior", "outputs",
     ]  # fmt: skip
     assert all(field["description"] for field in fields.values())
     assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(api)))
+    assert named == schemas.keys() >= {"SampleAnswer", "ProblemDocument", "ModelList", "Liveness", "Readiness"}
+    answer = service.post({})
+    assert answer.headers.keys() >= {name.lower() for name in sample["responses"]["200"]["headers"]}
+    assert [parameter["name"] for parameter in sample["parameters"]] == ["Request-Timeout", "X-Request-ID"]
+    assert "Retry-After" in sample["responses"]["429"]["headers"]
     assert api["info"]["version"] == __version__
     assert "HTTPValidationError" not in json.dumps(api)
     assert set(api["paths"]["/problems/{slug}"]["get"]["responses"]) == {"200", "404", "default"}

@@ -239,7 +239,22 @@ def test_help_lists_every_setting() -> None:
 
 
 def test_the_command_line_wins_over_the_environment() -> None:
-    assert "REPARAM_PORT='70000'" in refused("--port", "70000", REPARAM_PORT="1234")
+    assert "--port or REPARAM_PORT='70000'" in refused("--port", "70000", REPARAM_PORT="1234")
+
+
+def test_what_only_looks_like_a_setting_is_told(repository: Path) -> None:
+    with process(repository, REPARAM_DEFALT_MODEL="x", REPARAM_URL="y") as (running, _):
+        running.send_signal(signal.SIGTERM)
+        _, log = running.communicate(timeout=60)
+    (warning,) = (json.loads(line) for line in log.splitlines() if "no settings, and ignored" in line)
+    assert (warning["level"], warning["names"]) == ("WARNING", ["REPARAM_DEFALT_MODEL"])
+
+
+def test_compose_hands_every_setting_on() -> None:
+    compose = (Path(__file__).parent.parent / "docker-compose.yml").read_text()
+    of_the_image = {"host", "port", "artifacts"}
+    handed_on = re.findall(r"^      REPARAM_([A-Z0-9_]+):$", compose, re.MULTILINE)
+    assert sorted(handed_on) == sorted(name.upper() for name in Settings.model_fields.keys() - of_the_image)
 
 
 @pytest.mark.parametrize(

@@ -165,13 +165,16 @@ def test_log_lines_of_workers_do_not_mix(repository: Path) -> None:
     assert sum(line.get("path") == "/sample" for line in lines) == 800
 
 
-def test_a_port_that_others_have_is_refused(service: tuple["subprocess.Popen[str]", str]) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_port_that_others_have_is_refused(service: tuple["subprocess.Popen[str]", str], workers: str) -> None:
     _, url = service
     port = url.rpartition(":")[2]
-    assert f"REPARAM_PORT={port}: [Errno" in refused(REPARAM_PORT=port, REPARAM_WORKERS="2", REPARAM_DEVICE="cpu")
+    assert f"REPARAM_PORT={port}: [Errno" in refused(REPARAM_PORT=port, REPARAM_WORKERS=workers, REPARAM_DEVICE="cpu")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        assert f"REPARAM_PORT={port}: [Errno" in refused(REPARAM_PORT=port, REPARAM_WORKERS="2", REPARAM_DEVICE="cpu")
+        assert f"REPARAM_PORT={port}: [Errno" in refused(
+            REPARAM_PORT=port, REPARAM_WORKERS=workers, REPARAM_DEVICE="cpu"
+        )
 
 
 def test_only_linux_shares_a_port(monkeypatch: pytest.MonkeyPatch) -> None:

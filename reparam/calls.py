@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 
 from reparam.answers import JSON, NPY, NPZ, RowReader, check, media_type_of, read_model, read_models, read_npy, read_npz
-from reparam.errors import ConnectionFailed, ReparamError, StatusError, timed_out, worth_retrying
+from reparam.errors import LONGEST, ConnectionFailed, ReparamError, StatusError, timed_out, worth_retrying
 from reparam.model import Model
 from reparam.progress import Progress
 from reparam.request import Left, SampleRequest, Server
@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 FIRST_BACKOFF = 0.5  # seconds, at most; it doubles with each try
 LAST_BACKOFF = 8.0
-FOR_EVER = 1e8  # seconds, three years; no socket waits much longer
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Calls:
         if max_retries < 0:
             raise ValueError(f"max_retries must be at least 0, got {max_retries}")
         self.server = Server(base_url, api_key)
-        self.timeout = None if timeout is None or timeout > FOR_EVER else timeout
+        self.timeout = None if timeout is None or timeout > LONGEST else timeout
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:

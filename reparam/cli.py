@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ def _sample(client: Client, options: argparse.Namespace) -> None:
         samples = client.sample(**drawn, outputs=outputs)
         samples.save(path)
     settled = {**drawn, "model": samples.model, "version": samples.version, "seed": samples.seed}
-    print(f"{path}: {options.n:,} rows of {samples.model}; the same again: {_as_options(settled)}")
+    again = _as_options({**settled, "output": outputs} if options.outputs else settled)
+    print(f"{path}: {options.n:,} rows of {samples.model}; the same again: {again}")
 
 
 def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> Samples:
@@ -110,9 +112,14 @@ def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> S
 
 
 def _as_options(drawn: dict[str, Any]) -> str:
-    """As they would be typed; `-n` and what was left to the service are not."""
-    given = [(f"--{name}", value) for name, value in drawn.items() if name != "n" and value is not None]
-    return " ".join(name if value is True else f"{name} {value}" for name, value in given)
+    """As they would be typed, but for what was left to the service."""
+    words: list[str] = []
+    for name, value in drawn.items():
+        option = f"--{name}" if len(name) > 1 else f"-{name}"
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None:
+                words += [option] if each is True else [option, str(each)]
+    return shlex.join(words)
 
 
 def _models(client: Client, options: argparse.Namespace) -> None:

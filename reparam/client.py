@@ -65,7 +65,8 @@ class Client:
         model has it, "mixture", one of several, which is then the default.
         seed: 0 .. 2**64 - 1.
         mu, log_var: Gaussian, logits: Gumbel; of the latent shape, for every row, or (n, *latent_shape). Default: the
-        model's prior.
+        model's prior. The service takes 8 MiB of them in one request: of more rows send some at a time, each from its
+        own start.
         outputs: some of "images", "latents" (Gaussian), "codes" and "indices" (Gumbel).
         """
         request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)

@@ -57,7 +57,7 @@ class StatusError(ReparamError):
 
 
 class BadRequest(StatusError):
-    """400: what arrived was no HTTP request."""
+    """400: what arrived was no HTTP request, or its head was too long or too slow."""
 
 
 class Unauthorized(StatusError):
@@ -85,7 +85,7 @@ class UnsupportedMediaType(StatusError):
 
 
 class Invalid(StatusError):
-    """422: a field has a wrong value or shape; problem["errors"] points at each."""
+    """422: a field has a wrong value or shape, problem["errors"] points at each; or the parameters overflow."""
 
 
 class Overloaded(StatusError):
@@ -118,6 +118,8 @@ CLASSES: dict[int, type[StatusError]] = {
     503: Unavailable,
     504: DeadlineExceeded,
 }
+
+LONGEST = 1e8  # seconds, three years, that anything is waited for; no socket or sleep takes much more
 
 # 502 is a proxy that found no service behind it. 504 is not here: what took too long once would do so again.
 RETRIED = {429, 502, 503}
@@ -192,8 +194,8 @@ def _retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     if value.isdecimal():
-        return float(value)
+        return min(float(value), LONGEST)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), LONGEST)
+    except (ValueError, OverflowError):
         return None

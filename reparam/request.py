@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from operator import index
-from typing import Any
+from typing import Any, SupportsIndex
 from urllib.parse import quote
 
 import httpx
@@ -71,32 +71,58 @@ def sample_request(
     reader of JSON can hand it back.
     """
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if index(n) < 1:
+    options = {
+        "model": model,
+        "version": None if version is None else _whole("version", version),
+        "temperature": None if temperature is None else _number("temperature", temperature),
+        "hard": None if hard is None else _flag("hard", hard),
+        "prior": prior,
+    }
+    rows, first = _whole("n", n), _whole("start", start)
+    chosen = secrets.randbelow(2**53) if seed is None else _whole("seed", seed)
+    if rows < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    if seed is not None and not 0 <= index(seed) < SEEDS:
+    if not 0 <= chosen < SEEDS:
         raise ValueError(f"seed must be 0 .. 2**64 - 1, got {seed}; leave it out for a fresh one")
-    if index(start) < 0:
+    if first < 0:
         raise ValueError(f"start must be at least 0, got {start}")
     if temperature is not None and not 0 <= temperature < inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if not names or not set(names) <= set(DTYPES):
         raise ValueError(f"outputs must be some of {', '.join(DTYPES)}, got {outputs!r}")
-    options = {
-        "model": model,
-        "version": None if version is None else index(version),
-        "temperature": None if temperature is None else float(temperature),
-        "hard": None if hard is None else bool(hard),
-        "prior": prior,
-    }
     parameters = {"mu": mu, "log_var": log_var, "logits": logits}
     return SampleRequest(
-        n=index(n),
-        seed=secrets.randbelow(2**53) if seed is None else index(seed),
-        start=index(start),
+        n=rows,
+        seed=chosen,
+        start=first,
         outputs=names,
         options={name: value for name, value in options.items() if value is not None},
         parameters={name: _numbers(name, value) for name, value in parameters.items() if value is not None},
     )
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        if not isinstance(value, bool | str):
+            return float(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _flag(name: str, value: bool) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _numbers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -121,7 +147,7 @@ class Server:
             self.url = httpx.URL(base_url.rstrip("/"))
         except httpx.InvalidURL as error:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}: {error}") from error
-        if self.url.scheme not in ("http", "https") or not self.url.host:
+        if self.url.scheme not in ("http", "https") or not self.url.host or self.url.query or self.url.fragment:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}")
         self.headers = {"User-Agent": f"reparam/{__version__}", "Accept-Encoding": "identity"}
         if api_key:

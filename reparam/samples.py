@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -117,7 +118,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` when all is written, and is gone when something fails."""
+    """A file that takes the name `path` when all is written, and is gone when something fails. Raises OSError."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with unfinished.open("xb") as file:

@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase
@@ -58,6 +57,7 @@ class Peer:
 
     def __init__(self, *script: Answer) -> None:
         self.asked: list[Asked] = []
+        self.failures: list[Exception] = []  # of the script; raised when the peer ends
         self.script = script
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -72,8 +72,12 @@ class Peer:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 asked = Asked(self.command, self.path, headers, json.loads(content or "null"))
                 peer.asked.append(asked)
-                with suppress(ConnectionError):  # the client may have gone
+                try:
                     peer.script[min(len(peer.asked), len(peer.script)) - 1](asked, self)
+                except ConnectionError:  # the client may have gone
+                    pass
+                except Exception as error:  # for the test to see
+                    peer.failures.append(error)
 
             do_GET = do_POST = answer  # noqa: N815  # names that http.server looks for
 
@@ -90,6 +94,8 @@ class Peer:
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
+        for failure in self.failures:
+            raise failure
 
 
 def reply(status: int, body: bytes = b"", **headers: str) -> Answer:

@@ -62,8 +62,10 @@ class Classifier:
 def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float:
     """Train on images with labels; Adam, cosine decay. Returns the share of held-out images it puts right.
 
-    Raises DataError.
+    Raises DataError; RunError if the folder holds one already.
     """
+    if (out / FILE).exists():
+        raise RunError(f"{out} already holds a classifier: choose another --out, or remove it")
     data, (labels, held_out_labels) = load(source), load_labels(source)
     for one, other in ((labels, data.train), (held_out_labels, data.test)):
         if len(one) != len(other):

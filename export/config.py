@@ -97,10 +97,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f"objective {self.objective!r} needs a latent with a density: a Gaussian one")
         if self.objective == "vimco" and (self.kind == "gaussian" or self.samples < 2):
             raise ValueError("objective 'vimco' is for a Gumbel latent, and compares samples: at least 2")
-        if self.resampled and (self.objective not in ("iwae", "dreg") or self.resampled >= self.samples):
+        if self.resampled and self.objective not in ("iwae", "dreg"):
+            raise ValueError("resampled latents are for objective 'iwae' or 'dreg': leave it out, or 0, for others")
+        if self.resampled and self.resampled >= self.samples:
             raise ValueError(
-                f"resampled is {self.resampled} of {self.samples} samples: leave it out, or draw fewer of more, for "
-                "objective 'iwae' or 'dreg'"
+                f"resampled is {self.resampled} of {self.samples} samples: take fewer of more, or 0 to follow all"
             )
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")

@@ -35,7 +35,8 @@ def evaluate(
     that as the prior too. Gumbel codes are one-hot. The same arguments give the same numbers on the same device, also
     after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
 
-    rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder.
+    rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder. Raises
+    RunError.
     """
     run = Run(folder)
     config, where = run.config(), use_device(device)
@@ -44,6 +45,8 @@ def evaluate(
     model.to(where)
     priors = [model.prior(), *([] if fitted is None else [fitted.to(where)])]
     data = run.data()
+    if rows is not None and rows > len(data.test):
+        raise RunError(f"there are {len(data.test)} held-out images, not {rows}: ask for no more")
     pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
     batches = pixels.split(IMAGES)

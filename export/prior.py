@@ -21,14 +21,18 @@ from models import Mixture
 CONVERGED = 1e-4  # nats a latent, that the likelihood rises by in one round
 MOST_ROUNDS = 300
 ENCODED = 1000  # images at a time
+IMAGES_EACH, MOST_COMPONENTS = 200, 50  # by default
 
 
 @torch.inference_mode()
-def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
+def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, float]:
     """Fit a mixture to one latent of each training image; `evaluate` and `publish` find it in the run's folder.
 
+    components: None for one of every IMAGES_EACH training images, at most MOST_COMPONENTS.
+
     Returns the mean of log p(z) over latents of the held-out images in nats, under the prior that the model was trained
-    with and under the mixture: the difference is what the ELBO gains. Raises RunError.
+    with and under the mixture: the difference is what the ELBO gains. Raises RunError, also if that is nothing: then no
+    mixture is kept, and one that was fitted before stays.
     """
     run = Run(folder)
     model, data = run.trained(), run.data()
@@ -39,13 +43,21 @@ def fit_prior(folder: Path, *, components: int, seed: int) -> dict[str, float]:
     seen, unseen = (
         encoded(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
     )
+    components = components or min(MOST_COMPONENTS, max(1, len(data.train) // IMAGES_EACH))
     with run.alone():
         mixture = fit_mixture(model, seen, components, seed)
+        densities = {
+            name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
+            for name, prior in (("standard", model.prior()), ("mixture", mixture))
+        }
+        if not densities["mixture"] > densities["standard"]:
+            raise RunError(
+                f"a mixture of {components} is no better a prior: log p(z) of held-out latents is "
+                f"{densities['mixture']:.3f} nats, and {densities['standard']:.3f} with the standard one; fit fewer "
+                "components, or train longer"
+            )
         run.keep_prior(mixture)
-    return {
-        name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
-        for name, prior in (("standard", model.prior()), ("mixture", mixture))
-    }
+    return densities
 
 
 def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixture:

@@ -39,6 +39,7 @@ from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, load, open
 from service.contract import ArtifactError, Contract, Precision
 from service.noise import NOISE_VERSION
 
+READABLE = 0o755  # by the service, which may run as another user
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -54,18 +55,27 @@ def publish(folder: Path, name: str, repository: Path, precision: Precision = "f
     source = Run(folder)
     model = source.trained()
     contract = describe(model, source, precision)
-    (repository / name).mkdir(parents=True, exist_ok=True)
+    _make_readable(repository / name)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=repository / name))
     try:
         write(model, contract, partial)
         _pass(model, contract, partial)
-        for path, mode in ((partial, 0o755), *((file, 0o644) for file in partial.iterdir())):
-            path.chmod(mode)  # the service may run as another user
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        partial.chmod(READABLE)
         return _claim(partial, repository / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds other versions
             (repository / name).rmdir()
+
+
+def _make_readable(folder: Path) -> None:
+    """The folder and what is missing on the way to it, for the service may run as another user."""
+    if not folder.is_dir():
+        _make_readable(folder.parent)
+        folder.mkdir(exist_ok=True)
+        folder.chmod(READABLE)
 
 
 def _pass(model: VAE, contract: Contract, folder: Path) -> None:

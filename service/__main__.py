@@ -49,7 +49,9 @@ def _explain(error: ValidationError | SettingsError) -> str:
     for item in error.errors():
         name = "_".join(str(part) for part in item["loc"])
         shown = "(secret)" if name == "api_key" else repr(item["input"])
-        lines.append(f"--{name.replace('_', '-')} or REPARAM_{name.upper()}={shown}: {item['msg']}")
+        lines.append(
+            f"--{name.replace('_', '-')} or REPARAM_{name.upper()}={shown}: {item['msg'].removeprefix('Value error, ')}"
+        )
     return "\n".join([*lines, "`python -m service --help` lists every setting"])
 
 

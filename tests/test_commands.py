@@ -43,10 +43,10 @@ def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
             ["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "1", "--shares", "2"],
             "leave out shares",
         ),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--resampled", "2"], "2 of 1 samples: leave it out"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--resampled", "2"], "leave it out, or 0, for others"),
         (
             ["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--samples", "4",
-             "--resampled", "4"], "draw fewer of more",
+             "--resampled", "4"], "4 of 4 samples: take fewer of more, or 0 to follow all",
         ),
         (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),

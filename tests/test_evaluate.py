@@ -78,3 +78,8 @@ def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", images=1 - images)
     with pytest.raises(RunError, match="has changed since"):
         evaluate(tmp_path / "r", samples=1, rows=None, seed=0)
+
+
+def test_more_images_than_there_are_cannot_be_evaluated(runs: dict[str, Path]) -> None:
+    with pytest.raises(RunError, match="there are 180 held-out images, not 181: ask for no more"):
+        evaluate(runs["tiny-gaussian"], samples=1, rows=181, seed=0)

@@ -179,3 +179,18 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
 def test_more_components_than_images_are_refused(fitted: dict[str, Path]) -> None:
     with pytest.raises(RunError, match="5000 components need as many different latents, there are 1617: fit fewer"):
         fit_prior(fitted["gaussian"], components=5000, seed=0)
+
+
+def test_a_mixture_that_is_no_better_is_not_kept(fitted: dict[str, Path]) -> None:
+    before = (fitted["gaussian"] / "prior.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"a mixture of 400 is no better a prior: .* fit fewer components"):
+        fit_prior(fitted["gaussian"], components=400, seed=0)
+    assert (fitted["gaussian"] / "prior.safetensors").read_bytes() == before
+
+
+def test_by_default_each_component_has_its_share_of_the_images(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["tiny-gaussian"], tmp_path / "r")
+    fit_prior(tmp_path / "r", components=None, seed=0)
+    mixture = Run(tmp_path / "r").mixture()
+    assert mixture is not None
+    assert len(mixture.log_weights) == 1617 // 200

@@ -1,5 +1,6 @@
 """From a run to an artifact: the gate, and what it refuses."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -227,3 +228,14 @@ def test_inspect_and_verify_run_without_torch(repository: Path, command: str) ->
     )
     assert result.returncode == 0, result.stderr
     assert "gumbel" in result.stdout
+
+
+def test_what_is_published_can_be_read_by_others_whatever_the_umask(runs: dict[str, Path], tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        version = publish(runs["tiny-gaussian"], "digits", tmp_path / "deep" / "artifacts")
+    finally:
+        os.umask(before)
+    folders = [version, version.parent, tmp_path / "deep" / "artifacts", tmp_path / "deep"]
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o755}
+    assert {file.stat().st_mode & 0o777 for file in version.iterdir()} == {0o644}

@@ -122,3 +122,8 @@ def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classi
         Classifier.load(tmp_path)
     with pytest.raises(DataError, match="has no train-labels-idx1-ubyte"):
         load_labels(str(tmp_path))
+
+
+def test_a_classifier_is_not_written_over(classifier: Path) -> None:
+    with pytest.raises(RunError, match="already holds a classifier: choose another --out"):
+        train_classifier("digits", classifier, epochs=1, seed=0)

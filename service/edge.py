@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import (
     MEDIA_TYPE,
     ClientLeft,
+    CutOff,
     MethodNotAllowed,
     Problem,
     Unauthorized,
-    Unavailable,
     UnknownPath,
     clipped,
 )
@@ -39,9 +39,6 @@ CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _PROCESS = secrets.token_hex(10).encode()  # of 32 digits of a request's id the first 20; the others count
 _COUNT = itertools.count()
-
-# What uvicorn cancels, since it has not ended when the service must.
-CUT_OFF = Unavailable("the service ends before the answer is there: ask another replica, or again", retry_after=1)
 
 
 class Edge:
@@ -76,7 +73,7 @@ class Edge:
         except ClientLeft:
             status = CLIENT_CLOSED
         except (Exception, asyncio.CancelledError) as caught:  # whatever it is, the client gets a problem document
-            error = CUT_OFF if isinstance(caught, asyncio.CancelledError) else caught
+            error = CutOff() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels what is late
             if status:  # half an answer is out, and cutting it short is all that can be said
                 about = {"request_id": request_id.decode(), "fault": str(error)}
                 log.warning("broken off", extra=about, exc_info=not isinstance(error, Problem))

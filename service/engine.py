@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from service.contract import Arrays
-from service.errors import DeadlineExceeded, Problem, QueueFull, Unavailable
+from service.errors import CutOff, DeadlineExceeded, Problem, QueueFull, Unavailable
 from service.job import Job
 from service.metrics import Metrics
 from service.patience import Patience
@@ -155,6 +155,11 @@ class Engine:
             if job.waiting:
                 job.fail(Unavailable(reason, retry_after=1))
         self._open_gate()
+
+    def abandon(self) -> None:
+        """Answer whoever still waits for what runs: it comes too late."""
+        for job in list(self.jobs):
+            job.fail(CutOff())
 
     def _admit(self, job: Job, rows: int, size: int) -> None:
         """One rule for a row and for many: what would never fit goes in when nothing else is there."""

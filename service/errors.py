@@ -125,6 +125,13 @@ class Unavailable(Problem):
     meaning = "The service is starting, draining, or has no model to serve; try again after `Retry-After` seconds."
 
 
+class CutOff(Unavailable):
+    """What has not ended when the service must."""
+
+    def __init__(self) -> None:
+        super().__init__("the service ends before the answer is there: ask another replica, or again", retry_after=1)
+
+
 class DeadlineExceeded(Problem):
     slug = "deadline-exceeded"
     status = 504

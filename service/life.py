@@ -59,6 +59,7 @@ class Service:
         yield
         self.drain()
         self.stop()
+        self.engine.abandon()
         self._loading.cancel()
         if self.siblings is not None:
             self.siblings.close()

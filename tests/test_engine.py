@@ -101,6 +101,22 @@ def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
     assert count(engine, "cancelled_total", stage="queue") == 1
 
 
+def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 150})
+        wait_until(lambda: engine.service.engine.busy)
+        with connect(engine) as hasty:
+            content = request({"n": 500})
+            hasty.sendall(content[:-5])
+            time.sleep(0.5)
+            hasty.sendall(content[-5:])
+            wait_until(lambda: engine.service.engine.queued_rows)
+        wait_until(lambda: not engine.service.engine.queued_rows)
+        assert engine.service.engine.busy
+        assert slow.result().status_code == 200
+    assert count(engine, "cancelled_total", stage="queue") == 1
+
+
 def test_a_client_that_leaves_during_its_batch(engine: Running) -> None:
     with connect(engine) as hasty:
         hasty.sendall(request({"model": "trouble", "temperature": SLOW + 100}))
@@ -145,6 +161,16 @@ def test_a_client_that_reads_slowly_holds_back_the_computing(engine: Running) ->
         assert max(job.taken for job in service.engine.jobs) < 3 * window + 4 * 2**20 / 64  # and what the sockets hold
         assert computed < 500_000
         assert count(engine, "held_bytes") > 0
+
+
+def test_a_stream_that_has_begun_may_take_longer_than_a_request(serve: Callable[..., Running]) -> None:
+    service = serve(request_timeout=0.5)
+    with connect(service, receive_buffer=4096) as slow:
+        slow.sendall(request({"n": 200_000, "seed": 6}))
+        slow.recv(1, socket.MSG_PEEK)
+        time.sleep(1)
+        status, content = answer(slow)
+    assert (status, np.load(io.BytesIO(content)).shape) == (200, (200_000, 1, 8, 8))
 
 
 def test_a_body_of_one_byte_a_second_runs_into_its_deadline(engine: Running) -> None:
@@ -274,6 +300,7 @@ def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 50})
         wait_until(lambda: engine.service.engine.busy)
+        assert count(engine, "queue_oldest_seconds") == 0  # what runs does not wait
         waiting = connect(engine)
         waiting.sendall(request({"n": 7}))
         wait_until(lambda: count(engine, "queue_rows") == 7)

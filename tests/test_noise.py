@@ -54,6 +54,13 @@ def test_the_last_row_of_the_last_seed_exists() -> None:
     assert not np.array_equal(last, noise.words(2**64 - 1, 2**64 - 2, 1, (7,)))
 
 
+def test_counters_go_beyond_64_bits() -> None:
+    """A row of two blocks owns two counters, so from row 2**63 on they do."""
+    for row in (2**63, 2**64 - 1):
+        philox = np.random.Philox(key=1, counter=2 * row)
+        assert noise.words(1, row, 1, (7,)).tolist() == [philox.random_raw(8)[:7].tolist()]
+
+
 def test_streams_of_a_seed_differ() -> None:
     assert not np.array_equal(noise.words(1, 0, 1, (4,), stream=0), noise.words(1, 0, 1, (4,), stream=1))
 

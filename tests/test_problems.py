@@ -195,8 +195,10 @@ def test_too_many_rows_are_refused_with_the_limit(service: Running, serve: Any) 
     document = problem(service.post({"n": 2_000_000}), "too-large")
     assert (document["limit"], document["got"]) == (2**25 // 1024, 2_000_000)
     assert "stream one output as application/x-npy" in document["detail"]
-    small = serve(max_rows=10)
-    assert "the limit is 10 rows" in problem(small.post({"n": 11}), "too-large")["detail"]
+    small = serve(max_rows=20, max_buffered_bytes=10 * 1024)
+    assert "the limit is 20 rows" in problem(small.post({"n": 21}), "too-large")["detail"]
+    assert len(small.post({"n": 10}).json()["images"]) == 10
+    assert problem(small.post({"n": 11}), "too-large")["limit"] == 10
 
 
 def test_a_model_that_fails_or_answers_nan_is_an_internal_error(service: Running) -> None:
@@ -220,6 +222,16 @@ def test_one_failing_request_fails_alone(service: Running) -> None:
         assert [future.result().json()["images"] for future in good] == [expected] * 6
 
 
+def test_an_answer_below_a_mebibyte_fails_as_a_whole(service: Running) -> None:
+    """Though its first batches are there long before."""
+    mu = np.zeros((10_000, 3), int)
+    mu[-1] = POISON
+    response = service.post(
+        {"model": "trouble", "n": len(mu), "mu": mu.tolist()}, headers={"Accept": "application/x-npy"}
+    )
+    problem(response, "model-failed")
+
+
 def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
     mu = np.zeros((30_000, 3), int)
     mu[20_000] = POISON
@@ -233,15 +245,19 @@ def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
 def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
     service: Running = serve(max_queue_rows=4, max_batch_rows=1, runners=1)
     slow = {"model": "trouble", "temperature": SLOW + 100}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         running = pool.submit(service.post, slow)
         wait_until(lambda: service.service.engine.busy)
-        waiting = pool.submit(service.post, {"n": 4})
+        waiting = [pool.submit(service.post, {"n": 3})]
+        wait_until(lambda: service.service.engine.queued_rows == 3)
+        waiting.append(pool.submit(service.post, {}))  # exactly as many as may
         wait_until(lambda: service.service.engine.queued_rows == 4)
+        service.service.engine._seconds_per_row = 2.0  # as if it had been slow so far
         response = service.post({"n": 1})
         document = problem(response, "queue-full")
-        assert int(response.headers["Retry-After"]) == document["retry_after"] >= 1
-        assert running.result().status_code == waiting.result().status_code == 200
+        assert int(response.headers["Retry-After"]) == document["retry_after"] == 8
+        assert "4 rows wait already and the limit is 4: try again in 8 s" in document["detail"]
+        assert {future.result().status_code for future in [running, *waiting]} == {200}
     assert 'reparam_rejected_total{reason="queue-full"} 1.0' in service.get("/metrics").text
 
 
@@ -260,6 +276,20 @@ def test_a_deadline_in_the_model_and_one_in_the_queue(serve: Any) -> None:
         assert problem(waiting, "deadline-exceeded")["stage"] == "queue"
         assert problem(running.result(), "deadline-exceeded")["stage"] == "infer"
     assert service.post({}).status_code == 200
+
+
+def test_a_deadline_while_the_answer_is_encoded(serve: Any) -> None:
+    service: Running = serve(max_buffered_bytes=2**30)
+    body = {"n": 100_000}  # computed in a tenth of the time that their PNGs take
+    document = problem(service.post(body, headers={"Request-Timeout": "1.2"}), "deadline-exceeded")
+    assert document["stage"] == "encode"
+    assert 'reparam_expired_total{stage="encode"} 1.0' in service.get("/metrics").text
+
+
+def test_a_client_cannot_lengthen_the_deadline(serve: Any) -> None:
+    service: Running = serve(request_timeout=0.1)
+    slow = {"model": "trouble", "temperature": SLOW + 60}
+    problem(service.post(slow, headers={"Request-Timeout": "60"}), "deadline-exceeded")
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", ""])

@@ -108,6 +108,33 @@ def test_long_requests_take_turns() -> None:
     assert max(shares) - min(shares) <= 2 * LIMIT
 
 
+def test_who_had_a_turn_is_new_no_more_when_more_is_granted() -> None:
+    scheduler = new_scheduler()
+    long = added(scheduler, 1000, granted=LIMIT)
+    taken(scheduler)
+    scheduler.grant(long, LIMIT)
+    first = added(scheduler, 1)
+    assert taken(scheduler) == {first: 1}
+
+
+def test_a_new_request_shares_the_batch_where_all_fit() -> None:
+    scheduler = new_scheduler()
+    long = added(scheduler, 1000, granted=LIMIT)
+    taken(scheduler)
+    scheduler.grant(long, LIMIT - 1)
+    first = added(scheduler, 1)
+    assert taken(scheduler) == {first: 1, long: LIMIT - 1}
+
+
+def test_a_turn_that_ended_early_leaves_nothing_for_the_next() -> None:
+    scheduler = new_scheduler()
+    first, second = (added(scheduler, 1000, granted=granted) for granted in (3, 1))
+    taken(scheduler)
+    for ticket in (first, second):
+        scheduler.grant(ticket, 100)
+    assert [taken(scheduler) for _ in range(2)] == [{first: LIMIT}, {second: LIMIT}]
+
+
 def test_models_take_turns_and_never_mix() -> None:
     scheduler = new_scheduler()
     for model in "ab":

@@ -121,6 +121,16 @@ def draw_noise(model: onnx.ModelProto) -> None:
     model.graph.node.insert(1, helper.make_node("Add", ["noise", "own"], ["noisier"]))
 
 
+def flip_a_bit_of_pixels(model: onnx.ModelProto) -> None:
+    """Let pixels be others than the images are."""
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "pixels":
+                node.output[index] = "pixels_before"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(4, np.uint8), "c_bit"))
+    model.graph.node.append(helper.make_node("BitwiseXor", ["pixels_before", "c_bit"], ["pixels"]))
+
+
 def nudge_weight(name: str, by: float) -> Callable[[onnx.ModelProto], None]:
     """Change one number of a weight."""
 

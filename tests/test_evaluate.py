@@ -80,6 +80,14 @@ def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
         evaluate(tmp_path / "r", samples=1, rows=None, seed=0)
 
 
+def test_the_standard_error_falls_with_the_root_of_the_images(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["tiny-gaussian"], tmp_path / "r"))
+    few, many = (evaluate(folder, samples=1, rows=rows, seed=0) for rows in (20, 180))
+    for name in ("elbo_standard_error", "bound_standard_error"):
+        assert 2 < few[name] / many[name] < 5
+    assert many["elbo_standard_error"] == pytest.approx(10 / 180**0.5, rel=0.5)  # the images differ by about 10 nats
+
+
 def test_more_images_than_there_are_cannot_be_evaluated(runs: dict[str, Path]) -> None:
     with pytest.raises(RunError, match="there are 180 held-out images, not 181: ask for no more"):
         evaluate(runs["tiny-gaussian"], samples=1, rows=181, seed=0)

@@ -273,7 +273,8 @@ def test_what_a_sample_adds_is_the_bound_less_that_with_the_mean_of_the_others()
         assert gain.item() == pytest.approx(bound.item() - replaced)
 
 
-def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3])
+def test_vimco_follows_the_gradient_of_the_bound_on_average(kl_weight: float) -> None:
     """Against the exact gradient: the bound of two samples, summed over all pairs of codes. 40000 draws."""
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig(IMAGE, (2, 2), "mlp", (4,), prior_components=3)).double()
@@ -281,13 +282,14 @@ def test_vimco_follows_the_gradient_of_the_bound_on_average() -> None:
     image = images(1)
     codes = torch.eye(2, dtype=torch.float64)[torch.tensor(list(itertools.product(range(2), repeat=2)))]  # all four
     log_q = model.log_prob(codes, model.encode(image))
-    weights = log_likelihood(model.decode(codes), image) + model.prior().log_prob(model, codes) - log_q
+    densities = model.prior().log_prob(model, codes) - log_q
+    weights = log_likelihood(model.decode(codes), image) + kl_weight * densities
     pairs = torch.logaddexp(weights[:, None], weights) - math.log(2)
     exact = gradient(model, -((log_q[:, None] + log_q).exp() * pairs).sum())
-    repeats = 20
+    repeats, same = 20, image.expand(2000, -1, -1, -1)
     found = torch.stack(
         [
-            gradient(model, negative_vimco(model, image.expand(2000, -1, -1, -1), generator(seed, 0), samples=2).loss)
+            gradient(model, negative_vimco(model, same, generator(seed, 0), samples=2, kl_weight=kl_weight).loss)
             for seed in range(repeats)
         ]
     )

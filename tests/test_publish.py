@@ -27,7 +27,7 @@ from models import MODELS
 from service.artifact import load
 from service.contract import ArtifactError
 from tests.conftest import TINY
-from tests.graphs import fix_batch, fix_batch_inside, nudge_weight, operate, set_metadata
+from tests.graphs import fix_batch, fix_batch_inside, flip_a_bit_of_pixels, nudge_weight, operate, set_metadata
 
 KINDS = list(TINY)
 
@@ -239,3 +239,11 @@ def test_what_is_published_can_be_read_by_others_whatever_the_umask(runs: dict[s
     folders = [version, version.parent, tmp_path / "deep" / "artifacts", tmp_path / "deep"]
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o755}
     assert {file.stat().st_mode & 0o777 for file in version.iterdir()} == {0o644}
+
+
+def test_pixels_that_are_not_those_of_the_images_are_found(repository: Path, tmp_path: Path) -> None:
+    good = repository / "tiny-gaussian" / "1"
+    shutil.copy(good / "encoder.onnx", tmp_path)
+    operate(good / "model.onnx", tmp_path / "model.onnx", flip_a_bit_of_pixels)
+    with pytest.raises(GateError, match=r"pixels is .* instead of"):
+        verify(tmp_path)

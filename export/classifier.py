@@ -21,6 +21,7 @@ from models.bodies import encoder
 FILE = "classifier.safetensors"
 WIDTH, FEATURES = (32, 64), 64
 BATCH = 128
+AT_A_TIME = 1000  # images, where nothing is learned
 LEARNING_RATE = 2e-3
 
 
@@ -39,7 +40,7 @@ class Classifier:
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
         """uint8 (n, C, H, W) -> (n, FEATURES), at least 0: what the last layer sees."""
-        return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(1000)])
+        return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(AT_A_TIME)])
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
@@ -85,9 +86,8 @@ def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
-        found = torch.cat(
-            [classifier.classes(part).argmax(1) for part in torch.from_numpy(data.test.copy()).split(1000)]
-        )
+        held_out = torch.from_numpy(data.test.copy()).split(AT_A_TIME)
+        found = torch.cat([classifier.classes(part).argmax(1) for part in held_out])
     accuracy = (found == torch.from_numpy(held_out_labels)).double().mean().item()
     about = {"image_shape": data.image_shape, "classes": int(labels.max()) + 1, "data": data.name, "accuracy": accuracy}
     out.mkdir(parents=True, exist_ok=True)

@@ -17,16 +17,16 @@ class Learner:
     All its parameters are views of one vector, and so are the averaged ones: a step is a few operations on those, not a
     few for each layer.
 
-    model: the network. counts: the one that is evaluated and published, with the averaged parameters if there is an
+    model: the network. evaluated: the one that is evaluated and published, with the averaged parameters if there is an
         average.
     average: what a step leaves of the running average; 0 for none. The first steps leave less, (1 + t) / (10 + t) after
         t of them (as in TensorFlow's ExponentialMovingAverage), so that the initial parameters are soon forgotten.
     """
 
     def __init__(self, model: VAE, average: float) -> None:
-        self.model, self.counts, self.average = model, deepcopy(model) if average else model, average
+        self.model, self.evaluated, self.average = model, deepcopy(model) if average else model, average
         self._parameters = _as_one_vector(model)
-        self._averages = _as_one_vector(self.counts) if average else None
+        self._averages = _as_one_vector(self.evaluated) if average else None
         # Adam moves encoder and decoder. A learned prior, in the module itself and so at the front, goes its own way.
         self._prior = list(model.parameters(recurse=False))
         self._front = sum(parameter.numel() for parameter in self._prior)
@@ -51,7 +51,7 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs to go on."""
-        averages = {} if self._averages is None else _prefixed("average", self.counts.state_dict())
+        averages = {} if self._averages is None else _prefixed("average", self.evaluated.state_dict())
         moments = _prefixed("optimizer", self._adam.state[self._weights])
         return _prefixed("model", self.model.state_dict()) | averages | moments
 
@@ -59,7 +59,7 @@ class Learner:
         """Raises KeyError, RuntimeError for a state that is not of this network."""
         self.model.load_state_dict(under("model", state))
         if self._averages is not None:
-            self.counts.load_state_dict(under("average", state))
+            self.evaluated.load_state_dict(under("average", state))
         moments, shape = under("optimizer", state), self._weights.shape
         for name, expected in {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}.items():
             moment = moments[name]

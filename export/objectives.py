@@ -93,30 +93,30 @@ def negative_iwae(
 
     if resampled:
         with torch.no_grad():
-            _, likelihoods, weights = weigh(noise)
-        shares = weights.softmax(0)
-        chosen = systematic(shares, resampled, draws)
-        shares = shares.take_along_dim(chosen, 0)
-        latents, _, weights = weigh(noise.take_along_dim(_beside(chosen, noise), 0))
-        loss = -weights.mean()
+            _, likelihoods, log_weights = weigh(noise)
+        normalized = log_weights.softmax(0)
+        chosen = systematic(normalized, resampled, draws)
+        normalized = normalized.take_along_dim(chosen, 0)
+        latents, _, log_weights = weigh(noise.take_along_dim(_beside(chosen, noise), 0))
+        loss = -log_weights.mean()
     else:
-        latents, likelihoods, weights = weigh(noise)
-        shares = weights.detach().softmax(0)
-        loss = -(shares * weights).sum(0).mean() if doubly else log(samples) - weights.logsumexp(0).mean()
+        latents, likelihoods, log_weights = weigh(noise)
+        normalized = log_weights.detach().softmax(0)
+        loss = -(normalized * log_weights).sum(0).mean() if doubly else log(samples) - log_weights.logsumexp(0).mean()
     if doubly:
-        # The loss brings each sample's gradient times its share, for decoder and encoder; the encoder's gets it twice.
-        again = _beside(1 - kl_weight + kl_weight * shares, latents)
+        # The loss brings each sample's gradient times its weight, for decoder and encoder; the encoder's gets it twice.
+        again = _beside(1 - kl_weight + kl_weight * normalized, latents)
         latents.register_hook(lambda gradient: gradient * again)
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
 
 
-def systematic(shares: Tensor, count: int, draws: torch.Generator) -> Tensor:
-    """Draw `count` of each column's rows by their shares, (samples, n) -> (count, n): a row of share s is drawn count s
-    times, rounded up or down at random so that the mean is right (systematic resampling; Kitagawa, 1996)."""
-    starts = torch.rand(shares.shape[1], generator=draws, device=shares.device, dtype=torch.float64)
-    marks = (starts.unsqueeze(1) + torch.arange(count, device=shares.device)) / count
-    drawn = torch.searchsorted(shares.double().cumsum(0).T.contiguous(), marks, right=True).T
-    return drawn.clamp_max(len(shares) - 1)
+def systematic(weights: Tensor, count: int, draws: torch.Generator) -> Tensor:
+    """Draw `count` of each column's rows by weights that sum to 1, (samples, n) -> (count, n): one of weight w is drawn
+    count w times, rounded up or down at random so that the mean is right (systematic resampling; Kitagawa, 1996)."""
+    starts = torch.rand(weights.shape[1], generator=draws, device=weights.device, dtype=torch.float64)
+    marks = (starts.unsqueeze(1) + torch.arange(count, device=weights.device)) / count
+    drawn = torch.searchsorted(weights.double().cumsum(0).T.contiguous(), marks, right=True).T
+    return drawn.clamp_max(len(weights) - 1)
 
 
 def negative_vimco(
@@ -132,18 +132,18 @@ def negative_vimco(
     latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)
     likelihoods = _likelihoods(model, latents, images)
     prior, log_q = model.prior(), _log_q(model, latents, posterior)
-    weights = likelihoods - kl_weight * (log_q - _log_p(model, latents, prior))
-    bound = weights.logsumexp(0) - log(samples)
-    loss = -(bound + (gains(weights.detach()) * log_q).sum(0)).mean()
+    log_weights = likelihoods - kl_weight * (log_q - _log_p(model, latents, prior))
+    bound = log_weights.logsumexp(0) - log(samples)
+    loss = -(bound + (gains(log_weights.detach()) * log_q).sum(0)).mean()
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
 
 
-def gains(weights: Tensor) -> Tensor:
-    """What each sample adds to the bound, L - L_i of negative_vimco; weights: log w, (samples, n)."""
-    others = (weights.sum(0) - weights) / (len(weights) - 1)
-    itself = torch.eye(len(weights), dtype=torch.bool, device=weights.device).unsqueeze(-1)
-    without = torch.where(itself, others.unsqueeze(1), weights).logsumexp(1)  # of the matrix (i, j, n), over j
-    return weights.logsumexp(0) - without
+def gains(log_weights: Tensor) -> Tensor:
+    """What each sample adds to the bound, L - L_i of negative_vimco; log_weights: log w, (samples, n)."""
+    others = (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
+    itself = torch.eye(len(log_weights), dtype=torch.bool, device=log_weights.device).unsqueeze(-1)
+    without = torch.where(itself, others.unsqueeze(1), log_weights).logsumexp(1)  # of the matrix (i, j, n), over j
+    return log_weights.logsumexp(0) - without
 
 
 def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -70,17 +70,17 @@ def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixt
     if distinct < components:
         raise RunError(f"{components} components need as many different latents, there are {distinct}: fit fewer")
     clusters = KMeans(components, n_init=1, random_state=seed).fit_predict(latents.flatten(1).numpy())
-    shares = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
+    responsibilities = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
     before = -torch.inf
     for _ in tqdm(range(MOST_ROUNDS), desc=f"mixture of {components}", leave=False, disable=None):
         # A component that no latent is near keeps a trace of all of them.
-        shares = shares + 1e-10
-        mixture = Mixture(shares.mean(0).log(), model.most_likely(latents, shares))
+        responsibilities = responsibilities + 1e-10
+        mixture = Mixture(responsibilities.mean(0).log(), model.most_likely(latents, responsibilities))
         joint = torch.cat([mixture.joint(model, part) for part in latents.split(ENCODED)])
         likelihood = joint.logsumexp(1).mean().item()
         if likelihood - before < CONVERGED:
             break
-        before, shares = likelihood, joint.softmax(1)
+        before, responsibilities = likelihood, joint.softmax(1)
     return mixture
 
 

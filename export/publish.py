@@ -23,6 +23,7 @@ from export.verify import (
     BATCHES,
     compare,
     encoder_images,
+    open_encoder,
     reference,
     reference_feeds,
     run,
@@ -35,7 +36,7 @@ from export.verify import (
 from models import Mixture
 from models.bodies import halved
 from service import __version__
-from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, load, open_session
+from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION, load
 from service.contract import ArtifactError, Contract, Precision
 from service.noise import NOISE_VERSION
 
@@ -142,7 +143,7 @@ def gate(model: VAE, folder: Path) -> None:
             expected = _answer(Sampler(model), [torch.from_numpy(feed) for feed in feeds.values()])
             for name, values in zip(names, expected, strict=True):
                 compare(name, found[name], values, where, tolerance_of(name, precision))
-    encoder = open_session((folder / ENCODER_FILE).read_bytes(), ["CPUExecutionProvider"])
+    encoder = open_encoder(folder)
     for rows in BATCHES:
         images = encoder_images(artifact.contract, rows)
         expected = _answer(Encoder(model), [torch.from_numpy(images)])

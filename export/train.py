@@ -68,17 +68,17 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
         if config.prior_components > 1 and epoch == config.alike_epochs:
             latents = encoded(model, images, config.binarize, generator(config.seed, PRIOR, device=where))
             mixture = fit_mixture(model, latents, config.prior_components, config.seed)
-            for each in (model, learner.counts):
+            for each in (model, learner.evaluated):
                 each.set_prior(mixture)
         metrics = train_epoch(learner, images, config, epoch)
-        metrics |= _held_out_metrics(learner.counts, held_out, config)
+        metrics |= _held_out_metrics(learner.evaluated, held_out, config)
         state = learner.state()
         if not (math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]) and all_finite(state.values())):
             raise RunError(f"bound or weights are no numbers any more in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = run.folder / "sheets" / f"epoch-{epoch + 1:04d}.png"
-            write_atomically(path, contact_sheet(learner.counts, held_out, config))
+            write_atomically(path, contact_sheet(learner.evaluated, held_out, config))
         run.save(epoch + 1, state)
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 

@@ -144,16 +144,12 @@ def _check_reference(artifact: Artifact) -> None:
 
 
 def _check_encoder(folder: Path, contract: Contract) -> None:
-    path = folder / ENCODER_FILE
-    try:
-        session = open_session(path.read_bytes(), ["CPUExecutionProvider"])
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from error
+    session = open_encoder(folder)
     names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
     if names != (["images"], list(contract.traits.parameters)):
-        raise ArtifactError(f"{path}: an encoder maps images to {_list(contract.traits.parameters)}, this one {names}")
+        raise ArtifactError(
+            f"{folder / ENCODER_FILE}: an encoder maps images to {_list(contract.traits.parameters)}, this one {names}"
+        )
     images = encoder_images(contract, max(BATCHES))
     whole = run_encoder(session, images)
     for rows in BATCHES:
@@ -161,6 +157,17 @@ def _check_encoder(folder: Path, contract: Contract) -> None:
             compare(name, array, all_rows[:rows], f"in a batch of {rows} through the encoder")
             if array.shape[1:] != contract.latent_shape:
                 raise GateError(f"the encoder's {name} has shape {array.shape[1:]}, not {contract.latent_shape}")
+
+
+def open_encoder(folder: Path) -> ort.InferenceSession:
+    """Raises ArtifactError."""
+    path = folder / ENCODER_FILE
+    try:
+        return open_session(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def encoder_images(contract: Contract, rows: int) -> Float32:

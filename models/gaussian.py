@@ -105,7 +105,7 @@ class GaussianVAE(nn.Module):
         return density.flatten(1).sum(1)
 
     @staticmethod
-    def log_probs(latents: Tensor, parameters: Parameters) -> Tensor:
+    def pairwise_log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
         """The same of each latent under each of C parameters: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
         z, mu, log_var = (tensor.flatten(1).double() for tensor in (latents, *parameters))  # squares cancel below
         precision = (-log_var).exp()
@@ -113,12 +113,12 @@ class GaussianVAE(nn.Module):
         return (-0.5 * (squares + (log(2 * pi) + log_var).sum(1))).to(latents.dtype)
 
     @staticmethod
-    def kls(posterior: Parameters, prior: Parameters) -> Tensor:
+    def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
         """KL of each posterior from each of C parameters in nats: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
         mu, log_var = posterior
         entropy = 0.5 * (log(2 * pi) + 1 + log_var).flatten(1).sum(1, keepdim=True)
         spread = 0.5 * log_var.exp().flatten(1) @ (-prior[1]).exp().flatten(1).T
-        return spread - entropy - GaussianVAE.log_probs(mu, prior)
+        return spread - entropy - GaussianVAE.pairwise_log_prob(mu, prior)
 
     @staticmethod
     def nearest(mixture: Mixture) -> Parameters:
@@ -134,10 +134,10 @@ class GaussianVAE(nn.Module):
 
         latents: (n, *latent_shape). weights: (n, C), at least 0. Returns mu and log_var, each (C, *latent_shape).
         """
-        z, shares = latents.double(), weights.double()  # squares cancel below
-        shares = shares / shares.sum(0)
-        mu = torch.einsum("nc,n...->c...", shares, z)
-        variance = torch.einsum("nc,n...->c...", shares, z**2) - mu**2
+        z, weights = latents.double(), weights.double()  # squares cancel below
+        weights = weights / weights.sum(0)
+        mu = torch.einsum("nc,n...->c...", weights, z)
+        variance = torch.einsum("nc,n...->c...", weights, z**2) - mu**2
         return mu.to(latents.dtype), variance.clamp_min(LEAST_VARIANCE).log().to(latents.dtype)
 
     @staticmethod

@@ -104,17 +104,17 @@ class GumbelVAE(nn.Module):
         return (latents * _over_categories(torch.log_softmax, logits)).flatten(1).sum(1)
 
     @staticmethod
-    def log_probs(latents: Tensor, parameters: Parameters) -> Tensor:
+    def pairwise_log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
         """The same of each code under each of C parameters: (n, D, K), (C, D, K) -> (n, C)."""
         (logits,) = parameters
         return latents.flatten(1) @ _over_categories(torch.log_softmax, logits).flatten(1).T
 
     @staticmethod
-    def kls(posterior: Parameters, prior: Parameters) -> Tensor:
+    def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
         """KL of each posterior from each of C parameters in nats: (n, D, K), (C, D, K) -> (n, C)."""
         log_q = _over_categories(torch.log_softmax, posterior[0])
         q = log_q.exp()
-        return (q * log_q).flatten(1).sum(1, keepdim=True) - GumbelVAE.log_probs(q, prior)
+        return (q * log_q).flatten(1).sum(1, keepdim=True) - GumbelVAE.pairwise_log_prob(q, prior)
 
     @staticmethod
     def nearest(mixture: Mixture) -> Parameters:

@@ -11,9 +11,9 @@ LEAST_WEIGHT = 1e-6  # of a component
 class Family(Protocol):
     """What a mixture asks of its components' family of distributions: of a GaussianVAE or a GumbelVAE."""
 
-    def log_probs(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
+    def pairwise_log_prob(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
 
-    def kls(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
+    def pairwise_kl(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
     def kl(self, posterior: tuple[Tensor, ...], prior: tuple[Tensor, ...], /) -> Tensor: ...
 
 
@@ -31,7 +31,7 @@ class Mixture(NamedTuple):
 
     def joint(self, family: Family, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
-        return self.log_weights + family.log_probs(latents, self.parameters)
+        return self.log_weights + family.pairwise_log_prob(latents, self.parameters)
 
     def log_prob(self, family: Family, latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""
@@ -43,7 +43,7 @@ class Mixture(NamedTuple):
         a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
         if len(self.log_weights) == 1:
             return family.kl(posterior, self.parameters).sum(1)
-        return -(self.log_weights - family.kls(posterior, self.parameters)).logsumexp(1)
+        return -(self.log_weights - family.pairwise_kl(posterior, self.parameters)).logsumexp(1)
 
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
         """The parameters of the component that each row is drawn from, each (rows, *latent_shape)."""

@@ -74,7 +74,7 @@ def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifac
     return artifact
 
 
-def open_session(content: bytes, providers: Providers, threads: int = 0) -> ort.InferenceSession:
+def open_session(content: bytes, providers: Providers = (CPU,), threads: int = 0) -> ort.InferenceSession:
     """An onnxruntime session for a self-contained file. Raises ArtifactError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from service.edge import CLIENT_CLOSED, Edge, Given, refusal, request_id_of
+from service.edge import CLIENT_CLOSED, Edge, HeaderMap, refusal, request_id_of
 from service.errors import ClientLeft, Unauthorized
 from service.job import Job
 from service.responses import lines
@@ -30,7 +30,7 @@ class ShortWay:
         # Bytes of a body from which on it takes the long way.
         self.most = min(LARGE_BODY, sampling.settings.max_body_bytes + 1)
 
-    def is_open(self, given: Given) -> bool:
+    def is_open(self, given: HeaderMap) -> bool:
         """From the head of a request: its body is worth waiting for."""
         try:
             self.edge.authorize(self.path, given)
@@ -38,7 +38,7 @@ class ShortWay:
             return False
         return announced(given) < self.most
 
-    def begin(self, given: Given, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
+    def begin(self, given: HeaderMap, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
         """Take the request, or return None if the long way is the one for it.
 
         reply: called once with status, the lines of the head, and body, perhaps before this returns; not called if the

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
+from service.settings import DEVICES
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 MOST_WORKERS = 4  # processes; each loads the models
@@ -36,9 +38,7 @@ class Device:
     workers: int = 1
 
 
-def choose(
-    wanted: Literal["auto", "cpu", "cuda"], tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0
-) -> Device:
+def choose(wanted: DEVICES, tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0) -> Device:
     """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners,
     workers: of the CPU, 0 for all cores, for one runner a core, and for one worker a core.
 

@@ -33,7 +33,7 @@ from service.responses import Headers
 
 log = logging.getLogger("service")
 
-Given = dict[bytes, bytes]  # the headers of a request, names in small letters
+HeaderMap = dict[bytes, bytes]  # the headers of a request, names in small letters
 OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
 CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -55,7 +55,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = given_in(scope["headers"])
+        given = header_map(scope["headers"])
         request_id = request_id_of(given)
         status = 0
 
@@ -93,7 +93,7 @@ class Edge:
         if self.access_log.enabled:
             self.access_log.write(method, path, status, request_id, seconds)
 
-    def authorize(self, path: str, given: Given) -> None:
+    def authorize(self, path: str, given: HeaderMap) -> None:
         """Raises Unauthorized."""
         if self.api_key is None or path.startswith(OPEN):
             return
@@ -105,7 +105,7 @@ class Edge:
             )
 
 
-def given_in(headers: Headers) -> Given:
+def header_map(headers: Headers) -> HeaderMap:
     """By name; several of one name are one list."""
     given = dict(headers)
     if len(given) < len(headers):
@@ -116,7 +116,7 @@ def given_in(headers: Headers) -> Given:
     return given
 
 
-def request_id_of(given: Given) -> bytes:
+def request_id_of(given: HeaderMap) -> bytes:
     """The client's, if it can stand in a header and a log line; else a fresh one."""
     request_id = given.get(b"x-request-id")
     if request_id is not None and _REQUEST_ID.fullmatch(request_id):

@@ -62,7 +62,7 @@ class NonFiniteSample(Problem):
 class MalformedRequest(Problem):
     slug = "malformed-request"
     status = 400
-    meaning = "What came is no HTTP request, or its head is too long or too slow; the connection is closed."
+    meaning = "What came is no HTTP request, or its head or trailer is too long or too slow; the connection is closed."
 
 
 class Unauthorized(Problem):
@@ -110,7 +110,7 @@ class UnsupportedMediaType(Problem):
 class QueueFull(Problem):
     slug = "queue-full"
     status = 429
-    meaning = "Too many rows wait already; try again after `Retry-After` seconds."
+    meaning = "Too many rows wait, or too many bytes are held; try again after `Retry-After` seconds."
 
 
 class ModelFailed(Problem):

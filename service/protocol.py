@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
-from service.edge import given_in, refusal, request_id_of
+from service.edge import header_map, refusal, request_id_of
 from service.errors import MalformedRequest, Problem
 from service.patience import PATIENCE
 from service.responses import lines
@@ -76,7 +76,7 @@ class Protocol(HttpToolsProtocol):
             if self._late is None:
                 self._await_head()
         elif self._waiting and self._patience is None:
-            if self._short.is_open(given_in(self.headers)):
+            if self._short.is_open(header_map(self.headers)):
                 self._patience = self.loop.call_later(PATIENCE, self._go_on)
             else:
                 self._go_on()
@@ -166,7 +166,9 @@ class Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         if self._waiting:
-            brief = self._short.begin(given_in(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
+            brief = self._short.begin(
+                header_map(self.headers), self._body, self.parser.should_keep_alive(), self._reply
+            )
             if brief is not None:
                 self._end_waiting()
                 if not brief.response_complete:

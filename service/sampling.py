@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from starlette.types import Receive, Scope, Send
 
 from service.contract import Arrays
-from service.edge import Given, given_in
+from service.edge import HeaderMap, header_map
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType, clipped
 from service.job import Awaited, Job
 from service.life import Service
@@ -36,7 +36,7 @@ class Sampling:
         self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = given_in(scope["headers"])
+        given = header_map(scope["headers"])
         job = Awaited(self.engine, self.greet(given), receive)
         self.engine.join(job)
         try:
@@ -56,7 +56,7 @@ class Sampling:
         finally:
             job.close()
 
-    def greet(self, given: Given) -> float:
+    def greet(self, given: HeaderMap) -> float:
         """Its deadline, on the loop's clock. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
         self.service.ready()
         _check_content_type(given)
@@ -66,7 +66,7 @@ class Sampling:
         """Raises UnknownModel, InvalidRequest, TooLarge."""
         return resolve(parse(body), self.service.repository, self.settings.max_rows)
 
-    def negotiate(self, given: Given, rows: Rows) -> str:
+    def negotiate(self, given: HeaderMap, rows: Rows) -> str:
         """The media type of the answer. Raises NotAcceptable."""
         return negotiate(given.get(b"accept", b"*/*"), rows.outputs)
 
@@ -99,7 +99,7 @@ class Sampling:
         """Count a client that did not wait for its answer."""
         self.service.metrics.cancelled.labels(job.stage).inc()
 
-    async def _body(self, job: Job, given: Given, receive: Receive) -> bytes:
+    async def _body(self, job: Job, given: HeaderMap, receive: Receive) -> bytes:
         """Raises TooLarge, before the body is read where its length is announced, QueueFull, and ClientLeft."""
         limit = self.settings.max_body_bytes
         if announced(given) > limit:
@@ -158,7 +158,7 @@ class Sampling:
         await send({"type": "http.response.body"})
 
 
-def _check_content_type(given: Given) -> None:
+def _check_content_type(given: HeaderMap) -> None:
     content_type = given.get(b"content-type", b"application/json")
     if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() != b"application/json":
         raise UnsupportedMediaType(
@@ -170,7 +170,7 @@ def _check_content_type(given: Given) -> None:
         raise UnsupportedMediaType(f"the body is encoded as {clipped(encoding.decode('latin-1'))!r}: send it as it is")
 
 
-def _timeout(given: Given, limit: float) -> float:
+def _timeout(given: HeaderMap, limit: float) -> float:
     """Seconds from the `Request-Timeout` header, at most the limit. Raises InvalidRequest."""
     header = given.get(b"request-timeout")
     if header is None:
@@ -193,7 +193,7 @@ def _too_large(limit: int, got: int) -> TooLarge:
     )
 
 
-def announced(given: Given) -> int:
+def announced(given: HeaderMap) -> int:
     """Bytes of the body, as its head says; 0 if it does not."""
     length = given.get(b"content-length", b"")
     return int(length) if length.isdigit() else 0

@@ -61,9 +61,9 @@ class Settings(BaseSettings):
     """Rows of one run of a model; the service takes fewer of a slow one, so that nobody waits long for others, and no
     more than suit a CPU's caches."""
     max_queue_rows: PositiveInt = 65536
-    """Rows that may wait; a request beyond them is answered with 429."""
+    """Rows that may wait, of all workers together; a request beyond a worker's part gets 429."""
     max_held_bytes: PositiveInt = 512 * 2**20
-    """Bytes that the answers being made may hold together; a request beyond them is answered with 429."""
+    """Bytes that bodies and answers may hold, of all workers together; a request beyond a worker's part gets 429."""
     max_rows: PositiveInt = 100_000_000
     """Rows of one streamed answer (application/x-npy)."""
     max_buffered_bytes: PositiveInt = 32 * 2**20

@@ -9,7 +9,7 @@ import orjson
 
 from service.metrics import Family
 
-PATIENCE = 1.0  # seconds until a worker that does not answer counts as hung
+SILENCE = 1.0  # seconds until a worker that does not answer counts as hung
 
 
 class Report(NamedTuple):
@@ -63,7 +63,7 @@ class Siblings:
             try:
                 connection.setblocking(False)
                 connection.connect(self._address(number))  # at once, if at all
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(SILENCE):
                     reader, writer = await asyncio.open_unix_connection(sock=connection)
                     told = await reader.read()
                     writer.close()

@@ -90,7 +90,7 @@ def test_a_step_is_one_of_adam_and_of_the_average(kind: str) -> None:
     for name, parameter in plain.state_dict().items():
         torch.testing.assert_close(learner.model.state_dict()[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
     for name, parameter in start.state_dict().items():
-        torch.testing.assert_close(learner.counts.state_dict()[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(learner.evaluated.state_dict()[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_schedules_count_the_steps_of_all_epochs() -> None:

@@ -77,7 +77,7 @@ def test_many_divergences_are_each_the_sum_over_variables(model: type[GaussianVA
         tuple(torch.randn(n, 4, 3, generator=draws, dtype=torch.float64) for _ in model.parameter_names) for n in (5, 2)
     )
     one_by_one = [model.kl(posterior, tuple(each[c : c + 1] for each in components)).sum(1) for c in range(2)]
-    torch.testing.assert_close(model.kls(posterior, components), torch.stack(one_by_one, 1))
+    torch.testing.assert_close(model.pairwise_kl(posterior, components), torch.stack(one_by_one, 1))
 
 
 def test_the_divergence_from_a_mixture_is_charged_no_less_than_it_is() -> None:

@@ -183,7 +183,7 @@ def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | 
     model.set_prior(Mixture(torch.rand(3).log_softmax(0), tuple(map(torch.randn_like, model.prior().parameters))))
     with torch.no_grad():
         posterior, before = model.encode(batch), model.prior()
-        shares = (before.log_weights - model.kls(posterior, before.parameters)).softmax(1)
+        shares = (before.log_weights - model.pairwise_kl(posterior, before.parameters)).softmax(1)
     negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss.backward()
     model.learn_prior(1 / 0.3)
     found = model.prior()

@@ -67,7 +67,7 @@ def test_the_density_keeps_its_digits_far_from_zero() -> None:
     z = 300 + 0.1 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
     mu, log_var = model.most_likely(z, torch.ones(5000, 1))
     np.testing.assert_allclose((log_var / 2).exp(), 0.1, rtol=0.05)
-    [found] = model.log_probs(z, (mu, log_var)).mean(0)
+    [found] = model.pairwise_log_prob(z, (mu, log_var)).mean(0)
     assert found.item() == pytest.approx(model.log_prob(z, (mu, log_var)).mean().item(), rel=1e-3)
 
 

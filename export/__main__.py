@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
@@ -31,7 +31,7 @@ class Train(TrainConfig):
     out: Path
     """Folder of the run, as in runs/NAME."""
     resume: bool = False
-    """Continue a run that was interrupted, to the same result."""
+    """Continue a run that was interrupted, to the same result; it knows how it was started."""
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
 
@@ -40,7 +40,7 @@ class Train(TrainConfig):
         return self  # with the recipe's fields
 
     def cli_cmd(self) -> None:
-        fields = recipe(self.recipe) if self.recipe else {}
+        fields = self._begun() | (recipe(self.recipe) if self.recipe else {})
         fields |= {key: value for key, value in self if key in TrainConfig.model_fields.keys() & self.model_fields_set}
         config = TrainConfig(**fields)
 
@@ -48,6 +48,15 @@ class Train(TrainConfig):
 
         train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
+
+    def _begun(self) -> dict[str, Any]:
+        """How a run that goes on was started."""
+        if not (self.resume and (self.out / "config.json").exists()):
+            return {}
+
+        from export.run import Run
+
+        return Run(self.out).config().train.model_dump()
 
 
 class FitPrior(Command):
@@ -208,7 +217,7 @@ def main() -> None:
             raise
         sys.exit(f"not enough memory: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same `train` with --resume, or the same `evaluate`, goes on where it was")
+        sys.exit("interrupted; `train --resume` with the same --out, or the same `evaluate`, goes on where it was")
 
 
 def _explain(kind: str, location: tuple[int | str, ...], given: object, says: str) -> str:

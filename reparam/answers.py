@@ -31,11 +31,16 @@ def check(response: httpx.Response, body: bytes | bytearray, media_type: str) ->
     """Raises StatusError where the answer is an error, or of another type than was asked for."""
     if not response.is_success:
         raise status_error(response, body)
-    if media_type_of(response) != media_type:
-        raise unexpected_answer(response, f"answered with {media_type_of(response)}, not with {media_type}")
+    if not usable(response, media_type):
+        raise unexpected_answer(response, f"answered with {_media_type_of(response)}, not with {media_type}")
 
 
-def media_type_of(response: httpx.Response) -> str:
+def usable(response: httpx.Response, media_type: str) -> bool:
+    """It is no error, and of the type that was asked for."""
+    return response.is_success and _media_type_of(response) == media_type
+
+
+def _media_type_of(response: httpx.Response) -> str:
     return str(response.headers.get("Content-Type", "no content type")).partition(";")[0]
 
 

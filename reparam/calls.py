@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from reparam.answers import JSON, NPY, NPZ, RowReader, check, media_type_of, read_model, read_models, read_npy, read_npz
+from reparam.answers import JSON, NPY, NPZ, RowReader, check, read_model, read_models, read_npy, read_npz, usable
 from reparam.errors import LONGEST, ConnectionFailed, ReparamError, StatusError, timed_out, worth_retrying
 from reparam.model import Model
 from reparam.progress import Progress
@@ -104,7 +104,7 @@ class Calls:
         """One try of a stream. Raises ReparamError where it does not reach the last row."""
         # A stream may take hours: the timeout is for each wait, not for all of it.
         rows.response = yield Send(self.server.sample(rows.request, NPY, lambda: self.timeout))
-        if not (rows.response.is_success and media_type_of(rows.response) == NPY):
+        if not usable(rows.response, NPY):
             check(rows.response, (yield from self._read_all(rows.response, _deadline(self.timeout))), NPY)
         more = True
         while more:

@@ -110,11 +110,10 @@ class Brief(Job):
     def _finish(self, status: int, head: bytes, body: bytes) -> None:
         self.close()
         self.response_complete = True
-        if not self.disconnected:
-            try:
-                self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
-            except Exception:  # others in the same batch must not suffer
-                log.exception("not written", extra={"request_id": self._request_id.decode()})
+        try:
+            self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
+        except Exception:  # others in the same batch must not suffer
+            log.exception("not written", extra={"request_id": self._request_id.decode()})
         self._way.edge.metrics.in_flight -= 1
         way, path = self._way, self._way.path
         # When the answer has left.

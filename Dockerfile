@@ -12,7 +12,7 @@ RUN python -m venv /venv \
     esac \
     && /venv/bin/pip install --no-cache-dir --no-compile --require-hashes "$@" \
     # The runtime is the same for both; what only a GPU can use is three quarters of it.
-    && if [ "$DEVICE" = cpu ]; then rm -f /venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_*; fi \
+    && if [ "$DEVICE" = cpu ]; then rm -f /venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_[ct]*; fi \
     && /venv/bin/pip uninstall -q -y pip setuptools
 
 FROM python:3.11-slim-bookworm

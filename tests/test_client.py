@@ -15,6 +15,7 @@ from service.errors import PROBLEMS
 from tests.clients import Connect, both
 from tests.conftest import Running
 from tests.graphs import FAILS
+from tests.peer import MODEL, Peer, as_json
 
 
 @both
@@ -125,6 +126,14 @@ def test_every_problem_of_the_service_has_a_class() -> None:
     statuses = {problem.status for problem in PROBLEMS.values()}
     assert statuses <= set(CLASSES)
     assert len(set(CLASSES.values())) == len(CLASSES)
+
+
+@both
+def test_a_name_is_one_part_of_a_path_and_answers_are_not_compressed(connect: Connect) -> None:
+    with Peer(as_json(MODEL)) as peer, connect(peer.url) as client:
+        assert client.model("a/b c?").name == "peer"
+    assert peer.asked[0].path == "/models/a%2Fb%20c%3F"
+    assert peer.asked[0].headers["accept-encoding"] == "identity"
 
 
 def test_threads_may_share_a_client(service: Running) -> None:

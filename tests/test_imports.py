@@ -88,7 +88,7 @@ def test_the_sdk_imports_neither_torch_nor_onnxruntime() -> None:
 
 @pytest.mark.parametrize("module", ["service.artifact", "export.verify"])
 def test_onnxruntime_reports_nothing_to_its_makers(module: str, tmp_path: Path) -> None:
-    """As it does from 1.29 on, unless it takes itself to be tested. An identifier and what is still to be sent would lie
+    """As it does from 1.29 on, unless it takes itself to be tested. An identifier and what is still to be sent lie then
     in the home folder."""
     program = f"import {module}, time; time.sleep(0.2)"
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}

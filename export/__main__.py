@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
 from export.config import Device, TrainConfig
@@ -13,6 +13,9 @@ from export.recipes import recipe
 from service.contract import ArtifactError, Precision
 
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Command(BaseModel):
@@ -31,7 +34,7 @@ class Train(TrainConfig):
     out: Path
     """Folder of the run, as in runs/NAME."""
     resume: bool = False
-    """Continue a run that was interrupted, to the same result; it knows how it was started."""
+    """Continue a run that was interrupted, to the same result. It knows how it was started, but for sheet-every."""
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
 
@@ -40,7 +43,7 @@ class Train(TrainConfig):
         return self  # with the recipe's fields
 
     def cli_cmd(self) -> None:
-        fields = self._begun() | (recipe(self.recipe) if self.recipe else {})
+        fields = (recipe(self.recipe) if self.recipe else {}) | self._begun()
         fields |= {key: value for key, value in self if key in TrainConfig.model_fields.keys() & self.model_fields_set}
         config = TrainConfig(**fields)
 
@@ -50,8 +53,8 @@ class Train(TrainConfig):
         print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
 
     def _begun(self) -> dict[str, Any]:
-        """How a run that goes on was started."""
-        if not (self.resume and (self.out / "config.json").exists()):
+        """How a run that goes on was started. Raises RunError if there is none, nor anything to start one by."""
+        if not self.resume or (not (self.out / "config.json").exists() and (self.kind or self.recipe)):
             return {}
 
         from export.run import Run
@@ -65,7 +68,7 @@ class FitPrior(Command):
     run: CliPositionalArg[Path]
     components: PositiveInt | None = None
     """Of the mixture; default: one of every 200 training images, at most 50."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Of the draws and of where the fit begins."""
 
     def cli_cmd(self) -> None:
@@ -74,7 +77,11 @@ class FitPrior(Command):
         densities = fit_prior(self.run, components=self.components, seed=self.seed)
         for name, value in densities.items():
             print(f"log p(z) of held-out latents, {name} prior: {value:.3f} nats")
-        print(f"the mixture gains {densities['mixture'] - densities['standard']:.3f} nats; next: evaluate again")
+        gain = densities["mixture"] - densities["standard"]
+        if gain > 0:
+            print(f"the mixture gains {gain:.3f} nats; next: python -m export evaluate {self.run}")
+        else:
+            print("the mixture gains nothing and is not kept; fewer --components, or more training, may help")
 
 
 class Evaluate(Command):
@@ -85,7 +92,7 @@ class Evaluate(Command):
     """m of the importance-weighted bound."""
     images: PositiveInt | None = None
     """How many of the held-out images; default: all."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the draws."""
     device: Device | None = None
     """Where it computes, each with draws of its own. Default: on a GPU if torch finds one."""
@@ -106,7 +113,7 @@ class Quality(Command):
     """Folder of one that `classifier` has trained on such images."""
     samples: Annotated[int, Field(ge=100)] = 10_000
     """Images drawn from each prior."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the draws."""
 
     def cli_cmd(self) -> None:
@@ -126,7 +133,7 @@ class Classifier(Command):
     """Its folder."""
     epochs: PositiveInt = 5
     """Passes over the training images."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Of the initial weights and of every draw."""
 
     def cli_cmd(self) -> None:

@@ -54,6 +54,11 @@ def load(source: str) -> Dataset:
     )
 
 
+def anywhere(source: str) -> str:
+    """The same source, whatever folder the process is in."""
+    return source if source == "digits" else str(Path(source).absolute())
+
+
 def load_labels(source: str) -> tuple[Labels, Labels]:
     """The classes of the training images and of those held out, for `digits` and folders of IDX files.
 

@@ -127,21 +127,10 @@ def _bounds(
 def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
     """Of what `_bounds` found of all images, with standard errors."""
     elbo, kl, bound, *with_mixture = found
-    means = {
-        "elbo": elbo.mean().item(),
-        "elbo_standard_error": _standard_error(elbo),
-        "kl": kl.mean().item(),
-        "bound": bound.mean().item(),
-        "bound_standard_error": _standard_error(bound),
-    }
+    means = _mean("elbo", elbo) | {"kl": kl.mean().item()} | _mean("bound", bound)
     if mixture is None:
         return means
-    [bound] = with_mixture
-    return means | {
-        "mixture_components": len(mixture.log_weights),
-        "mixture_bound": bound.mean().item(),
-        "mixture_bound_standard_error": _standard_error(bound),
-    }
+    return means | {"mixture_components": len(mixture.log_weights)} | _mean("mixture_bound", *with_mixture)
 
 
 def _keep(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:
@@ -174,5 +163,7 @@ def read_evaluation(run: Run) -> dict[str, str | int | float]:
     return stamped
 
 
-def _standard_error(values: torch.Tensor) -> float:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+def _mean(name: str, values: torch.Tensor) -> dict[str, float]:
+    """With its standard error, which a single value has none of."""
+    error = {f"{name}_standard_error": (values.std() / len(values) ** 0.5).item()} if len(values) > 1 else {}
+    return {name: values.mean().item(), **error}

@@ -28,11 +28,11 @@ IMAGES_EACH, MOST_COMPONENTS = 200, 50  # by default
 def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, float]:
     """Fit a mixture to one latent of each training image; `evaluate` and `publish` find it in the run's folder.
 
-    components: None for one of every IMAGES_EACH training images, at most MOST_COMPONENTS.
+    components: None for `default_components`.
 
     Returns the mean of log p(z) over latents of the held-out images in nats, under the prior that the model was trained
-    with and under the mixture: the difference is what the ELBO gains. Raises RunError, also if that is nothing: then no
-    mixture is kept, and one that was fitted before stays.
+    with and under the mixture: the difference is what the ELBO gains. If that is nothing the mixture is not kept, but
+    one that was fitted to these weights before. Raises RunError.
     """
     run = Run(folder)
     model, data = run.trained(), run.data()
@@ -43,21 +43,22 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
     seen, unseen = (
         encoded(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
     )
-    components = components or min(MOST_COMPONENTS, max(1, len(data.train) // IMAGES_EACH))
     with run.alone():
-        mixture = fit_mixture(model, seen, components, seed)
+        mixture = fit_mixture(model, seen, components or default_components(len(data.train)), seed)
         densities = {
             name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
             for name, prior in (("standard", model.prior()), ("mixture", mixture))
         }
-        if not densities["mixture"] > densities["standard"]:
-            raise RunError(
-                f"a mixture of {components} is no better a prior: log p(z) of held-out latents is "
-                f"{densities['mixture']:.3f} nats, and {densities['standard']:.3f} with the standard one; fit fewer "
-                "components, or train longer"
-            )
-        run.keep_prior(mixture)
+        if densities["mixture"] > densities["standard"]:
+            run.keep_prior(mixture)
+        else:
+            run.drop_prior_of_others()
     return densities
+
+
+def default_components(images: int) -> int:
+    """One of every IMAGES_EACH training images, at most MOST_COMPONENTS."""
+    return min(MOST_COMPONENTS, max(1, images // IMAGES_EACH))
 
 
 def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixture:

@@ -88,7 +88,8 @@ class Run:
     def resume(self, config: RunConfig) -> None:
         before = self.config()
         for name, now in _flat(config).items():
-            if _flat(before)[name] != now:
+            # Where the images lie decides nothing; what they are, data_sha256 tells.
+            if name != "data" and _flat(before)[name] != now:
                 raise RunError(f"{self.folder} was started with {name}={_flat(before)[name]!r}, not {now!r}")
 
     @contextmanager
@@ -113,7 +114,9 @@ class Run:
         except FileNotFoundError as error:
             raise RunError(f"{self.folder} holds no run: `python -m export train` makes one") from error
         except ValidationError as error:
-            raise RunError(f"{path} is damaged or of another version: {error}") from error
+            first = error.errors(include_url=False)[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise RunError(f"{path} is damaged or of another version: {where}{first['msg']}") from error
 
     def data(self) -> Dataset:
         """The images that it was trained on. Raises DataError; RunError if they have changed since."""
@@ -148,8 +151,8 @@ class Run:
     def trained(self) -> VAE:
         """The network with the weights of the last epoch. Raises RunError before training is finished."""
         config = self.config()
-        model, counts = config.build(), "average" if config.train.average else "model"
-        done = self.restore(lambda state: model.load_state_dict(under(counts, state)))
+        model, evaluated = config.build(), "average" if config.train.average else "model"
+        done = self.restore(lambda state: model.load_state_dict(under(evaluated, state)))
         if done < config.train.epochs:
             raise RunError(
                 f"{self.folder} has finished {done} of {config.train.epochs} epochs: continue it with `train --resume`"
@@ -161,6 +164,13 @@ class Run:
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
         write_atomically(self.prior, save(tensors, {"checkpoint_sha256": _sha256(self.checkpoint)}))
+
+    def drop_prior_of_others(self) -> None:
+        """Remove a fitted prior that `mixture` would refuse."""
+        try:
+            self.mixture()
+        except RunError:
+            self.prior.unlink()
 
     def priors(self, model: VAE) -> dict[str, Mixture]:
         """What the artifact of its network can be sampled from, by name: `standard`, one distribution, and `mixture` if

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from export.compute import one_core_each, use_device
 from export.config import TrainConfig
-from export.data import Dataset, load
+from export.data import Dataset, anywhere, load
 from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from export.errors import RunError
 from export.learner import Learner, gradient_of
@@ -43,11 +43,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
     data, run = load(config.data), Run(out)
     goes_on = resume and (out / "config.json").exists()
     config = _settled(config, run.config().train if goes_on else None)
-    run_config = RunConfig.of(config, data)
-    model = run_config.build()
+    run_config = RunConfig.of(config.model_copy(update={"data": anywhere(config.data)}), data)
     if goes_on:
         run.resume(run_config)
-    else:
+    model = run_config.build()
+    if not goes_on:
         run.start(run_config)
     with run.alone():
         _train(model, data, config, run, sheet_every)

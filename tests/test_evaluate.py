@@ -85,6 +85,7 @@ def test_the_standard_error_falls_with_the_root_of_the_images(runs: dict[str, Pa
     few, many = (evaluate(folder, samples=1, rows=rows, seed=0) for rows in (20, 180))
     for name in ("elbo_standard_error", "bound_standard_error"):
         assert 2 < few[name] / many[name] < 5
+    assert "elbo_standard_error" not in evaluate(folder, samples=1, rows=1, seed=0)
     assert many["elbo_standard_error"] == pytest.approx(10 / 180**0.5, rel=0.5)  # the images differ by about 10 nats
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from scipy import stats
 
+from export.__main__ import main
 from export.config import TrainConfig
 from export.draws import generator
 from export.errors import RunError
 from export.evaluate import evaluate
 from export.objectives import importance_weighted_bound, log_likelihood
-from export.prior import fit_mixture, fit_prior
+from export.prior import default_components, fit_mixture, fit_prior
 from export.publish import publish
 from export.run import Run
 from export.train import train
@@ -181,16 +182,29 @@ def test_more_components_than_images_are_refused(fitted: dict[str, Path]) -> Non
         fit_prior(fitted["gaussian"], components=5000, seed=0)
 
 
-def test_a_mixture_that_is_no_better_is_not_kept(fitted: dict[str, Path]) -> None:
-    before = (fitted["gaussian"] / "prior.safetensors").read_bytes()
-    with pytest.raises(RunError, match=r"a mixture of 400 is no better a prior: .* fit fewer components"):
-        fit_prior(fitted["gaussian"], components=400, seed=0)
-    assert (fitted["gaussian"] / "prior.safetensors").read_bytes() == before
+def test_a_mixture_that_is_no_better_is_not_kept(
+    fitted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is an older one that cannot be read or is of other weights."""
+    folder = Path(shutil.copytree(fitted["gaussian"], tmp_path / "r"))
+    before = (folder / "prior.safetensors").read_bytes()
+    densities = fit_prior(folder, components=400, seed=0)
+    assert densities["mixture"] < densities["standard"]
+    assert (folder / "prior.safetensors").read_bytes() == before
+    (folder / "prior.safetensors").write_bytes(b"none")
+    monkeypatch.setattr("sys.argv", ["export", "fit-prior", str(folder), "--components", "400"])
+    main()
+    assert "the mixture gains nothing and is not kept" in capsys.readouterr().out
+    assert not (folder / "prior.safetensors").exists()
 
 
-def test_by_default_each_component_has_its_share_of_the_images(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_by_default_a_component_has_200_images() -> None:
+    assert [default_components(images) for images in (1, 200, 1617, 10_000, 60_000)] == [1, 1, 8, 50, 50]
+
+
+def test_a_fit_by_default_is_of_so_many_components(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["tiny-gaussian"], tmp_path / "r")
     fit_prior(tmp_path / "r", components=None, seed=0)
     mixture = Run(tmp_path / "r").mixture()
     assert mixture is not None
-    assert len(mixture.log_weights) == 1617 // 200
+    assert len(mixture.log_weights) == default_components(1617)

@@ -3,11 +3,13 @@
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from export.__main__ import main
 from export.errors import RunError
 from export.evaluate import evaluate
 from export.prior import fit_prior
@@ -125,3 +127,32 @@ def test_a_run_of_an_older_version_is_not_continued(tmp_path: Path) -> None:
     run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
     with pytest.raises(RunError, match="of another version"):
         train(run.config().train, tmp_path, resume=True, sheet_every=1)
+
+
+def test_a_run_goes_on_by_what_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its recipe says, and from whatever folder."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "d.npz", images=images)
+    out = ["--out", str(tmp_path / "r")]
+    monkeypatch.chdir(tmp_path)
+    options = ["--recipe", "jang-bernoulli", "--data", "d.npz", "--epochs", "2", "--width", "4", "--decoder-width", "4"]
+    run_command(monkeypatch, "train", *options, *out)
+    monkeypatch.chdir("/")
+    run_command(monkeypatch, "train", "--resume", *out)
+    run_command(monkeypatch, "train", "--resume", "--recipe", "jang-bernoulli", *out)
+    run_command(monkeypatch, "train", "--resume", "--data", str(tmp_path / "d.npz"), *out)
+    assert Run(tmp_path / "r").data().train.shape == (36, 1, 8, 8)
+    with pytest.raises(SystemExit, match="was started with epochs=2, not 3"):
+        run_command(monkeypatch, "train", "--resume", "--epochs", "3", *out)
+    with pytest.raises(SystemExit, match="was started with kind='gumbel', not 'gaussian'"):
+        run_command(monkeypatch, "train", "gaussian", "--resume", *out)
+
+
+def test_a_run_that_is_not_there_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="holds no run: `python -m export train` makes one"):
+        run_command(monkeypatch, "train", "--resume", "--out", str(tmp_path / "none"))
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["export", *arguments])
+    main()

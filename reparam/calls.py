@@ -16,7 +16,7 @@ from reparam.answers import JSON, NPY, NPZ, RowReader, check, read_model, read_m
 from reparam.errors import LONGEST, ConnectionFailed, ReparamError, StatusError, timed_out, worth_retrying
 from reparam.model import Model
 from reparam.progress import Progress
-from reparam.request import Left, SampleRequest, Server
+from reparam.request import Left, SampleRequest, Server, number, text, whole
 from reparam.samples import Samples
 
 T = TypeVar("T")
@@ -57,9 +57,9 @@ class Calls:
     """The flows of one client. Raises ValueError for settings that make no sense."""
 
     def __init__(self, base_url: str, api_key: str | None, timeout: float | None, max_retries: int) -> None:
-        if timeout is not None and not timeout > 0:
+        if timeout is not None and not number("timeout", timeout) > 0:
             raise ValueError(f"timeout must be more than 0 seconds, or None to wait for ever, got {timeout}")
-        if max_retries < 0:
+        if whole("max_retries", max_retries) < 0:
             raise ValueError(f"max_retries must be at least 0, got {max_retries}")
         self.server = Server(base_url, api_key)
         self.timeout = None if timeout is None or timeout > LONGEST else timeout
@@ -74,8 +74,10 @@ class Calls:
         answer = yield from self._exchange(self.server.models, JSON)
         yield Emit(read_models(*answer))
 
-    def model(self, name: str) -> Flow[Model]:
-        yield Emit((yield from self._model(name)))
+    def model(self, name: str, version: int | None) -> Flow[Model]:
+        if not text("name", name) or name in (".", ".."):
+            raise ValueError(f"name must be that of a model, got {name!r}")
+        yield Emit((yield from self._model(name, None if version is None else whole("version", version))))
 
     def stream(self, request: SampleRequest, progress: bool | None) -> Flow[Samples]:
         """One request, asked again from the row it had reached each time the connection breaks."""
@@ -97,7 +99,8 @@ class Calls:
                 if rows.received:
                     request = rows.pinned()
                     if request.parameters and not latent_dims:
-                        latent_dims = len((yield from self._model(request.options["model"])).latent_shape)
+                        model = yield from self._model(request.options["model"], request.options["version"])
+                        latent_dims = len(model.latent_shape)
                     request = request.after(rows.received, latent_dims)
 
     def _receive(self, rows: RowReader, bar: Progress) -> Flow[Samples]:
@@ -114,8 +117,8 @@ class Calls:
         if rows.missing:
             raise ConnectionFailed(f"the answer ended after {rows.received} of {rows.request.n} rows")
 
-    def _model(self, name: str) -> Steps[Model]:
-        return read_model(*(yield from self._exchange(lambda left: self.server.model(name, left), JSON)))
+    def _model(self, name: str, version: int | None) -> Steps[Model]:
+        return read_model(*(yield from self._exchange(lambda left: self.server.model(name, version, left), JSON)))
 
     def _exchange(
         self, build: Callable[[Left], httpx.Request], media_type: str

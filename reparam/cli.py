@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from reparam.__version__ import __version__
 from reparam.client import LOCAL, Client
 from reparam.errors import ReparamError
-from reparam.samples import DTYPES, SUFFIXES, Samples, replacing
+from reparam.samples import DTYPES, SUFFIXES, Samples, check_place, replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(command=_models)
 
     for command in (sample, models):
-        command.add_argument(
-            "--url", default=os.environ.get("REPARAM_URL", LOCAL), help="default: REPARAM_URL, or " + LOCAL
-        )
+        command.add_argument("--url", default=_default_url(), help="default: REPARAM_URL, or " + LOCAL)
         command.add_argument("--api-key", default=os.environ.get("REPARAM_API_KEY"), help="default: REPARAM_API_KEY")
         command.add_argument(
             "--timeout", type=float, default=60.0, help="seconds; for .npy of each wait (default: %(default)s)"
@@ -78,10 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _default_url() -> str:
+    return os.environ.get("REPARAM_URL", LOCAL)
+
+
 def _sample(client: Client, options: argparse.Namespace) -> None:
     path, outputs = options.path, options.outputs or ["images"]
     if path.suffix not in SUFFIXES:
         raise ValueError(f"-o must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
+    check_place(path)
     if path.suffix != ".npz" and len(outputs) > 1:
         raise ValueError(f"{path.suffix} holds one output, got {', '.join(outputs)}; write a .npz")
     if path.suffix == ".png" and outputs != ["images"]:
@@ -94,8 +97,9 @@ def _sample(client: Client, options: argparse.Namespace) -> None:
         samples = client.sample(**drawn, outputs=outputs)
         samples.save(path)
     settled = {**drawn, "model": samples.model, "version": samples.version, "seed": samples.seed}
-    again = _as_options({**settled, "output": outputs} if options.outputs else settled)
-    print(f"{path}: {options.n:,} rows of {samples.model}; the same again: {again}")
+    elsewhere = None if options.url == _default_url() else options.url
+    again = _as_options({**settled, "output": options.outputs, "url": elsewhere, "o": str(path)})
+    print(f"{path}: {options.n:,} rows of {samples.model}; the same again:\nreparam sample {again}")
 
 
 def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> Samples:

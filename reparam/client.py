@@ -11,7 +11,7 @@ import numpy.typing as npt
 from reparam.calls import Calls, Emit, Flow, Read, Send, Sleep, T
 from reparam.errors import no_answer
 from reparam.model import Model
-from reparam.request import sample_request
+from reparam.request import sample_request, text
 from reparam.samples import Samples
 
 LOCAL = "http://127.0.0.1:8000"
@@ -24,7 +24,8 @@ class Client:
     for ever. max_retries: tries after the first, on a connection error, 429, 502 or 503. transport: an httpx transport,
     for TLS settings, a proxy, a Unix socket or an application in this process.
 
-    Calls raise ReparamError; settings and arguments that make no sense raise ValueError before anything is sent.
+    Calls raise ReparamError. Settings and arguments that make no sense raise ValueError or TypeError before anything is
+    sent.
     """
 
     def __init__(
@@ -95,9 +96,12 @@ class Client:
         After a broken connection the stream goes on at the row it had reached, with the version it began with; each
         row comes once. Here `timeout` is for each wait, and max_retries for tries in a row that bring no new one.
 
+        Parameters of single rows travel in one request: see `sample`.
+
         output: one of those of `sample`. progress: a progress bar on stderr; default: if that is a terminal.
         """
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, output)
+        outputs = text("output", output)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
         return self._carry_out(self._calls.stream(request, progress))
 
     def models(self) -> list[Model]:
@@ -105,9 +109,9 @@ class Client:
         [models] = self._carry_out(self._calls.models())
         return models
 
-    def model(self, name: str) -> Model:
-        """One model. Raises NotFound, naming those there are."""
-        [model] = self._carry_out(self._calls.model(name))
+    def model(self, name: str, version: int | None = None) -> Model:
+        """One model, its latest version or this one. Raises NotFound, naming those there are."""
+        [model] = self._carry_out(self._calls.model(name, version))
         return model
 
     def close(self) -> None:
@@ -205,7 +209,8 @@ class AsyncClient:
         progress: bool | None = None,
     ) -> AsyncGenerator[Samples, None]:
         """As `Client.iter_samples`, for `async for`. To leave it early, `aclose` it: see contextlib.aclosing."""
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, output)
+        outputs = text("output", output)
+        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
         return self._carry_out(self._calls.stream(request, progress))
 
     async def models(self) -> list[Model]:
@@ -213,9 +218,9 @@ class AsyncClient:
         [models] = [one async for one in self._carry_out(self._calls.models())]
         return models
 
-    async def model(self, name: str) -> Model:
+    async def model(self, name: str, version: int | None = None) -> Model:
         """As `Client.model`."""
-        [model] = [one async for one in self._carry_out(self._calls.model(name))]
+        [model] = [one async for one in self._carry_out(self._calls.model(name, version))]
         return model
 
     async def aclose(self) -> None:

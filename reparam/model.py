@@ -9,7 +9,7 @@ from typing import Any
 class Model:
     """A model that the service has.
 
-    name, version: of this description, the latest version. versions: all that can be asked for.
+    name, version: of this description. versions: all that can be asked for.
     kind: "gaussian" or "gumbel". latent_shape: of one row; for Gumbel (variables, categories).
     image_shape: (channels, height, width). default_temperature: of a request that gives none.
     parameters: what a request may give, ("mu", "log_var") or ("logits",). outputs: what it may ask for.

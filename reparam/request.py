@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from operator import index
@@ -70,26 +70,25 @@ def sample_request(
     The seed is settled before the first try, so that a retry asks for the same rows. It is below 2**53, so that any
     reader of JSON can hand it back.
     """
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    names = _names(outputs)
+    scale = None if temperature is None else number("temperature", temperature)
     options = {
-        "model": model,
-        "version": None if version is None else _whole("version", version),
-        "temperature": None if temperature is None else _number("temperature", temperature),
+        "model": None if model is None else text("model", model),
+        "version": None if version is None else whole("version", version),
+        "temperature": scale,
         "hard": None if hard is None else _flag("hard", hard),
-        "prior": prior,
+        "prior": None if prior is None else text("prior", prior),
     }
-    rows, first = _whole("n", n), _whole("start", start)
-    chosen = secrets.randbelow(2**53) if seed is None else _whole("seed", seed)
+    rows, first = whole("n", n), whole("start", start)
+    chosen = secrets.randbelow(2**53) if seed is None else whole("seed", seed)
     if rows < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if not 0 <= chosen < SEEDS:
         raise ValueError(f"seed must be 0 .. 2**64 - 1, got {seed}; leave it out for a fresh one")
     if first < 0:
         raise ValueError(f"start must be at least 0, got {start}")
-    if temperature is not None and not 0 <= temperature < inf:
+    if scale is not None and not 0 <= scale < inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if not names or not set(names) <= set(DTYPES):
-        raise ValueError(f"outputs must be some of {', '.join(DTYPES)}, got {outputs!r}")
     parameters = {"mu": mu, "log_var": log_var, "logits": logits}
     return SampleRequest(
         n=rows,
@@ -101,7 +100,13 @@ def sample_request(
     )
 
 
-def _whole(name: str, value: SupportsIndex) -> int:
+def text(name: str, value: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{name} must be a string, got {value!r}")
+
+
+def whole(name: str, value: SupportsIndex) -> int:
     try:
         if not isinstance(value, bool):
             return index(value)
@@ -110,13 +115,23 @@ def _whole(name: str, value: SupportsIndex) -> int:
     raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
-def _number(name: str, value: float) -> float:
+def number(name: str, value: float) -> float:
+    """One beyond a float's range is infinite."""
     try:
-        if not isinstance(value, bool | str):
+        if not isinstance(value, bool | np.bool_ | str | bytes):
             return float(value)
+    except OverflowError:
+        return inf
     except TypeError:
         pass
     raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    names = (outputs,) if isinstance(outputs, str) or not isinstance(outputs, Iterable) else tuple(outputs)
+    if not names or not all(isinstance(name, str) and name in DTYPES for name in names):
+        raise ValueError(f"outputs must be some of {', '.join(DTYPES)}, got {outputs!r}")
+    return names
 
 
 def _flag(name: str, value: bool) -> bool:
@@ -128,10 +143,12 @@ def _flag(name: str, value: bool) -> bool:
 def _numbers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     try:
         given = np.asarray(values)
-        if np.iscomplexobj(given):
+        if given.dtype.kind == "O":  # whole numbers of more than 64 bits, and what is none
+            given = np.asarray(values, np.float64)
+        if given.dtype.kind not in "iuf":
             raise ValueError(f"they are {given.dtype}")
         array = given.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from error
     if not np.isfinite(array).all():
         at = tuple(int(axis[0]) for axis in np.nonzero(~np.isfinite(array)))
@@ -144,14 +161,15 @@ class Server:
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         try:
-            self.url = httpx.URL(base_url.rstrip("/"))
-        except httpx.InvalidURL as error:
+            self.url = httpx.URL(text("base_url", base_url).rstrip("/"))
+            host = self.url.host
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}: {error}") from error
-        if self.url.scheme not in ("http", "https") or not self.url.host or self.url.query or self.url.fragment:
+        if self.url.scheme not in ("http", "https") or not host or set("?#") & set(base_url):
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}")
         self.headers = {"User-Agent": f"reparam/{__version__}", "Accept-Encoding": "identity"}
         if api_key:
-            if not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+            if not (text("api_key", api_key).isascii() and api_key.isprintable() and api_key == api_key.strip()):
                 raise ValueError("api_key must be printable ASCII without blanks around it; is there a line end in it?")
             self.headers["Authorization"] = f"Bearer {api_key}"
 
@@ -161,8 +179,9 @@ class Server:
     def models(self, left: Left) -> httpx.Request:
         return self._request("GET", "/models", "application/json", left)
 
-    def model(self, name: str, left: Left) -> httpx.Request:
-        return self._request("GET", f"/models/{quote(name, safe='')}", "application/json", left)
+    def model(self, name: str, version: int | None, left: Left) -> httpx.Request:
+        path = f"/models/{quote(name, safe='')}" + ("" if version is None else f"/versions/{version}")
+        return self._request("GET", path, "application/json", left)
 
     def _request(self, method: str, path: str, accept: str, left: Left, content: bytes | None = None) -> httpx.Request:
         headers = {**self.headers, "Accept": accept}

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import ENOENT
+from errno import EISDIR, ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -116,11 +116,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+def check_place(path: Path) -> None:
+    """Raises OSError where no file can have this name."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "a folder has this name", str(path))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the name `path` when all is written, and is gone when something fails. Raises OSError."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
+    check_place(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with unfinished.open("xb") as file:

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service import __version__, schema
+from service.artifact import VERSION
 from service.brief import ShortWay
 from service.edge import OPEN, Edge, refused_by_router
 from service.errors import PROBLEMS, Unavailable, UnknownPath, clipped
@@ -99,6 +100,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> JSONResponse:
         service.ready()
         return JSONResponse(_describe(service, service.repository.find(name, None)))
+
+    @app.get("/models/{name}/versions/{version}", **schema.MODEL_VERSION)
+    async def model_version(name: str, version: str) -> JSONResponse:
+        service.ready()
+        if not VERSION.fullmatch(version):
+            raise UnknownPath(
+                f"a version is a whole number of at least 1, not {clipped(version)!r}; see /models/{name}"
+            )
+        return JSONResponse(_describe(service, service.repository.find(name, int(version))))
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:

@@ -21,7 +21,7 @@ from service.siblings import Report, Siblings
 log = logging.getLogger(__name__)
 
 # Of a process, and of a service the first that one of its processes is in.
-STATES = ("failed", "draining", "no model", "starting", "ready")
+STATES = ("failed", "draining", "no model", "no default model", "starting", "ready")
 
 
 @lru_cache(1)
@@ -82,7 +82,7 @@ class Service:
         gc.set_threshold(50_000, 20, 50)
         self._loaded = True
         if self.state == "starting":
-            self.state = "ready" if self.repository.default_name() in self.repository.models else "no model"
+            self.state = self.repository.state
 
     def report(self) -> Report:
         """How this process is."""

@@ -82,6 +82,13 @@ class Repository:
         """The model of a request that names none: the one that was chosen, else the first by name."""
         return self.default or min(self.models, default=None)
 
+    @property
+    def state(self) -> str:
+        """Whether every request finds a model."""
+        if not self.models:
+            return "no model"
+        return "ready" if self.default_name() in self.models else "no default model"
+
     def load(self, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
         """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody.
 

@@ -184,10 +184,11 @@ MODELS: Arguments = {
     "responses": {200: {"model": ModelList}, **_problems(401, 503)},
 }
 MODEL: Arguments = {
-    "summary": "One model",
+    "summary": "The latest version of a model",
     "tags": ["models"],
     "responses": {200: {"model": ModelDescription}, **_problems(401, 404, 503)},
 }
+MODEL_VERSION: Arguments = {**MODEL, "summary": "One version of a model"}
 LIVEZ: Arguments = {
     "summary": "Is every process of the service alive?",
     "tags": ["health"],

@@ -37,8 +37,8 @@ class Awaited:
     def models(self) -> list[Model]:
         return self.runner.run(self.client.models())
 
-    def model(self, name: str) -> Model:
-        return self.runner.run(self.client.model(name))
+    def model(self, name: str, version: int | None = None) -> Model:
+        return self.runner.run(self.client.model(name, version))
 
     def __enter__(self) -> Self:
         self.runner.run(self.client.__aenter__())

@@ -164,7 +164,7 @@ def test_a_repository_that_is_not_there_is_named(serve: Any, tmp_path: Path) -> 
 def test_without_the_default_model_the_service_is_not_ready(serve: Any) -> None:
     service: Running = serve(default_model="gone")
     ready = service.get("/readyz")
-    assert (ready.status_code, ready.json()["status"]) == (503, "no model")
+    assert (ready.status_code, ready.json()["status"]) == (503, "no default model")
     assert "REPARAM_DEFAULT_MODEL=gone is not served; there are: tiny-gaussian" in ready.json()["refused"]["gone"]
     assert service.post({}).status_code == 404
     assert service.post({"model": "tiny-gumbel"}).status_code == 200

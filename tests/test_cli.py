@@ -1,6 +1,7 @@
 """The command line, as it is typed."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,22 +23,30 @@ from tests.peer import Asked, Peer, as_json, problem, rows, silence
 def test_png_is_a_contact_sheet_and_the_line_printed_repeats_it(
     service: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = tmp_path / "first.png", tmp_path / "second.png"
-    assert main(["sample", "-n", "5", "-o", str(first), "--url", service.url]) == 0
-    printed, again = capsys.readouterr().out.split("; the same again: ")
-    assert printed == f"{first}: 5 rows of tiny-gaussian"
-    assert main(["sample", "-o", str(second), "--url", service.url, *again.split()]) == 0
-    assert first.read_bytes() == second.read_bytes()
-    with Image.open(first) as picture:
+    path = tmp_path / "my rows.png"
+    assert main(["sample", "-n", "5", "-o", str(path), "--url", service.url]) == 0
+    printed, again = capsys.readouterr().out.split("; the same again:\n")
+    assert printed == f"{path}: 5 rows of tiny-gaussian"
+    before = path.read_bytes()
+    path.unlink()
+    program, *arguments = shlex.split(again)
+    assert (program, main(arguments)) == ("reparam", 0)
+    assert path.read_bytes() == before
+    with Image.open(path) as picture:
         assert picture.size == (32, 22)
 
 
-def test_the_line_printed_has_every_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_printed_has_every_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Peer(rows()) as peer:
         chosen = ["--hard", "--temperature", "0.5", "--start", "4", "--seed", "9", "--output", "images"]
-        assert main(["sample", "-o", str(tmp_path / "x.npy"), "--url", peer.url, *chosen]) == 0
-    again = "-n 1 --model peer --version 3 --temperature 0.5 --hard --seed 9 --start 4 --output images"
-    assert capsys.readouterr().out.rstrip().endswith(again)
+        monkeypatch.setenv("REPARAM_URL", peer.url)
+        assert main(["sample", "-o", str(tmp_path / "x.npy"), *chosen]) == 0
+    again = (
+        "reparam sample -n 1 --model peer --version 3 --temperature 0.5 --hard --seed 9 --start 4 --output images -o"
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"{again} {tmp_path / 'x.npy'}"
 
 
 def test_npy_is_streamed_into_an_array(service: Running, tmp_path: Path) -> None:
@@ -109,10 +118,18 @@ def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("rows.npy", b"old")]
 
 
-def test_a_folder_that_is_missing_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".png"])
+def test_a_place_for_no_file_is_told_in_one_line_before_anything_is_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, suffix: str
+) -> None:
+    (tmp_path / f"folder{suffix}").mkdir()
     with Peer(rows()) as peer:
-        assert main(["sample", "-o", str(tmp_path / "none" / "x.npy"), "--url", peer.url]) == 1
-    assert capsys.readouterr().err == f"reparam: [Errno 2] no such folder: '{tmp_path / 'none'}'\n"
+        for place in (tmp_path / "none" / f"x{suffix}", tmp_path / f"folder{suffix}"):
+            assert main(["sample", "-o", str(place), "--url", peer.url]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"reparam: [Errno 2] no such folder: '{tmp_path / 'none'}'",
+        f"reparam: [Errno 21] a folder has this name: '{tmp_path / f'folder{suffix}'}'",
+    ]
     assert peer.asked == []
 
 

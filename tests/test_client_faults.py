@@ -312,7 +312,13 @@ def test_a_fresh_seed_is_one_that_any_reader_of_json_can_hand_back() -> None:
         ({"logits": [[1.0], [1.0, 2.0]]}, "logits must be an array of numbers"),
         ({"log_var": "much"}, "log_var must be an array of numbers"),
         ({"mu": [1.0 + 2.0j, 0.0]}, "mu must be an array of numbers: they are complex128"),
+        ({"mu": [True, False]}, "mu must be an array of numbers: they are bool"),
+        ({"mu": ["1", "2"]}, "mu must be an array of numbers: they are <U1"),
+        ({"mu": [10**400, 0]}, "mu must be an array of numbers: int too large"),
+        ({"temperature": 10**400}, "temperature must be a finite number of at least 0, got 1000"),
         ({"outputs": ()}, "outputs must be some of images, latents, codes, indices"),
+        ({"outputs": None}, "outputs must be some of images, latents, codes, indices, got None"),
+        ({"outputs": [["images"]]}, "outputs must be some of"),
         ({"outputs": "pixels"}, "got 'pixels'"),
     ],
 )
@@ -333,6 +339,11 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(connect: Connect, w
         ({"version": "latest"}, "version must be a whole number, got 'latest'"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"temperature": [1.0]}, r"temperature must be a number, got \[1.0\]"),
+        ({"temperature": True}, "temperature must be a number, got True"),
+        ({"temperature": np.bool_(True)}, "temperature must be a number, got"),
+        ({"temperature": b"1"}, "temperature must be a number, got b'1'"),
+        ({"model": 5}, "model must be a string, got 5"),
+        ({"prior": b"mixture"}, "prior must be a string, got b'mixture'"),
         ({"hard": "yes"}, "hard must be True or False, got 'yes'"),
     ],
 )
@@ -348,6 +359,8 @@ def test_an_argument_of_a_wrong_type_is_named(connect: Connect, wrong: Any, said
         ({"base_url": "localhost:8000"}, "must look like http://127.0.0.1:8000, got 'localhost:8000'"),
         ({"base_url": "http://host/?x=1"}, "must look like http://127.0.0.1:8000, got"),
         ({"base_url": "http://host#x"}, "must look like http://127.0.0.1:8000, got"),
+        ({"base_url": "http://host/?"}, "must look like http://127.0.0.1:8000, got"),
+        ({"base_url": "http://xn--.invalid"}, "must look like http://127.0.0.1:8000, got"),
         ({"base_url": "http://host:port"}, "Invalid port"),
         ({"api_key": "key\n"}, "is there a line end in it"),
         ({"timeout": 0}, "timeout must be more than 0 seconds, or None"),
@@ -357,3 +370,30 @@ def test_an_argument_of_a_wrong_type_is_named(connect: Connect, wrong: Any, said
 def test_wrong_settings_are_refused(settings: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Client(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"base_url": None}, "base_url must be a string, got None"),
+        ({"api_key": 5}, "api_key must be a string, got 5"),
+        ({"timeout": "5"}, "timeout must be a number, got '5'"),
+        ({"max_retries": 1.5}, "max_retries must be a whole number, got 1.5"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named(settings: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Client(**settings)
+
+
+@both
+def test_what_names_no_model_or_no_output_is_not_asked_for(connect: Connect) -> None:
+    with Peer(rows()) as peer, connect(peer.url) as client:
+        for name in ("", ".", ".."):
+            with pytest.raises(ValueError, match=f"name must be that of a model, got '{name}'"):
+                client.model(name)
+        with pytest.raises(TypeError, match="name must be a string, got 5"):
+            client.model(5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"output must be a string, got \('images',\)"):
+            next(client.iter_samples(3, output=("images",)))  # type: ignore[arg-type]
+    assert peer.asked == []

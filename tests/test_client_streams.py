@@ -177,7 +177,7 @@ def test_a_resumed_stream_takes_its_rows_of_the_parameters(connect: Connect) -> 
     mu, log_var = np.arange(20.0).reshape(10, 2), np.zeros(2)
     with Peer(rows(12), as_json(MODEL), rows(8), rows()) as peer, connect(peer.url) as client:
         assert numbers(list(client.iter_samples(10, mu=mu, log_var=log_var))) == list(range(10))
-    assert [asked.path for asked in peer.asked] == ["/sample", "/models/peer", "/sample", "/sample"]
+    assert [asked.path for asked in peer.asked] == ["/sample", "/models/peer/versions/3", "/sample", "/sample"]
     assert peer.asked[2].body["mu"] == mu[3:].tolist()
     assert peer.asked[3].body["mu"] == mu[5:].tolist()
     assert peer.asked[3].body["log_var"] == [0.0, 0.0]

@@ -134,6 +134,10 @@ def test_models_describe_themselves(service: Running) -> None:
     assert body["default"] == "tiny-gaussian"
     assert [model["name"] for model in body["models"]] == ["tiny-gaussian", "tiny-gumbel", "trouble"]
     gumbel = service.get("/models/tiny-gumbel").json()
+    assert service.get("/models/tiny-gumbel/versions/1").json() == gumbel
+    assert "has no version 2; this server has: 1" in service.get("/models/tiny-gumbel/versions/2").json()["detail"]
+    for odd in ("0", "one", "9" * 5000):
+        assert service.get(f"/models/tiny-gumbel/versions/{odd}").json()["type"] == "/problems/unknown-path"
     assert gumbel == body["models"][1]
     assert (gumbel["kind"], gumbel["latent_shape"], gumbel["image_shape"]) == ("gumbel", [4, 5], [1, 8, 8])
     assert (gumbel["parameters"], gumbel["outputs"]) == (["logits"], ["images", "codes", "indices"])
@@ -205,7 +209,7 @@ def test_the_api_is_documented(service: Running) -> None:
 def test_the_documented_api_asks_for_the_key_where_the_service_does(serve: Callable[..., Running]) -> None:
     api = serve(api_key="sesame").get("/openapi.json").json()
     asking = [path for path, methods in api["paths"].items() if any("security" in said for said in methods.values())]
-    assert sorted(asking) == ["/models", "/models/{name}", "/sample"]
+    assert sorted(asking) == ["/models", "/models/{name}", "/models/{name}/versions/{version}", "/sample"]
     assert api["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 

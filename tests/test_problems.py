@@ -54,7 +54,7 @@ def problem(response: httpx.Response, slug: str) -> dict[str, Any]:
         ({"tempreature": 1}, "/tempreature", "the fields are model, version, n, temperature"),
         ({"model": 3}, "/model", "got 3"),
         ({"version": "1"}, "/version", 'got "1"'),
-        ({"hard": True}, "/hard", "is gaussian and has no hard; it has: mu, log_var"),
+        ({"hard": True}, "/hard", "is gaussian and has no hard; of its own it has: mu, log_var"),
         ({"model": "tiny-gumbel", "hard": 1}, "/hard", "got 1"),
         ({"logits": [[0] * 5] * 4}, "/logits", "is gaussian and has no logits"),
         ({"model": "tiny-gumbel", "mu": [0, 0, 0]}, "/mu", "is gumbel and has no mu"),

@@ -67,7 +67,7 @@ class Brief(Job):
     """A request on the short way. To uvicorn, it is the cycle that the connection is in."""
 
     media_type = ""
-    disconnected = response_complete = False
+    disconnected = response_complete = more_body = False
 
     def __init__(self, way: ShortWay, request_id: bytes, keep_alive: bool, reply: Reply) -> None:
         super().__init__(way.sampling.engine, 0.0)

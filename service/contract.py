@@ -102,7 +102,7 @@ class Contract(BaseModel):
                 raise ArtifactError(f"the metadata has no key {key!r}") from error
             if first["type"] == "extra_forbidden":
                 raise ArtifactError(
-                    f"metadata key {key!r} is unknown; there are: {', '.join(cls.model_fields)}"
+                    f"metadata key {key!r} is unknown; {KEY_PREFIX}* are: {', '.join(cls.model_fields)}"
                 ) from error
             raise ArtifactError(
                 f"metadata key {key!r} is {clipped(repr(first['input']))}: {first['msg'].lower()}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from service.settings import DEVICES
+from service.settings import DeviceChoice
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -38,7 +38,7 @@ class Device:
     workers: int = 1
 
 
-def choose(wanted: DEVICES, tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0) -> Device:
+def choose(wanted: DeviceChoice, tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0) -> Device:
     """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners,
     workers: of the CPU, 0 for all cores, for one runner a core, and for one worker a core.
 

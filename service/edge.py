@@ -20,12 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import (
     MEDIA_TYPE,
     ClientLeft,
-    CutOff,
     MethodNotAllowed,
     Problem,
     Unauthorized,
     UnknownPath,
     clipped,
+    cut_off,
 )
 from service.logs import AccessLog
 from service.metrics import Metrics
@@ -73,10 +73,13 @@ class Edge:
         except ClientLeft:
             status = CLIENT_CLOSED
         except (Exception, asyncio.CancelledError) as caught:  # whatever it is, the client gets a problem document
-            error = CutOff() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels what is late
+            error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels what is late
             if status:  # half an answer is out, and cutting it short is all that can be said
                 about = {"request_id": request_id.decode(), "fault": str(error)}
-                log.warning("broken off", extra=about, exc_info=not isinstance(error, Problem))
+                foreseen = isinstance(error, Problem)
+                log.log(
+                    logging.WARNING if foreseen else logging.ERROR, "broken off", extra=about, exc_info=not foreseen
+                )
             else:
                 code, headers, body = refusal(error, request_id)
                 await send_with_id({"type": "http.response.start", "status": code, "headers": headers})

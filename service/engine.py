@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from service.contract import Arrays
-from service.errors import CutOff, DeadlineExceeded, Problem, QueueFull, Unavailable
+from service.errors import DeadlineExceeded, Problem, QueueFull, Unavailable, cut_off
 from service.job import Job
 from service.metrics import Metrics
 from service.patience import Patience
@@ -40,6 +40,7 @@ class Engine:
         self.max_queue_rows = max_queue_rows
         self.max_held_bytes = max_held_bytes
         self.held_bytes = 0
+        self._incoming_bytes = 0  # of these, of bodies that are not read yet
         self.jobs: set[Job] = set()
         self.runners = [Runner(self, number) for number in range(runners)]
         self.loop: asyncio.AbstractEventLoop
@@ -96,13 +97,20 @@ class Engine:
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
+        body = job.size
         self._admit(job, first, size)
+        self._incoming_bytes -= body
         job.ask(rows)
         self.grant(job, first)
 
     def hold(self, job: Job, size: int) -> None:
-        """The job holds so many more bytes until it is closed. Raises QueueFull."""
+        """So many more bytes of the job's body have come. Bodies that are not whole yet may be half of what is held, so
+        that clients who never end leave room for others. Raises QueueFull."""
+        limit = self.max_held_bytes // 2
+        if self._incoming_bytes > job.size and self._incoming_bytes + size > limit:
+            raise self._full(f"the bodies that come hold {self._incoming_bytes} bytes and the limit is {limit}")
         self._admit(job, 0, size)
+        self._incoming_bytes += size
 
     def window(self, model: Model) -> int:
         """Rows of one request that are computed ahead of its reader."""
@@ -127,6 +135,8 @@ class Engine:
             self.withdraw(job)
         self.jobs.discard(job)
         self.held_bytes -= job.size
+        if job.reading:
+            self._incoming_bytes -= job.size
 
     def expired(self, stage: str) -> DeadlineExceeded:
         """Count a deadline that passed in this stage, and tell it."""
@@ -159,22 +169,24 @@ class Engine:
     def abandon(self) -> None:
         """Answer whoever still waits for what runs: it comes too late."""
         for job in list(self.jobs):
-            job.fail(CutOff())
+            job.fail(cut_off())
 
     def _admit(self, job: Job, rows: int, size: int) -> None:
         """One rule for a row and for many: what would never fit goes in when nothing else is there."""
         waiting, others = self._scheduler.waiting, self.held_bytes - job.size
-        full = ""
         if waiting and waiting + rows > self.max_queue_rows:
-            full = f"{waiting} rows wait already and the limit is {self.max_queue_rows}"
-        elif others and self.held_bytes + size > self.max_held_bytes:
-            full = f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}"
-        if full:
-            seconds = max(1, math.ceil(waiting * self._seconds_per_row))
-            self._metrics.rejected.labels("queue-full").inc()
-            raise QueueFull(f"{full}: try again in {seconds} s", retry_after=seconds)
+            raise self._full(f"{waiting} rows wait already and the limit is {self.max_queue_rows}")
+        if others and self.held_bytes + size > self.max_held_bytes:
+            raise self._full(
+                f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}"
+            )
         job.size += size
         self.held_bytes += size
+
+    def _full(self, why: str) -> QueueFull:
+        seconds = max(1, math.ceil(self._scheduler.waiting * self._seconds_per_row))
+        self._metrics.rejected.labels("queue-full").inc()
+        return QueueFull(f"{why}: try again in {seconds} s", retry_after=seconds)
 
     def _open_gate_soon(self) -> None:
         """When the loop has read what had come, so that requests that came together run together; now, while they come

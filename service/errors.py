@@ -125,13 +125,6 @@ class Unavailable(Problem):
     meaning = "The service is starting, draining, or has no model to serve; try again after `Retry-After` seconds."
 
 
-class CutOff(Unavailable):
-    """What has not ended when the service must."""
-
-    def __init__(self) -> None:
-        super().__init__("the service ends before the answer is there: ask another replica, or again", retry_after=1)
-
-
 class DeadlineExceeded(Problem):
     slug = "deadline-exceeded"
     status = 504
@@ -140,6 +133,11 @@ class DeadlineExceeded(Problem):
 
 class ClientLeft(Exception):
     """The client closed the connection: nobody is left to answer."""
+
+
+def cut_off() -> Unavailable:
+    """Of what has not ended when the service must."""
+    return Unavailable("the service ends before the answer is there: ask another replica, or again", retry_after=1)
 
 
 _ALL: list[type[Problem]] = [Problem, *Problem.__subclasses__()]

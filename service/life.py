@@ -115,4 +115,6 @@ class Service:
     def ready(self) -> None:
         """Raises Unavailable."""
         if not self._loaded:
-            raise Unavailable(self._failure() or "the models are being loaded", retry_after=1)
+            failed = self._failure() is not None
+            said = "the models could not be loaded: /livez says why" if failed else "the models are being loaded"
+            raise Unavailable(said, retry_after=1)

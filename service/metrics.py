@@ -62,7 +62,9 @@ class Metrics:
         self.queue_oldest = gauge("queue_oldest_seconds", "How long the oldest of them has waited.")
         self.held_bytes = gauge("held_bytes", "Bytes that the answers being made hold.")
         self.model_served = gauge("model_served", "1 for each model served.", *model, "provider")
-        self.model_refused = gauge("models_refused", "Files in the repository that break the contract.")
+        self.model_refused = gauge(
+            "models_refused", "What the repository lacks or holds that cannot be served; /readyz lists it."
+        )
         gauge("noise_version_info", "Version of the noise contract.", "noise_version").labels(str(NOISE_VERSION)).set(1)
 
     def answered(self, path: str, status: int, seconds: float) -> None:

@@ -20,7 +20,9 @@ from service.patience import PATIENCE
 from service.responses import lines
 from service.transport import Cork, Flow
 
-MOST_LINES = 2**19  # bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them
+MOST_FRAMING = (
+    2**19
+)  # bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
 CLOSE = b"connection: close\r\n"
@@ -40,7 +42,7 @@ class Protocol(HttpToolsProtocol):
         self._idle_since = inf  # on the loop's clock; inf while it is not
         self._keep_alive: asyncio.TimerHandle | None = None
         self._in_head = False  # of a request that has begun
-        self._line_bytes = 0  # read since a request began, its head ended, or its body went on
+        self._framing_bytes = 0  # read since a request began, its head ended, or its body went on
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -67,10 +69,12 @@ class Protocol(HttpToolsProtocol):
         except Problem as problem:
             self._refuse(problem)
             return
-        self._line_bytes += len(data)
-        if self._line_bytes > MOST_LINES:
+        self._framing_bytes += len(data)
+        if self._framing_bytes > MOST_FRAMING:
             self._refuse(
-                MalformedRequest(f"the head of a request, or its trailer, has at most {MOST_LINES} bytes: send less")
+                MalformedRequest(
+                    f"a head, a trailer or the size of a chunk has at most {MOST_FRAMING} bytes: send less"
+                )
             )
         elif self._in_head:
             if self._late is None:
@@ -113,8 +117,9 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:
-        """Tell why there is no request to answer, unless an answer is under way, and hang up."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Tell why there is no request to answer, unless one that was whole is being answered, and hang up."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started):
             request_id = request_id_of({})
             status, headers, body = refusal(problem, request_id)
             head = lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
@@ -124,7 +129,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._idle_since = inf
-        self._in_head, self._line_bytes = True, 0
+        self._in_head, self._framing_bytes = True, 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -135,7 +140,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         parser = self.parser
-        self._in_head, self._line_bytes = False, 0
+        self._in_head, self._framing_bytes = False, 0
         if self._late is not None:
             self._late.cancel()
             self._late = None
@@ -154,7 +159,7 @@ class Protocol(HttpToolsProtocol):
             self._take_the_long_way()
 
     def on_body(self, body: bytes) -> None:
-        self._line_bytes = 0
+        self._framing_bytes = 0
         if not self._waiting:
             super().on_body(body)
             return

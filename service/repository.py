@@ -1,6 +1,7 @@
 """The model repository: <folder>/<model>/<version>/model.onnx, read once at start."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,9 +70,10 @@ class Repository:
         if version is None:
             return versions[max(versions)]
         if version not in versions:
+            why = ": it is refused, /readyz says why" if f"{name}/{version}" in self.refused else ""
+            has = ", ".join(map(str, sorted(versions)))
             raise UnknownModel(
-                f"model {name!r} has no version {version}; this server has: {', '.join(map(str, sorted(versions)))}",
-                available=self._available(),
+                f"model {name!r} has no version {version}{why}; this server has: {has}", available=self._available()
             )
         return versions[version]
 
@@ -96,7 +98,7 @@ class Repository:
         that will run them: onnxruntime keeps CUDA graphs for each thread apart.
         """
         try:
-            models = [path for path in _entries(folder) if path.is_dir()]
+            models = [path for path in _entries(folder) if os.path.isdir(path)]  # noqa: PTH112  # pathlib's raises for some
         except OSError as error:
             fault = f"the model repository {folder.absolute()} cannot be read ({error.strerror}): set REPARAM_ARTIFACTS"
             self._refuse("*", fault)
@@ -124,13 +126,18 @@ class Repository:
                 about |= {"batch_rows": model.batch_rows, "runners": device.runners}
                 about["load_seconds"] = round(time.perf_counter() - started, 3)
                 log.info("model loaded", extra={"model": model.name, "version": model.version, **about})
-        if self.models and self.default_name() not in self.models:
+        if not self.models and not self.refused:
+            fault = f"the model repository {folder.absolute()} holds no <model>/<version>/{MODEL_FILE}"
+            self._refuse("*", f"{fault}: set REPARAM_ARTIFACTS")
+        if self.state == "no default model":
             has = ", ".join(sorted(self.models))
-            self._refuse(f"{self.default}", f"REPARAM_DEFAULT_MODEL={self.default} is not served; there are: {has}")
+            self._refuse("REPARAM_DEFAULT_MODEL", f"{self.default} is not served; there are: {has}")
 
     def _refuse(self, label: str, fault: str) -> None:
+        """A name of a file may hold bytes that are no text."""
+        label, fault = (text.encode(errors="backslashreplace").decode() for text in (label, fault))
         self.refused[label] = fault
-        log.error("model refused", extra={"model": label, "fault": fault})
+        log.error("refused", extra={"model": label, "fault": fault})
 
 
 def open_model(name: str, version: int, path: Path, device: Device, max_rows: int, seconds: float) -> Model:
@@ -166,7 +173,11 @@ def _entries(folder: Path) -> list[Path]:
 
 def _versions(model: Path) -> list[Path]:
     """What is named like a version, or holds a model. Raises OSError."""
-    return [path for path in _entries(model) if VERSION.fullmatch(path.name) or (path / MODEL_FILE).exists()]
+    return [
+        path
+        for path in _entries(model)
+        if VERSION.fullmatch(path.name) or os.path.exists(path / MODEL_FILE)  # noqa: PTH110  # as above
+    ]
 
 
 def _check_names(version: Path) -> None:

@@ -152,8 +152,8 @@ def _prior(request: SampleRequest, model: Model, parameters: dict[str, Float32])
 @lru_cache(1024)
 def _check_outputs(model: Model, outputs: tuple[Output, ...]) -> None:
     for index, output in enumerate(outputs):
-        kind, has = model.contract.kind, ", ".join(model.contract.traits.outputs)
         if output not in model.contract.traits.outputs:
+            kind, has = model.contract.kind, ", ".join(model.contract.traits.outputs)
             problem = f"model {model.name!r} is {kind} and has no {output}; it has: {has}"
             raise _invalid([(("outputs", index), problem, output)])
     if len(set(outputs)) < len(outputs):

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import logging.config
 import os
 import socket
 from multiprocessing import parent_process
@@ -24,7 +23,6 @@ log = logging.getLogger("service")
 
 def serve(settings: Settings, listener: socket.socket, siblings: Siblings | None = None) -> None:
     """Serve at the listener until a signal ends it. Raises DeviceError."""
-    logging.config.dictConfig(log_config(settings))
     server = Server(create_app(settings, siblings), settings)
     server.run([listener])
     server.service.access_log.flush()
@@ -42,8 +40,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=settings.host,
-                port=settings.port,
                 http=Protocol,
                 ws="none",
                 interface="asgi3",

@@ -2,18 +2,33 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-DEVICES = Literal["auto", "cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
 def _fits_a_header(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x21-\x7e]+", key.get_secret_value()):
         raise ValueError("an API key is made of printable ASCII without blanks")
     return key
+
+
+def _no_service_link(port: Any) -> Any:
+    if isinstance(port, str) and port.startswith("tcp://"):
+        raise ValueError("Kubernetes sets this for a service called reparam: give the pod `enableServiceLinks: false`")
+    return port
 
 
 class Settings(BaseSettings):
@@ -36,19 +51,19 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface."""
-    port: int = Field(default=8000, ge=0, le=65535)
+    """Address to listen on, of a name its IPv4 one; 0.0.0.0 for every interface."""
+    port: Annotated[int, BeforeValidator(_no_service_link), Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 for any free one."""
     artifacts: Path = Path("artifacts")
     """The model repository: <model>/<version>/model.onnx."""
     default_model: str | None = None
     """Model of a request that names none; else the first by name."""
-    device: DEVICES = "auto"
+    device: DeviceChoice = "auto"
     """auto takes CUDA when it works; cuda refuses to start without it."""
     tf32: bool = False
     """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
     workers: NonNegativeInt = 0
-    """Processes that serve side by side, each with the models and its part of the limits on rows and bytes that wait; 0
+    """Processes that serve side by side, each with the models and its part of the limits on rows and bytes held; 0
     for one a core on the CPU, at most 4, and one on a GPU."""
     threads: NonNegativeInt = 0
     """Cores that the models may use on the CPU; 0 for all."""

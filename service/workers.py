@@ -6,7 +6,7 @@ passes from one to another. The kernel gives each connection to one of them (SO_
 """
 
 import contextlib
-import logging
+import logging.config
 import os
 import secrets
 import signal
@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
-from service.server import serve
+from service.server import log_config, serve
 from service.settings import Settings
 from service.siblings import Siblings
 
@@ -30,7 +30,7 @@ MARGIN = 5  # seconds that a worker has besides those that the settings give it 
 
 
 def run(settings: Settings, count: int) -> int:
-    """Serve with so many workers until a signal ends them; one is this process.
+    """Serve with so many workers until a signal ends them; one is this process. Ends it if there is no such port.
 
     Returns the exit status, 0 if the end was asked for and orderly.
     """
@@ -124,6 +124,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _work(settings: Settings, siblings: Siblings) -> None:
+    logging.config.dictConfig(log_config(settings))
     os.setpgrp()  # from here on a terminal's Ctrl-C reaches the parent alone, which passes it on
     serve(settings, _listener(settings, shared=True), siblings)
 
@@ -141,9 +142,13 @@ def _reserved(settings: Settings) -> socket.socket:
     reserved = socket.socket(_family(settings.host))
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a service before may linger
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if reserved.family == socket.AF_INET6:
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server has it
     reserved.bind(address)  # without listening: connections go to the workers
     return reserved
 
 
 def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+    """IPv4 where it has both. Raises OSError."""
+    families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6

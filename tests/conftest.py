@@ -95,15 +95,13 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
     started: list[tuple[Running, threading.Thread]] = []
 
     def start(**settings: Any) -> Running:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        chosen = Settings(**{"artifacts": repository, "port": port, "default_model": "tiny-gaussian", **settings})
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        chosen = Settings(**{"artifacts": repository, "default_model": "tiny-gaussian", **settings})
         app = create_app(chosen)
         server = Server(app, chosen)
-        thread = threading.Thread(target=server.run, daemon=True)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        running = Running(f"http://127.0.0.1:{port}", app.state.service, server)
+        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service, server)
         started.append((running, thread))
         wait_until(lambda: server.started and running.service.state != "starting")
         return running

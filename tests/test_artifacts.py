@@ -25,7 +25,7 @@ FAULTS: list[tuple[Surgery, str]] = [
     (rename_input("temperature", "tau"), "this file has noise, mu, log_var, tau"),
     (fix_batch(2), "'noise' has a fixed batch of 2"),
     (set_metadata("reparam.prior", None), "no key 'reparam.prior'"),
-    (set_metadata("reparam.mixtures", "null"), "'reparam.mixtures' is unknown; there are: kind, latent_shape"),
+    (set_metadata("reparam.mixtures", "null"), "'reparam.mixtures' is unknown; reparam.* are: kind, latent_shape"),
     (set_metadata("reparam.latent_shape", "[1000000, 1000000]"), "after the batch axis, not [1000000, 1000000]"),
     (set_metadata("reparam.kind", None), "no key 'reparam.kind'"),
     (set_metadata("reparam.noise_version", "2"), "'reparam.noise_version' is 2"),
@@ -113,6 +113,8 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     shutil.copytree(folder / "digits" / "1", folder / "digits" / "v4")
     shutil.copytree(folder / "digits", folder / "my digits")
     (folder / "lost+found").mkdir()
+    latin = folder / os.fsdecode(b"caf\xe9")
+    shutil.copytree(folder / "digits", latin)
     (folder / "outside" / "1").mkdir(parents=True)
     (folder / "outside" / "1" / "model.onnx").symlink_to(good)
     (folder / "inside" / "1").mkdir(parents=True)
@@ -123,7 +125,7 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     assert ready.status_code == 200
     assert ready.json()["models"] == {"digits": [1, 3], "inside": [1]}
     refused = ready.json()["refused"]
-    misnamed = {f"my digits/{version}" for version in ("1", "3", "10", "v4")}
+    misnamed = {f"{name}/{version}" for name in ("my digits", "caf\\udce9") for version in ("1", "3", "10", "v4")}
     assert set(refused) == {"digits/10", "digits/v4", "unnamed/1", "hollow/1", "outside/1"} | misnamed
     assert "a version is a whole number" in refused["digits/v4"]
     assert all("begins with a letter or digit: rename the folder" in refused[label] for label in misnamed)
@@ -133,9 +135,11 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     assert "a link leads out of the repository" in refused["outside/1"]
     assert service.post({}).json()["version"] == 3
     assert service.post({"version": 1}).json()["version"] == 1
-    assert "reparam_models_refused 9.0" in service.get("/metrics").text
+    assert "reparam_models_refused 13.0" in service.get("/metrics").text
     detail = service.post({"model": "hollow"}).json()["detail"]
     assert detail == "refused model 'hollow': /readyz says why; this server has: digits, inside"
+    detail = service.post({"version": 10}).json()["detail"]
+    assert detail == "model 'digits' has no version 10: it is refused, /readyz says why; this server has: 1, 3"
 
 
 def test_a_file_that_breaks_its_reader_breaks_nothing_else(serve: Any, good: Path, tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_without_the_default_model_the_service_is_not_ready(serve: Any) -> None:
     service: Running = serve(default_model="gone")
     ready = service.get("/readyz")
     assert (ready.status_code, ready.json()["status"]) == (503, "no default model")
-    assert "REPARAM_DEFAULT_MODEL=gone is not served; there are: tiny-gaussian" in ready.json()["refused"]["gone"]
+    assert ready.json()["refused"]["REPARAM_DEFAULT_MODEL"].startswith("gone is not served; there are: tiny-gaussian")
     assert service.post({}).status_code == 404
     assert service.post({"model": "tiny-gumbel"}).status_code == 200
     assert service.get("/models").json()["default"] == "gone"
@@ -179,6 +183,9 @@ def test_a_folder_that_cannot_be_read_hurts_no_other(good: Path) -> None:
             (folder / name / "1").mkdir(parents=True)
             shutil.copy(good, folder / name / "1")
             (folder / name).chmod(0o755 if name == "open" else 0)
+        (folder / "linked").symlink_to(folder / "closed" / "1")
+        (folder / "long").symlink_to("x" * 300)
+        (folder / "open" / "private").mkdir(mode=0o700)
         folder.chmod(0o755)
         with as_nobody():
             repository.load(folder, device, 64, 0.001)

@@ -1,6 +1,7 @@
 """What comes over a connection besides requests as they should be."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -70,8 +71,8 @@ def test_a_head_without_end_is_refused(service: Running) -> None:
     with connect(service) as connection:
         connection.sendall(b"POST /sample HTTP/1.1\r\n")
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            connection.sendall(line * (40 * protocol.MOST_LINES // len(line)))
-    many = request(BODY).replace(b"Host:", line * (protocol.MOST_LINES // len(line) // 4) + b"Host:")
+            connection.sendall(line * (40 * protocol.MOST_FRAMING // len(line)))
+    many = request(BODY).replace(b"Host:", line * (protocol.MOST_FRAMING // len(line) // 4) + b"Host:")
     assert ask(service, many)[0] == 200
 
 
@@ -82,7 +83,37 @@ def test_a_trailer_or_the_size_of_a_chunk_without_end_is_refused(service: Runnin
     with connect(service) as connection:
         connection.sendall(head + begun)
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            connection.sendall(b"X-More: ".ljust(40 * protocol.MOST_LINES, b"a"))
+            connection.sendall(b"X-More: ".ljust(40 * protocol.MOST_FRAMING, b"a"))
+
+
+@pytest.mark.parametrize("path", [b"/sample", b"/models"])
+def test_a_trailer_that_is_too_long_is_told_so(service: Running, path: bytes) -> None:
+    """Also when the request went the long way, which waits for the end of the body."""
+    with connect(service) as connection:
+        connection.sendall(b"POST %b HTTP/1.1\r\nHost: reparam\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" % path)
+        if path == b"/sample":
+            wait_until(lambda: any(job.reading for job in service.service.engine.jobs))
+            connection.sendall(b"X-More: ".ljust(protocol.MOST_FRAMING + 1, b"a"))
+            assert answer(connection)[0] == 400
+        else:
+            assert answer(connection)[0] == 405
+
+
+def test_bodies_that_never_end_leave_room_for_others(serve: Callable[..., Running]) -> None:
+    service = serve(max_held_bytes=600_000)
+    engine = service.service.engine
+    begun = request({}).replace(b"Content-Length: 2", b"Content-Length: 100000")[:-2] + b"{".ljust(80_000)
+    with contextlib.ExitStack() as uploads:
+        for _ in range(3):
+            uploads.enter_context(connect(service)).sendall(begun)
+        wait_until(lambda: engine.held_bytes == 3 * 80_000)
+        one_more = uploads.enter_context(connect(service))
+        one_more.sendall(begun)
+        status, body = answer(one_more)
+        assert (status, json.loads(body)["type"]) == (429, "/problems/queue-full")
+        assert "bytes and the limit is 300000: try again" in json.loads(body)["detail"]
+        assert service.post({"n": 10}).status_code == 200
+    wait_until(lambda: engine.held_bytes == engine._incoming_bytes == 0)
 
 
 def test_a_body_counts_as_held_while_it_comes(serve: Callable[..., Running]) -> None:

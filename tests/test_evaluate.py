@@ -15,7 +15,7 @@ from export.config import TrainConfig
 from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate
 from export.train import train
-from tests.conftest import wait_until
+from tests.conftest import small, wait_until
 
 
 def test_evaluation_repeats_itself_and_more_samples_tighten_the_bound(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -78,6 +78,14 @@ def test_an_evaluation_wants_the_data_of_the_run(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", images=1 - images)
     with pytest.raises(RunError, match="has changed since"):
         evaluate(tmp_path / "r", samples=1, rows=None, seed=0)
+
+
+def test_images_that_are_alike_have_draws_of_their_own(tmp_path: Path) -> None:
+    images = np.tile(np.random.default_rng(0).integers(0, 256, (1, 8, 8), np.uint8), (200, 1, 1))
+    np.savez(tmp_path / "alike.npz", train=images, test=images)
+    train(small(data=str(tmp_path / "alike.npz")), tmp_path / "r", resume=False, sheet_every=1)
+    half, whole = (evaluate(tmp_path / "r", samples=1, rows=rows, seed=0)["bound"] for rows in (100, 200))
+    assert half != whole  # the second hundred are computed apart
 
 
 def test_the_standard_error_falls_with_the_root_of_the_images(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_each_epoch_has_draws_of_its_own(drawn: str) -> None:
     model = GaussianVAE(VAEConfig((1, 8, 8), (3,), "mlp", (4,)))
     without_noise(model)
     by_order = drawn == "order"
+    if not by_order:
+        pixels = pixels[:1].expand_as(pixels)  # whose order makes no difference
     config = small(epochs=2, binarize=not by_order, batch_size=4 if by_order else 11, kl_warm_up=0)
 
     def first_gradient(epoch: int) -> Tensor:

@@ -54,7 +54,7 @@ Flow = Generator[Send | Read | Sleep | Emit[T], Any, None]
 
 
 class Calls:
-    """The flows of one client. Raises ValueError for settings that make no sense."""
+    """The flows of one client. Raises ValueError, TypeError for settings that make no sense."""
 
     def __init__(self, base_url: str, api_key: str | None, timeout: float | None, max_retries: int) -> None:
         if timeout is not None and not number("timeout", timeout) > 0:

@@ -106,7 +106,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         service.ready()
         if not VERSION.fullmatch(version):
             raise UnknownPath(
-                f"a version is a whole number of at least 1, not {clipped(version)!r}; see /models/{name}"
+                f"a version is a whole number of at least 1, not {clipped(version)!r}; see /models/{clipped(name)}"
             )
         return JSONResponse(_describe(service, service.repository.find(name, int(version))))
 

@@ -34,13 +34,18 @@ class ArtifactError(Exception):
 @dataclass(frozen=True)
 class Kind:
     """What distinguishes the kinds of model: their parameters, the latent output of their graph, their noise, and of a
-    request the fields that only they have and the outputs that it may ask for."""
+    request the outputs that it may ask for and the flags that only they have."""
 
     parameters: tuple[str, ...]
     latents: str
     noise: Callable[[noise.Words], noise.Float32]
-    fields: tuple[str, ...]
     outputs: tuple[Output, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of a request, those that only this kind has."""
+        return (*self.parameters, *self.flags)
 
 
 KINDS = {
@@ -48,15 +53,14 @@ KINDS = {
         parameters=("mu", "log_var"),
         latents="latents",
         noise=noise.normal,
-        fields=("mu", "log_var"),
         outputs=("images", "latents"),
     ),
     "gumbel": Kind(
         parameters=("logits",),
         latents="codes",
         noise=noise.gumbel,
-        fields=("logits", "hard"),
         outputs=("images", "codes", "indices"),
+        flags=("hard",),
     ),
 }
 
@@ -86,9 +90,11 @@ class Contract(BaseModel):
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Contract":
         """Raises ArtifactError naming the key."""
         fields: dict[str, Any] = {}
-        for key in [key for key in metadata if key.startswith(KEY_PREFIX)]:
+        for key, value in metadata.items():
+            if not key.startswith(KEY_PREFIX):
+                continue
             try:
-                fields[key.removeprefix(KEY_PREFIX)] = json.loads(metadata[key])
+                fields[key.removeprefix(KEY_PREFIX)] = json.loads(value)
             except (ValueError, RecursionError) as error:
                 raise ArtifactError(f"metadata key {key!r} is not JSON: {error}") from error
         try:

@@ -20,9 +20,8 @@ from service.patience import PATIENCE
 from service.responses import lines
 from service.transport import Cork, Flow
 
-MOST_FRAMING = (
-    2**19
-)  # bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them
+# Bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them.
+MOST_FRAMING = 2**19
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
 CLOSE = b"connection: close\r\n"

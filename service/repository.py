@@ -111,27 +111,31 @@ class Repository:
                     self._refuse(path.name, f"{path} cannot be read: {error.strerror}")
                 continue
             for version in versions:
-                started = time.perf_counter()
-                try:
-                    _check_names(version)
-                    file = _inside(version / MODEL_FILE, folder)
-                    model = open_model(path.name, int(version.name), file, device, max_rows, seconds)
-                except Exception as error:  # onnxruntime's errors have no common base but this
-                    fault = str(error) if isinstance(error, ArtifactError) else f"{version}: {error!r}"
-                    self._refuse(f"{path.name}/{version.name}", fault)
-                    continue
-                self._found.clear()
-                self.models.setdefault(model.name, {})[model.version] = model
-                about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
-                about |= {"batch_rows": model.batch_rows, "runners": device.runners}
-                about["load_seconds"] = round(time.perf_counter() - started, 3)
-                log.info("model loaded", extra={"model": model.name, "version": model.version, **about})
+                self._load(version, folder, device, max_rows, seconds)
         if not self.models and not self.refused:
             fault = f"the model repository {folder.absolute()} holds no <model>/<version>/{MODEL_FILE}"
             self._refuse("*", f"{fault}: set REPARAM_ARTIFACTS")
         if self.state == "no default model":
             has = ", ".join(sorted(self.models))
             self._refuse("REPARAM_DEFAULT_MODEL", f"{self.default} is not served; there are: {has}")
+
+    def _load(self, version: Path, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
+        name, started = version.parent.name, time.perf_counter()
+        try:
+            _check_names(version)
+            model = open_model(
+                name, int(version.name), _inside(version / MODEL_FILE, folder), device, max_rows, seconds
+            )
+        except Exception as error:  # onnxruntime's errors have no common base but this
+            fault = str(error) if isinstance(error, ArtifactError) else f"{version}: {error!r}"
+            self._refuse(f"{name}/{version.name}", fault)
+            return
+        self._found.clear()
+        self.models.setdefault(name, {})[model.version] = model
+        about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
+        about |= {"batch_rows": model.batch_rows, "runners": device.runners}
+        about["load_seconds"] = round(time.perf_counter() - started, 3)
+        log.info("model loaded", extra={"model": name, "version": model.version, **about})
 
     def _refuse(self, label: str, fault: str) -> None:
         """A name of a file may hold bytes that are no text."""

@@ -131,8 +131,8 @@ def _check_kind(request: SampleRequest, model: Model) -> None:
     for name in _OF_ONE_KIND:
         value = getattr(request, name)
         if name not in known and value is not None and value is not False:
-            has = f"{model.contract.kind} and has no {name}; of its own it has: {', '.join(known)}"
-            problem = f"model {model.name!r} is {has}"
+            kind, has = model.contract.kind, ", ".join(known)
+            problem = f"model {model.name!r} is {kind} and has no {name}; of its own it has: {has}"
             raise _invalid([((name,), problem, value)])
 
 

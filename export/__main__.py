@@ -156,10 +156,10 @@ class Publish(Command):
     0.02. Latents are float32."""
 
     def cli_cmd(self) -> None:
-        from export.publish import publish
+        from export.publish import publish_run
 
         print("exporting both graphs, then comparing them with the network ...", flush=True)
-        print(f"published {publish(self.run, self.name, self.artifacts, self.precision)}")
+        print(f"published {publish_run(self.run, self.name, self.artifacts, self.precision)}")
 
 
 class Inspect(Command):

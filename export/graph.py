@@ -8,7 +8,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.objectives import VAE
+from export.errors import GateError
+from export.network import Network
 from service.contract import IMAGE_OUTPUTS, KINDS
 
 OPSET = 18
@@ -18,21 +19,21 @@ EXAMPLE_ROWS = 2  # a batch of 1 would be traced as a constant
 class Sampler(nn.Module):
     """The graph of model.onnx: noise, parameters and temperature in; latents, images in [0, 1] and uint8 pixels out."""
 
-    def __init__(self, model: VAE) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, noise: Tensor, *parameters_and_temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *parameters, temperature = parameters_and_temperature
-        latents = self.model.sample(tuple(parameters), noise, temperature)
-        images = torch.sigmoid(self.model.decode(latents))
+        latents = self.model.family.sample(tuple(parameters), noise, temperature)
+        images = self.model.decode(latents)
         return latents, images, (images * 255).round().to(torch.uint8)
 
 
 class Encoder(nn.Module):
     """The graph of encoder.onnx: images in [0, 1] in, the parameters of q(z | x) out; never a sample."""
 
-    def __init__(self, model: VAE) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -40,22 +41,24 @@ class Encoder(nn.Module):
         return self.model.encode(images)
 
 
-def sampler_inputs(model: VAE, rows: int) -> dict[str, Tensor]:
+def sampler_inputs(model: Network, rows: int) -> dict[str, Tensor]:
     """Inputs of the sampler, by name, of the right shapes."""
-    latent = torch.zeros(rows, *model.config.latent_shape)
+    latent = torch.zeros(rows, *model.latent_shape)
     return {
-        **{name: latent.clone() for name in ("noise", *model.parameter_names)},
+        **{name: latent.clone() for name in ("noise", *model.family.parameter_names)},
         "temperature": torch.ones(rows),
     }
 
 
-def export_sampler(model: VAE) -> onnx.ModelProto:
+def export_sampler(model: Network) -> onnx.ModelProto:
+    """Raises GateError where torch cannot."""
     return _export(Sampler(model), sampler_inputs(model, EXAMPLE_ROWS), [KINDS[model.kind].latents, *IMAGE_OUTPUTS])
 
 
-def export_encoder(model: VAE) -> onnx.ModelProto:
-    images = torch.zeros(EXAMPLE_ROWS, *model.config.image_shape)
-    return _export(Encoder(model), {"images": images}, list(model.parameter_names))
+def export_encoder(model: Network) -> onnx.ModelProto:
+    """Raises GateError where torch cannot."""
+    images = torch.zeros(EXAMPLE_ROWS, *model.image_shape)
+    return _export(Encoder(model), {"images": images}, list(model.family.parameter_names))
 
 
 def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
@@ -66,17 +69,21 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
-        program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=outputs,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            fault = str(error.__cause__ or error).partition("\n")[0]
+            raise GateError(f"torch cannot export the {type(module).__name__.lower()}: {fault}") from error
     assert program is not None  # noqa: S101  # it is only with dynamo=False
     proto = program.model_proto
     for node in [*proto.graph.node, *proto.graph.value_info]:

@@ -61,11 +61,13 @@ def default_components(images: int) -> int:
     return min(MOST_COMPONENTS, max(1, images // IMAGES_EACH))
 
 
-def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixture:
+def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed: int) -> Mixture:
     """The mixture with the largest likelihood near where k-means begins, by expectation maximization (Dempster, Laird
     and Rubin, 1977).
 
-    latents: (n, *latent_shape), one-hot codes for a categorical model. Raises RunError if too few of them differ.
+    family: of the components, a model or its class. latents: (n, *latent_shape), one-hot codes for a categorical model.
+
+    Raises RunError if too few of them differ.
     """
     distinct = len(latents.flatten(1).unique(dim=0))
     if distinct < components:
@@ -76,8 +78,8 @@ def fit_mixture(model: VAE, latents: Tensor, components: int, seed: int) -> Mixt
     for _ in tqdm(range(MOST_ROUNDS), desc=f"mixture of {components}", leave=False, disable=None):
         # A component that no latent is near keeps a trace of all of them.
         responsibilities = responsibilities + 1e-10
-        mixture = Mixture(responsibilities.mean(0).log(), model.most_likely(latents, responsibilities))
-        joint = torch.cat([mixture.joint(model, part) for part in latents.split(ENCODED)])
+        mixture = Mixture(responsibilities.mean(0).log(), family.most_likely(latents, responsibilities))
+        joint = torch.cat([mixture.joint(family, part) for part in latents.split(ENCODED)])
         likelihood = joint.logsumexp(1).mean().item()
         if likelihood - before < CONVERGED:
             break

@@ -78,9 +78,9 @@ def start_at(decoder: nn.Sequential, mean: Tensor) -> None:
     last.bias.copy_(torch.logit(mean.clamp(RAREST, 1 - RAREST)).flatten())
 
 
-def halved(decoder: nn.Sequential) -> nn.Sequential:
+def halved(decoder: nn.Module) -> nn.Sequential:
     """Round a decoder's weights to float16, and let it compute so; float32 in and out."""
-    return nn.Sequential(_Cast(torch.float16), *decoder.half(), _Cast(torch.float32))
+    return nn.Sequential(_Cast(torch.float16), decoder.half(), _Cast(torch.float32))
 
 
 class _Cast(nn.Module):

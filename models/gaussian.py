@@ -1,7 +1,7 @@
 """VAE with a Gaussian latent (Kingma and Welling, 2014, https://arxiv.org/abs/1312.6114)."""
 
 from math import log, pi, prod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class GaussianVAE(nn.Module):
     """p(z) = N(0, I) or a learned mixture of Gaussians, q(z | x) = N(mu(x), sigma(x)^2), p(x | z) Bernoulli in every
     pixel."""
 
-    kind: ClassVar = "gaussian"
+    kind: ClassVar[Literal["gaussian"]] = "gaussian"
     parameter_names: ClassVar = ("mu", "log_var")
     default_temperature: ClassVar = 1.0
 

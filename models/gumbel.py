@@ -4,7 +4,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class GumbelVAE(nn.Module):
     """p(z) = D independent categories of K with learned logits, or a learned mixture of such, q(z | x) =
     softmax(logits(x)), p(x | z) Bernoulli in every pixel."""
 
-    kind: ClassVar = "gumbel"
+    kind: ClassVar[Literal["gumbel"]] = "gumbel"
     parameter_names: ClassVar = ("logits",)
     default_temperature: ClassVar = 0.0
 

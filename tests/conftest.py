@@ -15,7 +15,7 @@ import pytest
 from export.config import TrainConfig
 from export.evaluate import evaluate
 from export.prior import fit_prior
-from export.publish import publish
+from export.publish import publish_run
 from export.train import train
 from service.app import create_app
 from service.life import Service
@@ -64,7 +64,7 @@ def repository(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """A model repository with `tiny-gaussian`, `tiny-gumbel`, and `trouble`, whose temperature decides how it fails."""
     folder = tmp_path_factory.mktemp("artifacts")
     for name, run in runs.items():
-        publish(run, name, folder)
+        publish_run(run, name, folder)
     make_trouble(folder / "tiny-gaussian" / "1" / "model.onnx", folder / "trouble" / "1" / "model.onnx")
     return folder
 
@@ -85,7 +85,7 @@ def mixed(fitted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     """A model repository of those, each named by its kind."""
     repository = tmp_path_factory.mktemp("mixed")
     for kind, folder in fitted.items():
-        publish(folder, kind, repository)
+        publish_run(folder, kind, repository)
     return repository
 
 

@@ -17,7 +17,7 @@ from export.errors import RunError
 from export.evaluate import evaluate
 from export.objectives import importance_weighted_bound, log_likelihood
 from export.prior import default_components, fit_mixture, fit_prior
-from export.publish import publish
+from export.publish import publish_run
 from export.run import Run
 from export.train import train
 from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
@@ -139,7 +139,7 @@ def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: s
     assert used[0] == pytest.approx(COMPONENTS)  # alike
     assert 1 < used[1] < COMPONENTS
     evaluate(run.folder, samples=2, rows=50, seed=0)
-    contract = load(publish(run.folder, kind, tmp_path / "artifacts") / "model.onnx").contract
+    contract = load(publish_run(run.folder, kind, tmp_path / "artifacts") / "model.onnx").contract
     weights, components = contract.mixture_arrays()
     np.testing.assert_allclose(weights, learned.log_weights.detach().exp(), rtol=1e-6)
     for name, expected, nearest in zip(model.parameter_names, learned.parameters, model.nearest(learned), strict=True):
@@ -174,7 +174,7 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
     # What was evaluated with another prior may not be published either.
     (folder / "prior.safetensors").unlink()
     with pytest.raises(RunError, match="no evaluation of its last checkpoint and prior"):
-        publish(folder, "stale", tmp_path / "artifacts")
+        publish_run(folder, "stale", tmp_path / "artifacts")
 
 
 def test_more_components_than_images_are_refused(fitted: dict[str, Path]) -> None:

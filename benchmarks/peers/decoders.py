@@ -6,30 +6,32 @@ from torch import Tensor, nn
 
 from export import recipes
 from export.config import TrainConfig
-from export.objectives import VAE
+from export.network import Network
 from export.run import RunConfig
-from models import GaussianVAE, VAEConfig
 from models.bodies import halved
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
 GROUPS = 32  # of a normalization
 
 
-def demo(name: str) -> VAE:
+def demo(name: str) -> Network:
     """The network of a recipe, untrained: which weights it has does not change its speed."""
     train = TrainConfig(**recipes.recipe(name))
-    return RunConfig(train=train, data_name="", data_sha256="", image_shape=(1, 28, 28)).build().eval()
+    return Network.of(RunConfig(train=train, data_name="", data_sha256="", image_shape=(1, 28, 28)).build())
 
 
-class Autoencoder(GaussianVAE):
+def autoencoder(channels: tuple[int, ...] = (512, 512, 256, 128), side: int = 64) -> Network:
     """A decoder of the size of Stable Diffusion's (AutoencoderKL; Rombach et al., 2022): latents (4, 64, 64), images
     (3, 512, 512), 49 million random weights in float16. It has no encoder."""
-
-    def __init__(self, channels: tuple[int, ...] = (512, 512, 256, 128), side: int = 64) -> None:
-        nn.Module.__init__(self)
-        image = side * 2 ** (len(channels) - 1)
-        self.config = VAEConfig((3, image, image), (4, side, side), "conv", channels)
-        self.decoder = halved(nn.Sequential(*_layers(channels)))
+    image = side * 2 ** (len(channels) - 1)
+    return Network(
+        "gaussian",
+        latent_shape=(4, side, side),
+        image_shape=(3, image, image),
+        encoder=nn.Identity(),
+        decoder=halved(nn.Sequential(*_layers(channels))),
+        logits=True,
+    )
 
 
 def _layers(channels: tuple[int, ...]) -> Iterator[nn.Module]:

@@ -18,9 +18,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from benchmarks.peers.decoders import DEMOS, Autoencoder, demo
+from benchmarks.peers.decoders import DEMOS, autoencoder, demo
 from export.graph import Sampler, export_sampler, sampler_inputs
-from export.objectives import VAE
+from export.network import Network
 from service.contract import Contract
 from service.devices import choose
 from service.repository import Model, open_model
@@ -42,10 +42,10 @@ def main(seconds: float, rounds: int) -> None:
     if not on_gpu:
         torch.set_num_threads(device.threads)  # as many as one run of ours has
     torch.backends.cudnn.allow_tf32 = False  # as ours
-    networks: dict[str, VAE] = {name: demo(name) for name in DEMOS}
+    networks: dict[str, Network] = {name: demo(name) for name in DEMOS}
     cases = [(name, rows) for name in DEMOS for rows in ROWS]
     if on_gpu:
-        networks[LARGE] = Autoencoder()
+        networks[LARGE] = autoencoder()
         cases += [(LARGE, rows) for rows in LARGE_ROWS]
     seen: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
@@ -63,14 +63,14 @@ def main(seconds: float, rounds: int) -> None:
     print(json.dumps({"device": device.name, "name": where, "reason": device.reason, "rows_per_second": seen}))
 
 
-def _artifact(model: VAE, path: Path) -> Path:
+def _artifact(model: Network, path: Path) -> Path:
     """A file that the service would load; nothing in it was evaluated."""
     contract = Contract(
-        kind=model.kind,  # type: ignore[arg-type]
-        latent_shape=model.config.latent_shape,
-        image_shape=model.config.image_shape,  # type: ignore[arg-type]
-        prior=dict.fromkeys(model.parameter_names, 0.0),
-        default_temperature=model.default_temperature,
+        kind=model.kind,
+        latent_shape=model.latent_shape,
+        image_shape=model.image_shape,  # type: ignore[arg-type]
+        prior=dict.fromkeys(model.family.parameter_names, 0.0),
+        default_temperature=model.family.default_temperature,
         noise_version=1,
         trained_on={},
         evaluation={},
@@ -83,7 +83,7 @@ def _artifact(model: VAE, path: Path) -> Path:
     return path
 
 
-def _ways(model: VAE, served: Model, rows: int, device: str) -> Iterator[tuple[str, Way]]:
+def _ways(model: Network, served: Model, rows: int, device: str) -> Iterator[tuple[str, Way]]:
     where = torch.device(device)
     buckets, inputs = served.buckets[0], _inputs(model, rows)
     for name, array in inputs.items():
@@ -98,7 +98,7 @@ def _ways(model: VAE, served: Model, rows: int, device: str) -> Iterator[tuple[s
     yield "torch.compile", lambda: _through(compiled, inputs, where)
 
 
-def _inputs(model: VAE, rows: int) -> Arrays:
+def _inputs(model: Network, rows: int) -> Arrays:
     random = np.random.default_rng(0)
     shapes = {name: tuple(tensor.shape) for name, tensor in sampler_inputs(model, rows).items()}
     return {

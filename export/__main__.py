@@ -98,11 +98,14 @@ class Evaluate(Command):
     """Where it computes, each with draws of its own. Default: on a GPU if torch finds one."""
 
     def cli_cmd(self) -> None:
-        from export.evaluate import evaluate
+        from export.evaluate import evaluate, read_evaluation
+        from export.run import Run
 
         found = evaluate(self.run, samples=self.samples, rows=self.images, seed=self.seed, device=self.device)
         for key, value in found.items():
             print(f"{key:22} {value:.4f}" if isinstance(value, float) else f"{key:22} {value}")
+        if (kept := read_evaluation(Run(self.run))) != found:
+            print(f"{self.run} keeps, and publishes, one by more latents: m {kept['m']}, {kept['images']} images")
 
 
 class Quality(Command):

@@ -35,8 +35,8 @@ def evaluate(
     that as the prior too. Gumbel codes are one-hot. The same arguments give the same numbers on the same device, also
     after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
 
-    rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder. Raises
-    RunError.
+    rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder, unless that has
+    one of more latents, of the same weights. Raises RunError.
     """
     run = Run(folder)
     config, where = run.config(), use_device(device)
@@ -77,7 +77,8 @@ def evaluate(
         "seed": seed,
     }
     stamped = {"fingerprint": stamp["fingerprint"], **result}
-    write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
+    if not _has_more(run, result):
+        write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
     (folder / PARTIAL).unlink()
     return result
 
@@ -161,6 +162,16 @@ def read_evaluation(run: Run) -> dict[str, str | int | float]:
             f"{run.folder} has no evaluation of its last checkpoint and prior: `python -m export evaluate {run.folder}`"
         )
     return stamped
+
+
+def _has_more(run: Run, result: dict[str, Any]) -> bool:
+    """Whether the run has an evaluation by more latents than this."""
+    try:
+        kept = read_evaluation(run)
+        latents = int(kept["images"]) * int(kept["m"])
+    except (RunError, KeyError, ValueError):
+        return False
+    return latents > int(result["images"]) * int(result["m"])
 
 
 def _mean(name: str, values: torch.Tensor) -> dict[str, float]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 
 from export.config import TrainConfig
 from export.errors import RunError
-from export.evaluate import PARTIAL, evaluate
+from export.evaluate import PARTIAL, evaluate, read_evaluation
+from export.run import Run
 from export.train import train
 from tests.conftest import small, wait_until
 
@@ -95,6 +96,22 @@ def test_the_standard_error_falls_with_the_root_of_the_images(runs: dict[str, Pa
         assert 2 < few[name] / many[name] < 5
     assert "elbo_standard_error" not in evaluate(folder, samples=1, rows=1, seed=0)
     assert many["elbo_standard_error"] == pytest.approx(10 / 180**0.5, rel=0.5)  # the images differ by about 10 nats
+
+
+def test_a_short_evaluation_does_not_replace_a_long_one(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["tiny-gaussian"], tmp_path / "r"))
+    command = [sys.executable, "-m", "export", "evaluate", str(folder), "--samples", "2", "--images"]
+    said = {
+        images: subprocess.run([*command, images], capture_output=True, text=True, check=True)
+        for images in ("100", "20")
+    }
+    assert "keeps, and publishes, one by more latents: m 2, 100 images" in said["20"].stdout
+    assert "keeps" not in said["100"].stdout
+    assert read_evaluation(Run(folder))["images"] == 100
+    tensors = load_file(folder / "checkpoint.safetensors")
+    (folder / "checkpoint.safetensors").write_bytes(save(tensors, {"epoch": "1", "other": "file"}))
+    evaluate(folder, samples=2, rows=20, seed=0)
+    assert read_evaluation(Run(folder))["images"] == 20  # that of other weights is of no use
 
 
 def test_more_images_than_there_are_cannot_be_evaluated(runs: dict[str, Path]) -> None:

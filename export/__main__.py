@@ -26,6 +26,7 @@ class Train(TrainConfig):
     """Train a VAE on images. Weights, metrics and contact sheets go into a folder, safely after every epoch."""
 
     kind: CliPositionalArg[Literal["gaussian", "gumbel"] | None] = None  # type: ignore[assignment]  # a recipe has it
+    """gaussian or gumbel; a recipe has it."""
     data: str | None = None  # type: ignore[assignment]  # and this
     """`digits`, an .npz, a folder of IDX files (MNIST family) or of .amat files (static MNIST), or a folder of
     pictures."""
@@ -66,6 +67,7 @@ class FitPrior(Command):
     """Fit a mixture to the latents of the training images, as the prior to sample from; nothing is trained anew."""
 
     run: CliPositionalArg[Path]
+    """Folder of the run."""
     components: PositiveInt | None = None
     """Of the mixture; default: one of every 200 training images, at most 50."""
     seed: Seed = 0
@@ -88,6 +90,7 @@ class Evaluate(Command):
     """Bounds on log p(x) of the held-out images, in nats."""
 
     run: CliPositionalArg[Path]
+    """Folder of the run."""
     samples: PositiveInt = 100
     """m of the importance-weighted bound."""
     images: PositiveInt | None = None
@@ -112,6 +115,7 @@ class Quality(Command):
     """How far samples are from held-out images, in the features of a classifier, and whether they are copies."""
 
     run: CliPositionalArg[Path]
+    """Folder of the run."""
     classifier: Path
     """Folder of one that `classifier` has trained on such images."""
     samples: Annotated[int, Field(ge=100)] = 10_000
@@ -150,12 +154,13 @@ class Publish(Command):
     """Export a run to ONNX, compare it with the network, and add it to the model repository as the next version."""
 
     run: CliPositionalArg[Path]
+    """Folder of the run."""
     name: str
     """Name of the model."""
     artifacts: Path = Path("artifacts")
     """The model repository."""
     precision: Precision = "float32"
-    """What the decoder computes in. float16 halves it and is faster on a GPU, not on a CPU; images then differ by up to
+    """What the decoder computes in. float16 halves it, for GPUs; on a CPU it is no faster; images then differ by up to
     0.02. Latents are float32."""
 
     def cli_cmd(self) -> None:
@@ -169,6 +174,7 @@ class Inspect(Command):
     """What an artifact says of itself: contract, prior, sizes, evaluation."""
 
     artifact: CliPositionalArg[Path]
+    """Folder of one version, as artifacts/NAME/1."""
 
     def cli_cmd(self) -> None:
         from export.inspect import inspect
@@ -180,6 +186,7 @@ class Verify(Command):
     """Repeat the checks of publication that need no torch."""
 
     artifact: CliPositionalArg[Path]
+    """Folder of one version, as artifacts/NAME/1."""
 
     def cli_cmd(self) -> None:
         from export.verify import verify

@@ -63,7 +63,8 @@ class TrainConfig(BaseModel):
     """First epochs, which raise the ELBO by one latent an image, relaxed if it is a code, before another objective or
     straight_through begins."""
     average: float = Field(default=0.0, ge=0, lt=1)
-    """The weights that count are a running average, to which each step adds 1 less this; 0 for those of the last."""
+    """The weights that count are a running average, which each step moves by 1 less this towards its own, at first by
+    more; 0 for those of the last step."""
     tau_start: PositiveFloat = 1.0
     """Gumbel: temperature of the relaxation at step 0."""
     tau_min: PositiveFloat = 0.5

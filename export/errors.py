@@ -1,4 +1,4 @@
-"""What a user of `python -m export` can mend; each message says how."""
+"""What a user of `export` can mend; each message says how."""
 
 
 class ExportError(Exception):

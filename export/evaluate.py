@@ -36,7 +36,10 @@ def evaluate(
     after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder, unless that has
-    one of more latents, of the same weights. Raises RunError.
+    one of more latents, of the same weights.
+
+    Returns elbo, kl and bound, with the _standard_error of the first and last, m, images, binarization and seed; of a
+    mixture that was fitted also mixture_components and mixture_bound. Raises RunError, DataError.
     """
     run = Run(folder)
     config, where = run.config(), use_device(device)

@@ -2,7 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 
 import onnx
 import torch
@@ -66,9 +68,7 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str])
     first, *others = (batch for _ in inputs)
     # A second argument onwards arrives in one variadic parameter.
     shapes = (first, tuple(others)) if others else (first,)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+    with _quiet():
         try:
             program = torch.onnx.export(
                 module.eval(),
@@ -89,3 +89,17 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str])
     for node in [*proto.graph.node, *proto.graph.value_info]:
         del node.metadata_props[:]  # traces of the source code
     return proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's deprecations, and the graphs that it prints and logs where it fails."""
+    log = logging.getLogger("torch")
+    before = log.level
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(before)

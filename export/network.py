@@ -1,16 +1,22 @@
 """A trained network as it is published, ours or another's."""
 
-from itertools import product
-from typing import Literal, Self
+from collections.abc import Callable
+from inspect import ismethod
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from export.errors import GateError
 from export.objectives import VAE
 from models import MODELS, Mixture
 
-ROWS = (2, 3)  # to try
+ROWS = (2, 3)  # to try a network on
+CHANNELS = (1, 3)
+ROUNDING = 1e-4  # by which images may leave [0, 1], to which they are clamped
+
+Part = nn.Module | Callable[[Tensor], Any]
 
 
 class Network(nn.Module):
@@ -25,7 +31,7 @@ class Network(nn.Module):
         flat.
     logits: the decoder answers pixel logits instead, whose sigmoid the images are.
 
-    Both are put into evaluation mode. Raises GateError for another kind.
+    encoder and decoder are modules, or methods of one. They are put into evaluation mode. Raises GateError.
     """
 
     def __init__(
@@ -34,20 +40,20 @@ class Network(nn.Module):
         *,
         latent_shape: tuple[int, ...],
         image_shape: tuple[int, int, int],
-        encoder: nn.Module,
-        decoder: nn.Module,
+        encoder: Part,
+        decoder: Part,
         logits: bool = False,
     ) -> None:
         super().__init__()
-        if kind not in MODELS:
-            raise GateError(f"unknown kind {kind!r}; there are: {', '.join(MODELS)}")
+        _check_shapes(kind, latent_shape, image_shape)
         self.kind, self.family = kind, MODELS[kind]
         self.latent_shape, self.image_shape, self.logits = latent_shape, image_shape, logits
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder = _module("encoder", encoder), _module("decoder", decoder)
         self.eval()
 
     @classmethod
     def of(cls, vae: VAE) -> Self:
+        """One of ours, but for the prior that it has learned."""
         config = vae.config
         return cls(
             vae.kind,
@@ -59,17 +65,21 @@ class Network(nn.Module):
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The parameters of q(z | x), each (n, *latent_shape)."""
+        """The parameters of q(z | x), each (n, *latent_shape). Raises ValueError for other answers of the encoder."""
         names, found = self.family.parameter_names, self.encoder(images)
         parameters = found.chunk(len(names), 1) if isinstance(found, Tensor) else found
-        if len(parameters) != len(names):
-            raise ValueError(f"{len(parameters)} parameters, not {' and '.join(names)}")
+        if not isinstance(parameters, tuple | list) or len(parameters) != len(names):
+            raise ValueError(f"it answers {_told(found)}, not {' and '.join(names)}")
         return tuple(_shaped(parameter, self.latent_shape) for parameter in parameters)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, C, H, W) in [0, 1]."""
-        found = _shaped(self.decoder(latents), self.image_shape)
-        return torch.sigmoid(found) if self.logits else found
+        """Images (n, C, H, W) in [0, 1]. Raises ValueError for other answers of the decoder."""
+        values = self.decoded(latents)
+        return torch.sigmoid(values) if self.logits else values.clamp(0, 1)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """What the decoder itself answers, (n, C, H, W)."""
+        return _shaped(self.decoder(latents.contiguous()), self.image_shape)  # codes may be a view
 
     def prior(self) -> Mixture:
         """N(0, I), or categories that are equally likely."""
@@ -79,15 +89,101 @@ class Network(nn.Module):
     @torch.inference_mode()
     def check(self) -> None:
         """That each part takes and answers what it should, of any number of rows. Raises GateError."""
-        parts = {"encoder": (self.encode, self.image_shape), "decoder": (self.decode, self.latent_shape)}
-        for (part, (call, shape)), rows in product(parts.items(), ROWS):
-            try:
-                call(torch.zeros(rows, *shape))
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # as torch's layers raise them
-                shapes = f"a {self.kind} latent {list(self.latent_shape)} and images {list(self.image_shape)}"
-                fault = str(error).partition("\n")[0]
-                raise GateError(f"the {part} does not fit {shapes} of {rows} rows: {fault}") from error
+        self.eval()
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if isinstance(tensor, UninitializedParameter):
+                raise GateError(f"{name} has no values yet: run the network once, or load its weights")
+            if tensor.is_floating_point() and (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
+                raise GateError(
+                    f"{name} is {tensor.dtype} on {tensor.device}: call .float().cpu() on the network "
+                    '(precision="float16" rounds the decoder)'
+                )
+        draws = torch.Generator().manual_seed(0)
+        for rows in ROWS:
+            _try("encoder", self.encode, torch.rand(rows, *self.image_shape, generator=draws))
+            noise = self.family.noise((rows, *self.latent_shape), draws)
+            parameters = tuple(torch.zeros_like(noise) for _ in self.family.parameter_names)
+            latents = self.family.sample(parameters, noise, self.family.default_temperature)
+            self._check_range(_try("decoder", self.decoded, latents))
+
+    def _check_range(self, values: Tensor) -> None:
+        low, high = values.min().item(), values.max().item()
+        are_images = low >= -ROUNDING and high <= 1 + ROUNDING
+        if are_images and self.logits:
+            raise GateError(f"the decoder answers {low:.3g} .. {high:.3g}: these are no logits, leave out logits=True")
+        if not are_images and not self.logits:
+            way_out = "scale its images to [0, 1], or say logits=True if these are pixel logits"
+            raise GateError(f"the decoder answers {low:.3g} .. {high:.3g}: {way_out}")
 
 
-def _shaped(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return values if values.shape[1:] == shape else values.flatten(1).unflatten(1, shape)
+class Method(nn.Module):
+    """A method of a module as a module, as in nn.Sequential(nn.Flatten(), Method(vae.encode)). Raises GateError."""
+
+    def __init__(self, method: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        if not ismethod(method) or not isinstance(method.__self__, nn.Module):
+            raise GateError(f"{method!r} is no method of a torch.nn.Module")
+        self.module, self.name = method.__self__, method.__name__
+
+    def forward(self, values: Tensor) -> Any:
+        return getattr(self.module, self.name)(values)
+
+
+def _check_shapes(kind: object, latent_shape: object, image_shape: object) -> None:
+    """Raises GateError."""
+    if kind not in list(MODELS):
+        raise GateError(f"unknown kind {kind!r}; there are: {', '.join(MODELS)}")
+    for name, shape in (("latent_shape", latent_shape), ("image_shape", image_shape)):
+        if not isinstance(shape, tuple) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise GateError(f"{name} must be a tuple of positive sizes, got {shape!r}")
+    if len(image_shape) != 3 or image_shape[0] not in CHANNELS:  # type: ignore[arg-type,index]  # a tuple by now
+        raise GateError(f"image_shape must be (C, H, W) with C 1 or 3, got {image_shape!r}")
+    if kind == "gumbel" and len(latent_shape) != 2:  # type: ignore[arg-type]
+        raise GateError(f"the latent_shape of a gumbel network is (D, K), got {latent_shape!r}")
+
+
+def _module(name: str, part: Part) -> nn.Module:
+    """Raises GateError."""
+    if isinstance(part, nn.Module):
+        return part
+    try:
+        return Method(part)
+    except GateError as error:
+        raise GateError(f"the {name} must be a torch.nn.Module, or a method of one, got {part!r}") from error
+
+
+def _try(part: str, call: Callable[[Tensor], Any], values: Tensor) -> Any:
+    """Raises GateError, whatever the network raises."""
+    try:
+        found = call(values)
+        for tensor in found if isinstance(found, tuple) else (found,):
+            if len(tensor) != len(values) or tensor.dtype != torch.float32:
+                raise ValueError(f"it answers {_told(tensor)}, not float32 of {len(values)} rows")
+    except Exception as error:
+        fault = str(error).partition("\n")[0] or repr(error)
+        raise GateError(f"the {part} does not work on float32{list(values.shape)}: {fault}") from error
+    return found
+
+
+def _shaped(values: Any, shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape) from the same, or flat. Raises ValueError."""
+    if not isinstance(values, Tensor) or values.dim() < 2:
+        raise ValueError(f"it answers {_told(values)}, not a tensor {_rows_of(shape)}")
+    if values.shape[1:] == shape:
+        return values
+    if values.dim() == 2:
+        flat: Tensor = values.unflatten(1, shape)
+        return flat
+    raise ValueError(f"it answers {_told(values)}, not {_rows_of(shape)}")
+
+
+def _told(found: object) -> str:
+    if isinstance(found, Tensor):
+        return f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}"
+    if isinstance(found, tuple | list):
+        return f"{len(found)} values"
+    return f"a {type(found).__name__}"
+
+
+def _rows_of(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, ('n', *shape)))})"

@@ -32,7 +32,7 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
 
     Returns the mean of log p(z) over latents of the held-out images in nats, under the prior that the model was trained
     with and under the mixture: the difference is what the ELBO gains. If that is nothing the mixture is not kept, but
-    one that was fitted to these weights before. Raises RunError.
+    one that was fitted to these weights before. Raises RunError, DataError.
     """
     run = Run(folder)
     model, data = run.trained(), run.data()
@@ -89,7 +89,7 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
 
 @torch.inference_mode()
 def encoded(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
-    """One latent of each image from q(z | x), (n, *latent_shape), on the CPU."""
+    """One latent of each image from q(z | x), (n, *latent_shape), on the CPU. pixels: uint8 (n, C, H, W)."""
     model.eval()
     latents = []
     for batch in pixels.split(ENCODED):

@@ -22,14 +22,14 @@ IMAGE_TOLERANCES: dict[Precision, dict[str, float]] = {
     "float32": {"images": TOLERANCE, "pixels": 1},
     "float16": {"images": 0.02, "pixels": 5},
 }
-LARGE_BATCH, FEWEST, MOST_PIXELS = 64, 5, 1 << 20  # rows of the large one; of large images fewer, so many values
+LARGE_BATCH, FEWEST, MOST_VALUES = 64, 5, 1 << 20  # rows of the large one; of large images fewer, so many values
 LARGE_TEMPERATURE = 5.0
 REFERENCE_SEED, REFERENCE_ROWS, REFERENCE_VALUES = 0, 3, 64
 
 
 def batches(contract: Contract) -> tuple[int, ...]:
     """The sizes to try: of one row, a few, and many."""
-    return 1, 2, 3, max(FEWEST, min(LARGE_BATCH, MOST_PIXELS // prod(contract.image_shape)))
+    return 1, 2, 3, max(FEWEST, min(LARGE_BATCH, MOST_VALUES // prod(contract.image_shape)))
 
 
 def temperatures(contract: Contract) -> list[float]:
@@ -87,13 +87,19 @@ def tolerance_of(output: str, precision: Precision) -> float:
 
 
 def compare(
-    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str, tolerance: float = TOLERANCE
+    name: str,
+    found: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    where: str,
+    tolerance: float = TOLERANCE,
+    relative: float = 0.0,
 ) -> None:
-    """Raises GateError if any two values differ by more than the tolerance, or are not numbers."""
+    """Raises GateError if any two values differ by more than the tolerance, and that times what is expected, or are not
+    numbers."""
     if found.shape != expected.shape:
         raise GateError(f"{name} has shape {found.shape} instead of {expected.shape} {where}")
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    if not (difference <= tolerance).all():
+    if not (difference <= tolerance + relative * np.abs(expected)).all():
         worst = np.unravel_index(np.argmax(np.where(np.isnan(difference), np.inf, difference)), difference.shape)
         at = [int(index) for index in worst]
         raise GateError(
@@ -162,7 +168,7 @@ def _check_encoder(folder: Path, contract: Contract) -> None:
     whole = run_encoder(session, images)
     for rows in batches(contract):
         for name, array, all_rows in zip(names[1], run_encoder(session, images[:rows]), whole, strict=True):
-            compare(name, array, all_rows[:rows], f"in a batch of {rows} through the encoder")
+            compare(name, array, all_rows[:rows], f"in a batch of {rows} through the encoder", relative=TOLERANCE)
             if array.shape[1:] != contract.latent_shape:
                 raise GateError(f"the encoder's {name} has shape {array.shape[1:]}, not {contract.latent_shape}")
 

@@ -29,7 +29,8 @@ class VAEConfig:
     decoder_width: like width, of an MLP's decoder alone; None for the same.
     prior_components: of the prior, a mixture that is learned if they are two or more.
 
-    All run from the image towards the latent; the decoder mirrors the encoder.
+    All run from the image towards the latent; the decoder mirrors the encoder. Raises ValueError for what no network
+    has.
     """
 
     image_shape: tuple[int, int, int]
@@ -79,7 +80,7 @@ def start_at(decoder: nn.Sequential, mean: Tensor) -> None:
 
 
 def halved(decoder: nn.Module) -> nn.Sequential:
-    """Round a decoder's weights to float16, and let it compute so; float32 in and out."""
+    """Round a decoder's weights to float16, in place, and let it compute so; float32 in and out."""
     return nn.Sequential(_Cast(torch.float16), decoder.half(), _Cast(torch.float32))
 
 

@@ -19,7 +19,7 @@ LEAST_PROBABILITY = 1e-5  # of a category
 
 
 class GumbelVAE(nn.Module):
-    """p(z) = D independent categories of K with learned logits, or a learned mixture of such, q(z | x) =
+    """p(z) = D independent variables of K categories with learned logits, or a learned mixture of such, q(z | x) =
     softmax(logits(x)), p(x | z) Bernoulli in every pixel."""
 
     kind: ClassVar[Literal["gumbel"]] = "gumbel"

@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
     sample.add_argument("--start", type=int, default=0, help="first row of the seed (default: %(default)s)")
     sample.add_argument(
-        "--output", dest="outputs", action="append", choices=DTYPES, help="what to write; may be repeated for .npz"
+        "--output",
+        dest="outputs",
+        action="append",
+        choices=DTYPES,
+        help="what to write; may be repeated for .npz (default: images)",
     )
     models = commands.add_parser(
         "models", help="list the models", description="List the models, the default one first."

@@ -16,7 +16,8 @@ import httpx
 
 
 class ReparamError(Exception):
-    """Any failure of a call. A wrong argument that shows before anything is sent is a ValueError instead."""
+    """Any failure of a call. A wrong argument that shows before anything is sent is a ValueError or a TypeError
+    instead."""
 
 
 class ConnectionFailed(ReparamError):
@@ -89,7 +90,7 @@ class Invalid(StatusError):
 
 
 class Overloaded(StatusError):
-    """429: too many rows wait already, and retrying did not help."""
+    """429: too many rows wait already, or too many bytes are held, and retrying did not help."""
 
 
 class ServerError(StatusError):

@@ -14,7 +14,8 @@ class Model:
     image_shape: (channels, height, width). default_temperature: of a request that gives none.
     parameters: what a request may give, ("mu", "log_var") or ("logits",). outputs: what it may ask for.
     priors: what rows without parameters can be drawn from; the first is the default.
-    trained_on: the data. evaluation: the numbers measured on it. provider: what runs the model in onnxruntime.
+    trained_on: the data. evaluation: what was measured on held-out images. noise_version: of the contract that makes a
+    row's noise. provider: what runs the model in onnxruntime.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Model:
     parameters: tuple[str, ...]
     priors: tuple[str, ...]
     outputs: tuple[str, ...]
-    trained_on: Mapping[str, str | int]
+    trained_on: Mapping[str, str | int | float]
     evaluation: Mapping[str, str | int | float]
     provider: str
 

@@ -22,7 +22,8 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Samples:
-    """Rows start .. start + n - 1 of a seed. The same model, version, seed and start give the same rows again.
+    """Rows start .. start + n - 1 of a seed. The same model, version, seed and start give the same rows again, with the
+    same other arguments.
 
     images: uint8 (n, C, H, W), 0 .. 255. latents: float32 (n, *latent_shape), Gaussian models.
     codes: float32 (n, variables, categories), one-hot or relaxed; indices: int32 (n, variables), the category of
@@ -64,7 +65,7 @@ class Samples:
         try:
             from PIL import Image
         except ImportError as error:
-            raise ImportError("grid() needs Pillow: pip install reparam[images]") from error
+            raise ImportError("grid() needs Pillow: pip install pillow") from error
         channels_last = self._sheet(columns).transpose(1, 2, 0)
         return Image.fromarray(channels_last[..., 0] if channels_last.shape[-1] == 1 else channels_last)
 

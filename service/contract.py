@@ -78,7 +78,7 @@ class Contract(BaseModel):
     precision: Precision = "float32"  # that the decoder computes in; latents are always float32
     default_temperature: Annotated[float, Field(ge=0, le=FLOAT32_MAX)]
     noise_version: Literal[1]
-    trained_on: dict[str, str | int]
+    trained_on: dict[str, str | int | float]
     evaluation: dict[str, str | int | float]
     tools: dict[str, str]
     reference: dict[str, Any]  # what the network that was exported answered, for `verify`

@@ -47,7 +47,8 @@ class InvalidRequest(Problem):
     slug = "invalid-request"
     status = 422
     meaning = (
-        "The body is not JSON in UTF-8, or a field has a wrong name, type, value or shape; `errors` points at each."
+        "The body is not JSON in UTF-8, a field has a wrong name, type, value or shape (`errors` points at each), "
+        "or the header `Request-Timeout` is wrong."
     )
 
 
@@ -62,7 +63,10 @@ class NonFiniteSample(Problem):
 class MalformedRequest(Problem):
     slug = "malformed-request"
     status = 400
-    meaning = "What came is no HTTP request, or its head or trailer is too long or too slow; the connection is closed."
+    meaning = (
+        "What came is no HTTP request, its head is too long or too slow, or a trailer or a chunk's size is too long; "
+        "the connection is closed."
+    )
 
 
 class Unauthorized(Problem):
@@ -104,7 +108,7 @@ class TooLarge(Problem):
 class UnsupportedMediaType(Problem):
     slug = "unsupported-media-type"
     status = 415
-    meaning = "The body is not declared as `application/json`."
+    meaning = "The body is not declared as `application/json`, or is compressed."
 
 
 class QueueFull(Problem):
@@ -122,7 +126,9 @@ class ModelFailed(Problem):
 class Unavailable(Problem):
     slug = "unavailable"
     status = 503
-    meaning = "The service is starting, draining, or has no model to serve; try again after `Retry-After` seconds."
+    meaning = (
+        "The service is starting, draining, or has no model or memory to serve; try again after `Retry-After` seconds."
+    )
 
 
 class DeadlineExceeded(Problem):

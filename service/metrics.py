@@ -60,7 +60,7 @@ class Metrics:
         gauge("requests_in_flight", "Requests being answered.").set_function(lambda: self.in_flight)
         self.queue_rows = gauge("queue_rows", "Rows waiting for the runner.")
         self.queue_oldest = gauge("queue_oldest_seconds", "How long the oldest of them has waited.")
-        self.held_bytes = gauge("held_bytes", "Bytes that the answers being made hold.")
+        self.held_bytes = gauge("held_bytes", "Bytes that bodies and the answers being made hold.")
         self.model_served = gauge("model_served", "1 for each model served.", *model, "provider")
         self.model_refused = gauge(
             "models_refused", "What the repository lacks or holds that cannot be served; /readyz lists it."

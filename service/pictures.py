@@ -23,7 +23,7 @@ def png(image: Pixels) -> bytes:
 
 
 def sheet(images: Pixels, columns: int | None = None) -> Pixels:
-    """Lay images, uint8 (n, C, H, W), out in rows, as near to a square as `columns` (default: ceil(sqrt(n))) allows.
+    """Lay images, uint8 (n, C, H, W), out in rows of `columns` (default: ceil(sqrt(n)), near to a square).
 
     Returns uint8 (C, height, width). A single image comes back as it is.
     """

@@ -42,11 +42,11 @@ class SampleRequest(BaseModel):
     start: Annotated[Count, Field(ge=0)] = 0
     """First row of the seed to return; rows start .. start + n - 1 do not depend on n."""
     mu: list[Any] | None = None
-    """Gaussian: means, of the latent shape for every row or (n, *latent_shape). Default: the prior's."""
+    """Gaussian: means, of the latent shape for every row or (n, *latent_shape). Default: the standard prior's."""
     log_var: list[Any] | None = None
-    """Gaussian: log variances, shaped like mu, at most 60. Default: the prior's."""
+    """Gaussian: log variances, shaped like mu, at most 60. Default: the standard prior's."""
     logits: list[Any] | None = None
-    """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the prior's."""
+    """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the standard prior's."""
     prior: Prior | None = None
     """What rows without parameters are drawn from: `standard`, one distribution for every row, or `mixture`, one of
     several, which the row and its seed decide; learned with the weights or fitted to the latents afterwards. Default:

@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on, of a name its IPv4 one; 0.0.0.0 for every interface."""
+    """Address to listen on, or a name, whose IPv4 address it is; 0.0.0.0 for every interface."""
     port: Annotated[int, BeforeValidator(_no_service_link), Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 for any free one."""
     artifacts: Path = Path("artifacts")
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
     workers: NonNegativeInt = 0
     """Processes that serve side by side, each with the models and its part of the limits on rows and bytes held; 0
-    for one a core on the CPU, at most 4, and one on a GPU."""
+    for one a core on a CPU under Linux, at most 4, else for one."""
     threads: NonNegativeInt = 0
     """Cores that the models may use on the CPU; 0 for all."""
     runners: NonNegativeInt = 0

@@ -1,24 +1,24 @@
 """Networks that were trained elsewhere, from torch to HTTP."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from export.errors import ExportError, GateError
-from export.network import Network
+from export.errors import GateError
+from export.network import Method, Network
 from export.prior import fit_mixture
 from export.publish import publish
 from export.verify import verify
-from models import GaussianVAE
+from models import GaussianVAE, Mixture
 from reparam import Client
 from service import noise
 from service.artifact import load
-from service.contract import ArtifactError
 from tests.conftest import Running
 
 
@@ -31,53 +31,42 @@ class Flat(nn.Module):
         self.back, self.out = nn.Linear(3, 8), nn.Linear(8, 64)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.relu(self.hidden(images.view(-1, 64)))
+        hidden = torch.relu(self.hidden(images))
         return self.mu(hidden), self.log_var(hidden)
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(self.out(torch.relu(self.back(latents))))
 
 
-class Method(nn.Module):
-    """One method of a network."""
-
-    def __init__(self, network: nn.Module, name: str) -> None:
-        super().__init__()
-        self.network, self.name = network, name
-
-    def forward(self, values: Tensor) -> Any:
-        return getattr(self.network, self.name)(values)
-
-
 class Call(nn.Module):
-    """A function between layers."""
+    """A function as a layer."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor) -> Any:
         return self.function(values)
 
 
-def flat(**parts: nn.Module) -> Network:
-    """A `Flat`, with other parts."""
+def flat(**parts: Any) -> Network:
+    """A `Flat`, but for these parts."""
     vae = Flat()
-    encoder, decoder = parts.get("encoder", Method(vae, "encode")), parts.get("decoder", Method(vae, "decode"))
-    return Network("gaussian", latent_shape=(3,), image_shape=(1, 8, 8), encoder=encoder, decoder=decoder)
+    wanted: dict[str, Any] = {
+        "kind": "gaussian",
+        "latent_shape": (3,),
+        "image_shape": (1, 8, 8),
+        "encoder": nn.Sequential(nn.Flatten(), Method(vae.encode)),
+        "decoder": vae.decode,
+    }
+    return Network(**wanted | parts)
 
 
 def normalized() -> Network:
     """Convolutions with batch normalization that has seen data, a latent that is a picture itself, pixel logits."""
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 1))
-    decoder = nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.Dropout(),
-        nn.SiLU(),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(8, 3, 1),
-    )
+    activation = (nn.BatchNorm2d(8), nn.Dropout(), nn.SiLU())
+    decoder = nn.Sequential(nn.Conv2d(2, 8, 1), *activation, nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1))
     for images, part in ((torch.rand(64, 3, 8, 8), encoder), (torch.randn(64, 2, 4, 4), decoder)):
         part(images)
     return Network(
@@ -85,29 +74,36 @@ def normalized() -> Network:
     )
 
 
+def saturated() -> Network:
+    """Images by a tanh of large values, of which onnxruntime's goes a little beyond -1."""
+    layers = (nn.Linear(3, 64), Call(lambda values: torch.tanh(20 * values) / 2 + 0.5))
+    return flat(decoder=nn.Sequential(*layers))
+
+
 def categorical() -> Network:
+    """Codes laid out by `view`, which wants them contiguous."""
+    decoder = (Call(lambda codes: codes.view(-1, 20)), nn.Linear(20, 64), nn.Sigmoid())
     return Network(
         "gumbel",
         latent_shape=(4, 5),
         image_shape=(1, 8, 8),
         encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 20)),
-        decoder=nn.Sequential(nn.Flatten(), nn.Linear(20, 64), nn.Sigmoid()),
+        decoder=nn.Sequential(*decoder),
     )
 
 
-@pytest.mark.parametrize("make", [flat, normalized, categorical])
+@pytest.mark.parametrize("make", [flat, normalized, saturated, categorical])
 def test_any_network_is_served_as_it_computes(
     make: Callable[[], Network], serve: Callable[..., Running], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     network = make()
-    folder = publish(network, "mine", tmp_path, trained_on={"data": "rings"}, evaluation={"elbo": -9.5})
-    assert len(verify(folder)) == 5
+    verify(publish(network, "mine", tmp_path, trained_on={"data": "rings", "rate": 0.1}, evaluation={"elbo": -9.5}))
     latents = "codes" if network.kind == "gumbel" else "latents"
     with Client(serve(artifacts=tmp_path, default_model="mine").url) as client:
         samples = client.sample(64, seed=3, outputs=("images", latents))
         model = client.model("mine")
-    assert model.trained_on == {"data": "rings"}
+    assert model.trained_on == {"data": "rings", "rate": 0.1}
     assert model.evaluation == {"elbo": -9.5}
     drawn = getattr(samples, latents)
     words = noise.words(3, 0, 64, network.latent_shape)
@@ -119,8 +115,22 @@ def test_any_network_is_served_as_it_computes(
     assert images.std() > 0.01
 
 
+def test_publication_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    network = normalized()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.train()
+    publish(network, "mine", tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
 def test_the_decoder_may_be_rounded_to_float16(tmp_path: Path) -> None:
-    assert load(publish(normalized(), "mine", tmp_path, "float16") / "model.onnx").contract.precision == "float16"
+    torch.manual_seed(0)
+    network = normalized()
+    half = load(publish(network, "mine", tmp_path, "float16") / "model.onnx")
+    feeds = half.contract.feeds(noise.words(1, 0, 8, (2, 4, 4)), 1.0)
+    with torch.inference_mode():
+        images = network.decode(torch.from_numpy(feeds["noise"])).numpy()
+    assert 0 < np.abs(half.run(feeds)["images"] - images).max() < 0.02
 
 
 def test_it_may_have_a_mixture(tmp_path: Path) -> None:
@@ -128,60 +138,89 @@ def test_it_may_have_a_mixture(tmp_path: Path) -> None:
     with torch.inference_mode():
         mu, _ = network.encode(torch.rand(100, 1, 8, 8))
     mixture = fit_mixture(GaussianVAE, mu, 4, seed=0)
-    weights, components = load(
-        publish(network, "mine", tmp_path, mixture=mixture) / "model.onnx"
-    ).contract.mixture_arrays()
+    contract = load(publish(network, "mine", tmp_path, mixture=mixture) / "model.onnx").contract
+    weights, components = contract.mixture_arrays()
     np.testing.assert_allclose(weights, mixture.log_weights.exp(), rtol=1e-6)
     np.testing.assert_array_equal(components["mu"], mixture.parameters[0])
 
 
-def fixed_batch(latents: Tensor) -> Tensor:
-    return latents.repeat(1, 22)[:, :64].sigmoid().view(2, 64)
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path("docs/artifact.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    architecture, rest = example.split("vae.load_state_dict")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(compile(architecture, "docs/artifact.md", "exec"), names)  # ours
+    torch.save(names["vae"].state_dict(), tmp_path / "vae.pt")
+    exec(compile("vae.load_state_dict" + rest, "docs/artifact.md", "exec"), names)
+    assert load(tmp_path / "artifacts" / "mine" / "1" / "model.onnx").contract.trained_on == {"data": "my digits"}
 
 
-def branching(latents: Tensor) -> Tensor:
-    return latents.repeat(1, 22)[:, :64].sigmoid() if latents.sum() > 0 else latents.repeat(1, 22)[:, :64].exp()
-
-
-def unbounded(latents: Tensor) -> Tensor:
+def wide(latents: Tensor) -> Tensor:
+    """(n, 3) -> (n, 64)"""
     return latents.repeat(1, 22)[:, :64]
 
 
+def branching(latents: Tensor) -> Tensor:
+    return wide(latents).sigmoid() if latents.sum() > 0 else wide(latents).tanh() / 2 + 0.5
+
+
 def drawing(latents: Tensor) -> Tensor:
-    values = latents.repeat(1, 22)[:, :64]
-    return torch.sigmoid(values + torch.rand_like(values))
+    return torch.sigmoid(wide(latents) + torch.rand_like(wide(latents)))
 
 
-def over_the_batch(latents: Tensor) -> Tensor:
-    return torch.sigmoid((latents - latents.mean(0)).repeat(1, 22)[:, :64])
+MIXTURE = Mixture(torch.zeros(2), (torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (
-            {"decoder": nn.Linear(3, 63)},
-            r"the decoder does not fit a gaussian latent \[3\] and images \[1, 8, 8\] of",
-        ),
-        ({"decoder": nn.Linear(4, 64)}, r"the decoder does not fit .*cannot be multiplied"),
-        ({"encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 5))}, "the encoder does not fit"),
-        ({"encoder": Call(lambda images: (images,))}, "the encoder does not fit .*: 1 parameters, not mu and log_var"),  # type: ignore[arg-type,return-value]
-        ({"decoder": Call(fixed_batch)}, r"the decoder does not fit .* of 3 rows: shape '\[2, 64\]' is invalid"),
+        ({"kind": "vq"}, "unknown kind 'vq'; there are: gaussian, gumbel"),
+        ({"latent_shape": 3}, "latent_shape must be a tuple of positive sizes, got 3"),
+        ({"image_shape": (2, 8, 8)}, r"image_shape must be \(C, H, W\) with C 1 or 3, got \(2, 8, 8\)"),
+        ({"kind": "gumbel"}, r"the latent_shape of a gumbel network is \(D, K\), got \(3,\)"),
+        ({"decoder": wide}, "the decoder must be a torch.nn.Module, or a method of one, got <function wide"),
+        ({"decoder": nn.Linear(3, 63)}, r"the decoder does not work on float32\[2, 3\]: .*\[1, 8, 8\].*63"),
+        ({"decoder": nn.Linear(4, 64)}, r"the decoder does not work on float32\[2, 3\]: .*cannot be multiplied"),
+        ({"decoder": Call(lambda z: wide(z).view(-1, 8, 8, 1))}, r"answers float32\[2, 8, 8, 1\], not \(n, 1, 8, 8\)"),
+        ({"decoder": Call(lambda z: {"sample": z})}, r"it answers a dict, not a tensor \(n, 1, 8, 8\)"),
+        ({"decoder": Call(lambda z: wide(z).sigmoid().view(2, 64))}, r"float32\[3, 3\]: shape '\[2, 64\]' is invalid"),
+        ({"decoder": Call(lambda z: wide(z).sigmoid()[:1])}, r"answers float32\[1, 1, 8, 8\], not float32 of 2 rows"),
+        ({"decoder": Call(lambda z: wide(z).sigmoid().double())}, r"answers float64\[2, 1, 8, 8\], not float32"),
+        ({"decoder": nn.Linear(3, 64).double()}, r"decoder\.weight is torch.float64 on cpu: call \.float\(\)\.cpu\(\)"),
+        ({"decoder": nn.LazyLinear(64)}, r"decoder\.weight has no values yet: run the network once"),
+        ({"decoder": Call(wide)}, r"answers -\S+ \.\. \S+: scale its images to \[0, 1\], or say logits=True"),
+        ({"logits": True}, "these are no logits, leave out logits=True"),
+        ({"encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 5))}, "the encoder does not work on"),
+        ({"encoder": Call(lambda images: (images,))}, "it answers 1 values, not mu and log_var"),
         ({"decoder": Call(branching)}, "torch cannot export the sampler: "),
-        ({"decoder": Call(unbounded)}, r"out of \[0, 1\]"),
-        ({"decoder": Call(drawing)}, "the graph draws noise"),
-        ({"decoder": Call(over_the_batch)}, "images is .* in a batch of 1"),
+        ({"decoder": Call(drawing)}, "^model.onnx: output 'images' differs .* the graph draws noise"),
+        ({"decoder": Call(lambda z: wide(z - z.mean(0)).sigmoid())}, "images is .* in a batch of 1"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(
-    parts: dict[str, nn.Module], message: str, tmp_path: Path
+def test_what_cannot_be_served_is_refused_and_nothing_is_written(
+    parts: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises((GateError, ArtifactError), match=message):
-        publish(flat(**parts), "mine", tmp_path)
+    with pytest.raises(GateError, match=message):
+        publish(flat(**parts), "mine", tmp_path / "new" / "artifacts")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_kind_is_named() -> None:
-    kind: Literal["gaussian"] = "vq"  # type: ignore[assignment]
-    with pytest.raises(ExportError, match="unknown kind 'vq'; there are: gaussian, gumbel"):
-        Network(kind, latent_shape=(3,), image_shape=(1, 8, 8), encoder=nn.Identity(), decoder=nn.Identity())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "../mine"}, r"'\.\./mine' is no name of a model"),
+        ({"precision": "float64"}, "precision cannot be 'float64': input should be 'float32' or 'float16'"),
+        ({"trained_on": {"data": ["a"]}}, r"trained_on\.data\..* cannot be \['a'\]"),
+        ({"evaluation": {"elbo": np.nan}}, r"evaluation\.elbo\..* cannot be nan"),
+        ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 3),))}, "has 1 parameters, not mu and log_var"),
+        ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 4),) * 2)}, r"does not fit the shape \[2, 3\]"),
+        ({"mixture": MIXTURE._replace(log_weights=torch.full((2,), torch.nan))}, "must be a list of positive numbers"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"name": "mine", "repository": tmp_path} | arguments
+    with pytest.raises(GateError, match=message):
+        publish(flat(), **wanted)
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from service import noise
 Float32 = npt.NDArray[np.float32]
 
 DRAWS = 10_000_000
-TAILS = (1e-6, 1e-9, 1e-12)
+TAILS = (1e-6, 1e-9, 1e-12, 1e-15)
 
 
 def test_golden_values() -> None:

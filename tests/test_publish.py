@@ -16,10 +16,11 @@ from export import publish as publication
 from export.config import TrainConfig
 from export.errors import GateError, RunError
 from export.evaluate import evaluate
+from export.gate import gate
 from export.graph import export_sampler
 from export.inspect import inspect
 from export.network import Network
-from export.publish import described, gate, publish_run, write
+from export.publish import network_of, publish_run, write
 from export.run import Run
 from export.train import train
 from export.verify import varied_feeds, verify
@@ -55,7 +56,7 @@ def test_a_decoder_in_float16_answers_nearly_the_same(
 
 
 def test_the_gate_refuses_a_float16_decoder_of_other_weights(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = described(Run(runs["tiny-gaussian"]), "float16")
+    network, contract = network_of(Run(runs["tiny-gaussian"]), "float16")
     write(network, contract, tmp_path)
     with torch.no_grad():
         next(network.decoder.parameters()).view(-1)[0] += 1e-2
@@ -119,7 +120,7 @@ def test_nothing_of_the_machine_is_in_the_file(repository: Path) -> None:
 def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
     runs: dict[str, Path], tmp_path: Path, name: str, by: float
 ) -> None:
-    network, contract = described(Run(runs[name]))
+    network, contract = network_of(Run(runs[name]))
     write(network, contract, tmp_path)
     gate(network, tmp_path, exact=True)
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
 
 
 def test_the_gate_refuses_an_altered_encoder_and_a_missing_weight(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = described(Run(runs["tiny-gaussian"]))
+    network, contract = network_of(Run(runs["tiny-gaussian"]))
     write(network, contract, tmp_path)
     operate(tmp_path / "encoder.onnx", tmp_path / "encoder.onnx", nudge_weight("model.encoder.0.bias", 1e-3))
     with pytest.raises(GateError, match=r"weight model\.encoder\.0\.bias"):
@@ -140,7 +141,7 @@ def test_the_gate_refuses_an_altered_encoder_and_a_missing_weight(runs: dict[str
 
 
 def test_the_gate_refuses_a_graph_that_only_works_at_one_batch(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = described(Run(runs["tiny-gaussian"]))
+    network, contract = network_of(Run(runs["tiny-gaussian"]))
     write(network, contract, tmp_path)
     good = (tmp_path / "model.onnx").read_bytes()
     operate(tmp_path / "model.onnx", tmp_path / "model.onnx", fix_batch(2))

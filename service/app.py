@@ -1,6 +1,6 @@
 """The FastAPI application: its routes."""
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from service.repository import Model
 from service.sampling import Sampling
 from service.settings import Settings
 from service.siblings import Siblings
+
+Handler = Callable[..., Coroutine[Any, Any, Response]]
 
 
 class Application(FastAPI):
@@ -80,7 +82,7 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     _add_models(app, service)
     _add_probes(app, service)
 
-    @app.get("/problems/{slug}", **schema.PROBLEM)
+    @_get(app, "/problems/{slug}", **schema.PROBLEM)
     async def problem(slug: str) -> PlainTextResponse:
         if slug not in PROBLEMS:
             raise UnknownPath(f"no problem type {clipped(slug)!r}; there are: {', '.join(PROBLEMS)}")
@@ -89,19 +91,29 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     return app
 
 
+def _get(app: FastAPI, path: str, **said: Any) -> Callable[[Handler], Handler]:
+    """A route of GET, and of HEAD, which HTTP wants beside it (RFC 9110, section 9.1)."""
+
+    def add(handler: Handler) -> Handler:
+        app.head(path, include_in_schema=False)(handler)
+        return app.get(path, **said)(handler)
+
+    return add
+
+
 def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/models", **schema.MODELS)
+    @_get(app, "/models", **schema.MODELS)
     async def models() -> JSONResponse:
         service.ready()
         served = [_describe(service, model) for model in service.served()]
         return JSONResponse({"default": service.repository.default_name(), "models": served})
 
-    @app.get("/models/{name}", **schema.MODEL)
+    @_get(app, "/models/{name}", **schema.MODEL)
     async def model(name: str) -> JSONResponse:
         service.ready()
         return JSONResponse(_describe(service, service.repository.find(name, None)))
 
-    @app.get("/models/{name}/versions/{version}", **schema.MODEL_VERSION)
+    @_get(app, "/models/{name}/versions/{version}", **schema.MODEL_VERSION)
     async def model_version(name: str, version: str) -> JSONResponse:
         service.ready()
         if not VERSION.fullmatch(version):
@@ -114,16 +126,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_probes(app: FastAPI, service: Service) -> None:
     """What those ask who watch the service."""
 
-    @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", **schema.LIVEZ)
+    @_get(app, "/livez", **schema.LIVEZ)
     async def livez() -> JSONResponse:
         for report in await service.reports():
             if report.failure is not None:
                 return JSONResponse({"status": "failed", "failure": report.failure}, 503)
         return JSONResponse({"status": "alive"})
 
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", **schema.READYZ)
+    @_get(app, "/readyz", **schema.READYZ)
     async def readyz() -> JSONResponse:
         versions = {name: sorted(known) for name, known in sorted(service.repository.models.items())}
         states = {report.state for report in await service.reports()}
@@ -131,7 +141,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         body = {"status": status, "models": versions, "refused": service.repository.refused}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
-    @app.get("/metrics", **schema.METRICS)
+    @_get(app, "/metrics", **schema.METRICS)
     async def metrics() -> Response:
         reports = await service.reports()
         counted = [report.metrics for report in reports if report.metrics is not None]

@@ -125,8 +125,14 @@ def test_accept_chooses_among_what_can_carry_the_outputs(service: Running) -> No
     assert response.headers["Content-Type"] == "application/x-npz"
 
 
-def test_probes_may_ask_for_the_head_alone(service: Running) -> None:
-    assert httpx.head(f"{service.url}/readyz").status_code == httpx.head(f"{service.url}/livez").status_code == 200
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/metrics", "/models", "/models/tiny-gumbel", "/problems/internal"]
+)
+def test_the_head_alone_can_be_asked_for(service: Running, path: str) -> None:
+    head, whole = httpx.head(service.url + path), service.get(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    assert head.headers["Content-Type"] == whole.headers["Content-Type"]
 
 
 def test_models_describe_themselves(service: Running) -> None:

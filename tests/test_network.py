@@ -123,11 +123,12 @@ def test_publication_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_the_decoder_may_be_rounded_to_float16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [flat, normalized])
+def test_the_decoder_may_be_rounded_to_float16(make: Callable[[], Network], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = normalized()
+    network = make()
     half = load(publish(network, "mine", tmp_path, "float16") / "model.onnx")
-    feeds = half.contract.feeds(noise.words(1, 0, 8, (2, 4, 4)), 1.0)
+    feeds = half.contract.feeds(noise.words(1, 0, 8, network.latent_shape), 1.0)
     with torch.inference_mode():
         images = network.decode(torch.from_numpy(feeds["noise"])).numpy()
     assert 0 < np.abs(half.run(feeds)["images"] - images).max() < 0.02

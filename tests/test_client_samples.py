@@ -82,5 +82,5 @@ def test_without_images_a_notebook_shows_the_repr() -> None:
 def test_pictures_need_pillow_for_grid_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert samples(images=GREY).save(tmp_path / "grid.png").stat().st_size > 0
-    with pytest.raises(ImportError, match=r"pip install reparam\[images\]"):
+    with pytest.raises(ImportError, match="pip install pillow"):
         samples(images=GREY).grid()

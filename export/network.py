@@ -166,15 +166,19 @@ def _try(part: str, call: Callable[[Tensor], Any], values: Tensor) -> Any:
 
 
 def _shaped(values: Any, shape: tuple[int, ...]) -> Tensor:
-    """(n, *shape) from the same, or flat. Raises ValueError."""
+    """(n, *shape) from the same, flat or not, axes of 1 aside. Raises ValueError."""
     if not isinstance(values, Tensor) or values.dim() < 2:
         raise ValueError(f"it answers {_told(values)}, not a tensor {_rows_of(shape)}")
     if values.shape[1:] == shape:
         return values
-    if values.dim() == 2:
-        flat: Tensor = values.unflatten(1, shape)
-        return flat
+    if values.dim() == 2 or _without_ones(values.shape[1:]) == _without_ones(shape):
+        shaped: Tensor = values.flatten(1).unflatten(1, shape)
+        return shaped
     raise ValueError(f"it answers {_told(values)}, not {_rows_of(shape)}")
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _told(found: object) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import ismethod
+from math import isfinite
 from typing import Any, Literal, Self
 
 import torch
@@ -108,6 +109,8 @@ class Network(nn.Module):
 
     def _check_range(self, values: Tensor) -> None:
         low, high = values.min().item(), values.max().item()
+        if not isfinite(high - low):
+            raise GateError("the decoder answers NaN or infinity for latents of the prior")
         are_images = low >= -ROUNDING and high <= 1 + ROUNDING
         if are_images and self.logits:
             raise GateError(f"the decoder answers {low:.3g} .. {high:.3g}: these are no logits, leave out logits=True")

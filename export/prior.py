@@ -69,6 +69,7 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
 
     Raises RunError if too few of them differ.
     """
+    latents = latents.detach()
     distinct = len(latents.flatten(1).unique(dim=0))
     if distinct < components:
         raise RunError(f"{components} components need as many different latents, there are {distinct}: fit fewer")

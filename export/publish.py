@@ -165,8 +165,9 @@ def describe(
         contract.mixture_arrays()
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise GateError(f"{where} cannot be {first['input']!r}: {first['msg'].lower()}") from error
+        where = ".".join(map(str, first["loc"][:2]))
+        wanted = first["msg"].lower() if len(first["loc"]) == 1 else "names stand for text or finite numbers"
+        raise GateError(f"{where} cannot be {first['input']!r}: {wanted}") from error
     except ArtifactError as error:
         raise GateError(str(error)) from error
     latents, images, _ = answer(

@@ -137,8 +137,7 @@ def test_the_decoder_may_be_rounded_to_float16(make: Callable[[], Network], tmp_
 
 def test_it_may_have_a_mixture(tmp_path: Path) -> None:
     network = flat()
-    with torch.inference_mode():
-        mu, _ = network.encode(torch.rand(100, 1, 8, 8))
+    mu, _ = network.encode(torch.rand(100, 1, 8, 8))
     mixture = fit_mixture(GaussianVAE, mu, 4, seed=0)
     contract = load(publish(network, "mine", tmp_path, mixture=mixture) / "model.onnx").contract
     weights, components = contract.mixture_arrays()
@@ -193,6 +192,7 @@ MIXTURE = Mixture(torch.zeros(2), (torch.zeros(2, 3), torch.zeros(2, 3)))
         ({"decoder": nn.Linear(3, 64).double()}, r"decoder\.weight is torch.float64 on cpu: call \.float\(\)\.cpu\(\)"),
         ({"decoder": nn.LazyLinear(64)}, r"decoder\.weight has no values yet: run the network once"),
         ({"decoder": Call(wide)}, r"answers -\S+ \.\. \S+: scale its images to \[0, 1\], or say logits=True"),
+        ({"decoder": Call(lambda z: wide(z) / 0)}, "the decoder answers NaN or infinity for latents of the prior"),
         ({"logits": True}, "these are no logits, leave out logits=True"),
         ({"encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 5))}, "the encoder does not work on"),
         ({"encoder": Call(lambda images: (images,))}, "it answers 1 values, not mu and log_var"),
@@ -214,8 +214,8 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_written(
     [
         ({"name": "../mine"}, r"'\.\./mine' is no name of a model"),
         ({"precision": "float64"}, "precision cannot be 'float64': input should be 'float32' or 'float16'"),
-        ({"trained_on": {"data": ["a"]}}, r"trained_on\.data\..* cannot be \['a'\]"),
-        ({"evaluation": {"elbo": np.nan}}, r"evaluation\.elbo\..* cannot be nan"),
+        ({"trained_on": {"data": ["a"]}}, r"trained_on\.data cannot be \['a'\]: names stand for text or finite"),
+        ({"evaluation": {"elbo": np.nan}}, r"evaluation\.elbo cannot be nan"),
         ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 3),))}, "has 1 parameters, not mu and log_var"),
         ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 4),) * 2)}, r"does not fit the shape \[2, 3\]"),
         ({"mixture": MIXTURE._replace(log_weights=torch.full((2,), torch.nan))}, "must be a list of positive numbers"),

@@ -102,8 +102,8 @@ class Network(nn.Module):
         draws = torch.Generator().manual_seed(0)
         for rows in ROWS:
             _try("encoder", self.encode, torch.rand(rows, *self.image_shape, generator=draws))
+            parameters = self.prior().draw(rows, draws)
             noise = self.family.noise((rows, *self.latent_shape), draws)
-            parameters = tuple(torch.zeros_like(noise) for _ in self.family.parameter_names)
             latents = self.family.sample(parameters, noise, self.family.default_temperature)
             self._check_range(_try("decoder", self.decoded, latents))
 
@@ -132,16 +132,16 @@ class Method(nn.Module):
         return getattr(self.module, self.name)(values)
 
 
-def _check_shapes(kind: object, latent_shape: object, image_shape: object) -> None:
+def _check_shapes(kind: str, latent_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
     """Raises GateError."""
     if kind not in list(MODELS):
         raise GateError(f"unknown kind {kind!r}; there are: {', '.join(MODELS)}")
     for name, shape in (("latent_shape", latent_shape), ("image_shape", image_shape)):
         if not isinstance(shape, tuple) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             raise GateError(f"{name} must be a tuple of positive sizes, got {shape!r}")
-    if len(image_shape) != 3 or image_shape[0] not in CHANNELS:  # type: ignore[arg-type,index]  # a tuple by now
+    if len(image_shape) != 3 or image_shape[0] not in CHANNELS:
         raise GateError(f"image_shape must be (C, H, W) with C 1 or 3, got {image_shape!r}")
-    if kind == "gumbel" and len(latent_shape) != 2:  # type: ignore[arg-type]
+    if kind == "gumbel" and len(latent_shape) != 2:
         raise GateError(f"the latent_shape of a gumbel network is (D, K), got {latent_shape!r}")
 
 
@@ -162,7 +162,7 @@ def _try(part: str, call: Callable[[Tensor], Any], values: Tensor) -> Any:
         for tensor in found if isinstance(found, tuple) else (found,):
             if len(tensor) != len(values) or tensor.dtype != torch.float32:
                 raise ValueError(f"it answers {_told(tensor)}, not float32 of {len(values)} rows")
-    except Exception as error:
+    except Exception as error:  # a network of others raises what it likes
         fault = str(error).partition("\n")[0] or repr(error)
         raise GateError(f"the {part} does not work on float32{list(values.shape)}: {fault}") from error
     return found

@@ -71,7 +71,8 @@ def publish(
 def _check_name(name: str) -> None:
     """Raises GateError."""
     if not NAME.fullmatch(name):
-        raise GateError(f"{name!r} is no name of a model: letters, digits, '.', '_' and '-', first a letter or digit")
+        allowed = "letters, digits, '.', '_' and '-', first a letter or digit"
+        raise GateError(f"{name!r} cannot be a model's name: {allowed}")
 
 
 def _publish(network: Network, contract: Contract, name: str, repository: Path, *, exact: bool) -> Path:

@@ -8,10 +8,7 @@ import pytest
 import reparam
 from reparam import Client
 from tests.clients import Connect, both
-from tests.peer import (
-    Peer,
-    rows,
-)
+from tests.peer import Peer, rows
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "../mine"}, r"'\.\./mine' is no name of a model"),
+        ({"name": "../mine"}, r"'\.\./mine' cannot be a model's name"),
         ({"precision": "float64"}, "precision cannot be 'float64': input should be 'float32' or 'float16'"),
         ({"trained_on": {"data": ["a"]}}, r"trained_on\.data cannot be \['a'\]: names stand for text or finite"),
         ({"evaluation": {"elbo": np.nan}}, r"evaluation\.elbo cannot be nan"),

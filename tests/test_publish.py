@@ -60,7 +60,7 @@ def test_the_gate_refuses_a_float16_decoder_of_other_weights(runs: dict[str, Pat
     write(network, contract, tmp_path)
     with torch.no_grad():
         next(network.decoder.parameters()).view(-1)[0] += 1e-2
-    with pytest.raises(GateError, match=r"weight model\.decoder\.[\d.]+\.weight is .* instead of"):
+    with pytest.raises(GateError, match=r"weight model\.decoder\.1\.\d\.weight is .* instead of"):
         gate(network, tmp_path, exact=True)
 
 
@@ -125,7 +125,7 @@ def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
     gate(network, tmp_path, exact=True)
     with torch.no_grad():
         next(network.decoder.parameters()).view(-1)[0] += by
-    with pytest.raises(GateError, match=r"weight model\.decoder\.[\d.]+\.weight is .* instead of"):
+    with pytest.raises(GateError, match=r"weight model\.decoder\.\d\.weight is .* instead of"):
         gate(network, tmp_path, exact=True)
 
 
@@ -202,7 +202,7 @@ def test_a_run_is_published_with_the_evaluation_of_its_own_weights(runs: dict[st
 
 
 def test_a_name_that_is_no_folder_name_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(GateError, match=r"'\.\./m' is no name of a model"):
+    with pytest.raises(GateError, match=r"'\.\./m' cannot be a model's name"):
         publish_run(runs["tiny-gaussian"], "../m", tmp_path)
 
 

@@ -68,7 +68,7 @@ def _artifact(model: Network, path: Path) -> Path:
     contract = Contract(
         kind=model.kind,
         latent_shape=model.latent_shape,
-        image_shape=model.image_shape,  # type: ignore[arg-type]
+        image_shape=model.image_shape,  # type: ignore[arg-type]  # C is 1 or 3
         prior=dict.fromkeys(model.family.parameter_names, 0.0),
         default_temperature=model.family.default_temperature,
         noise_version=1,

@@ -49,7 +49,7 @@ class ShortWay:
         brief = Brief(self, request_id_of(given), keep_alive, reply)
         try:
             self.edge.authorize(self.path, given)
-            brief.deadline = self.sampling.greet(given)
+            brief.timeout = self.sampling.greet(given)
             rows = self.sampling.read(body)
             brief.media_type = self.sampling.negotiate(given, rows)
             size = self.sampling.size_if_small(rows, brief.media_type)

@@ -86,6 +86,7 @@ class Engine:
         """A request begins. Whoever has the job closes it. Raises Unavailable."""
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
+        job.deadline = self.loop.time() + job.timeout
         self.jobs.add(job)
         self.patience.begin(job)
 
@@ -108,7 +109,9 @@ class Engine:
         that clients who never end leave room for others. Raises QueueFull."""
         limit = self.max_held_bytes // 2
         if self._incoming_bytes > job.size and self._incoming_bytes + size > limit:
-            raise self._full(f"the bodies that come hold {self._incoming_bytes} bytes and the limit is {limit}")
+            raise self._full(
+                "incoming", f"the bodies that come hold {self._incoming_bytes} bytes and the limit is {limit}"
+            )
         self._admit(job, 0, size)
         self._incoming_bytes += size
 
@@ -138,10 +141,14 @@ class Engine:
         if job.reading:
             self._incoming_bytes -= job.size
 
-    def expired(self, stage: str) -> DeadlineExceeded:
-        """Count a deadline that passed in this stage, and tell it."""
+    def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
+        """Count a deadline that passed in this stage, after so many seconds, and tell it."""
         self._metrics.expired.labels(stage).inc()
-        return DeadlineExceeded(f"the deadline passed in the stage {stage!r}", stage=stage)
+        return DeadlineExceeded(
+            f"{timeout:g} s were not enough, they ended in the stage {stage!r}: ask for fewer rows, or for more time "
+            "by the header `Request-Timeout`, as far as the service allows",
+            stage=stage,
+        )
 
     def failure(self, hang_timeout: float) -> str | None:
         """Why only a restart helps: a runner has died, or its batch has not ended for so many seconds."""
@@ -175,17 +182,18 @@ class Engine:
         """One rule for a row and for many: what would never fit goes in when nothing else is there."""
         waiting, others = self._scheduler.waiting, self.held_bytes - job.size
         if waiting and waiting + rows > self.max_queue_rows:
-            raise self._full(f"{waiting} rows wait already and the limit is {self.max_queue_rows}")
+            raise self._full("rows", f"{waiting} rows wait already and the limit is {self.max_queue_rows}")
         if others and self.held_bytes + size > self.max_held_bytes:
             raise self._full(
-                f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}"
+                "bytes",
+                f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}",
             )
         job.size += size
         self.held_bytes += size
 
-    def _full(self, why: str) -> QueueFull:
+    def _full(self, reason: str, why: str) -> QueueFull:
         seconds = max(1, math.ceil(self._scheduler.waiting * self._seconds_per_row))
-        self._metrics.rejected.labels("queue-full").inc()
+        self._metrics.rejected.labels(reason).inc()
         return QueueFull(f"{why}: try again in {seconds} s", retry_after=seconds)
 
     def _open_gate_soon(self) -> None:

@@ -120,7 +120,9 @@ class QueueFull(Problem):
 class ModelFailed(Problem):
     slug = "model-failed"
     status = 500
-    meaning = "The model failed on these rows; the log has the cause under the request id."
+    meaning = (
+        "The model failed on these rows, or answered NaN or infinity whatever the parameters; the log has the cause."
+    )
 
 
 class Unavailable(Problem):

@@ -24,19 +24,20 @@ class Host(Protocol):
     def window(self, model: Model) -> int: ...
     def withdraw(self, job: "Job") -> None: ...
     def forget(self, job: "Job") -> None: ...
-    def expired(self, stage: str) -> DeadlineExceeded: ...
+    def expired(self, stage: str, timeout: float) -> DeadlineExceeded: ...
 
 
 class Job(Ticket, ABC):
     """One request, until the last byte of its answer. Whoever has it closes it.
 
-    deadline: on the loop's clock. request: what it asks for, once it is read. size: bytes that it holds, of body and
-    answer. done: what is computed, in order, each piece with the outputs asked for. left: rows not computed yet.
-    queue, infer: seconds that its pieces waited and ran, in sum. since: when the rows that wait began to, on
-    time.perf_counter. error: why it failed.
+    timeout: seconds that it may take, from when it joins the engine. deadline: their end, on the loop's clock.
+    request: what it asks for, once it is read. size: bytes that it holds, of body and answer. done: what is computed,
+    in order, each piece with the outputs asked for. left: rows not computed yet. queue, infer: seconds that its pieces
+    waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter. error: why it failed.
     """
 
     request: Rows
+    deadline = float("inf")
     seen = 0  # by Patience
     reading = True
     open = True
@@ -46,10 +47,10 @@ class Job(Ticket, ABC):
     timer: asyncio.TimerHandle | None = None
     _end = 0  # rows of what was done
 
-    def __init__(self, host: Host, deadline: float) -> None:
+    def __init__(self, host: Host, timeout: float) -> None:
         super().__init__(None, 0)
         self.host = host
-        self.deadline = deadline
+        self.timeout = timeout
         self.done: list[Arrays] = []
         self._early: dict[int, tuple[int, Arrays]] = {}  # what ended before the rows in front of it: lo, hi
 
@@ -81,7 +82,7 @@ class Job(Ticket, ABC):
     def expire(self) -> None:
         """The deadline has passed; unless there is nothing more to wait for but the client."""
         if self.stage != "send":
-            self.fail(self.host.expired(self.stage))
+            self.fail(self.host.expired(self.stage, self.timeout))
 
     def fail(self, error: Exception) -> None:
         if self.error is None and self.open:
@@ -125,8 +126,8 @@ class Awaited(Job):
     departure: returns when the client has gone; not called while the body is read.
     """
 
-    def __init__(self, host: Host, deadline: float, departure: Departure) -> None:
-        super().__init__(host, deadline)
+    def __init__(self, host: Host, timeout: float, departure: Departure) -> None:
+        super().__init__(host, timeout)
         self._departure = departure
         self._task = asyncio.current_task(host.loop)  # without the loop, a system call
         self._read = 0  # rows that `pieces` has returned
@@ -185,7 +186,7 @@ class Awaited(Job):
 
     def expire(self) -> None:
         if self.reading and self._task is not None:
-            self.error = self.host.expired(self.stage)
+            self.error = self.host.expired(self.stage, self.timeout)
             self._task.cancel()
         else:
             super().expire()

@@ -114,7 +114,8 @@ class Service:
 
     def ready(self) -> None:
         """Raises Unavailable."""
-        if not self._loaded:
-            failed = self._failure() is not None
-            said = "the models could not be loaded: /livez says why" if failed else "the models are being loaded"
-            raise Unavailable(said, retry_after=1)
+        if self._loaded:
+            return
+        if self._failure() is not None:
+            raise Unavailable("the models could not be loaded: /livez says why", retry_after=1)
+        raise Unavailable("the models are being loaded: try again in a second", retry_after=1)

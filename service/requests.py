@@ -116,7 +116,6 @@ def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Ro
         parameters=parameters,
         temperature=model.contract.default_temperature if request.temperature is None else request.temperature,
         hard=request.hard,
-        given=bool(parameters) or request.temperature is not None,
         outputs=request.outputs,
     )
 

@@ -1,7 +1,7 @@
 """Rows of a request, and the one way to compute them: batches of rows of any requests for one model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -25,8 +25,8 @@ class Rows:
 
     prior: what each row's parameters are drawn from. parameters: those given instead, float32, (*latent_shape) for all
         rows or (n, *latent_shape).
-    temperature: for all rows. hard: draw at temperature 0, where a Gumbel code is one-hot. given: whether the caller
-        chose any of these. outputs: what of the rows is asked for.
+    temperature: for all rows. hard: draw at temperature 0, where a Gumbel code is one-hot. outputs: what of the rows is
+        asked for.
     """
 
     model: Model
@@ -37,7 +37,6 @@ class Rows:
     parameters: Mapping[str, Float32]
     temperature: float
     hard: bool
-    given: bool
     outputs: tuple[Output, ...]
 
 
@@ -50,18 +49,21 @@ def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
     finite = _finite(outputs, buckets.checked)
     selected: Arrays = {}
     results: list[Arrays | Problem] = []
+    not_finite: list[int] = []
     end = 0
-    for rows, lo, hi in batch:
+    for index, (rows, lo, hi) in enumerate(batch):
         begin, end = end, end + hi - lo
-        if not finite and not _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
-            results.append(_not_finite(rows))
-            continue
         result: Arrays = {}
+        results.append(result)
+        if not finite and not _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
+            not_finite.append(index)
+            continue
         for name in rows.outputs:
             if name not in selected:
                 selected[name] = _SELECT[name](outputs)
             result[name] = selected[name][begin:end]
-        results.append(result)
+    for index in not_finite:  # now that nobody needs the graph's outputs any more
+        results[index] = _blame(batch[index], buckets)
     return results
 
 
@@ -113,13 +115,20 @@ def _finite(outputs: Arrays, checked: Sequence[str]) -> bool:
     return all(np.isfinite(outputs[name]).all() for name in checked)
 
 
-def _not_finite(rows: Rows) -> Problem:
-    if rows.given:
+def _blame(share: Share, buckets: Buckets) -> Problem:
+    """Of rows that are not finite: the caller's parameters, if without them the same rows would be; else the model."""
+    rows, lo, hi = share
+    contract = rows.model.contract
+    plain = replace(rows, prior=contract.priors[0], parameters={}, temperature=contract.default_temperature)
+    if _finite(buckets.run(_fill(buckets, [(plain, lo, hi)])), buckets.checked):
         return NonFiniteSample(
-            f"the parameters given overflow {rows.model.contract.precision} at temperature {rows.temperature:g}: "
-            f"lower temperature or {' or '.join(rows.model.contract.traits.parameters)}"
+            f"the parameters given overflow {contract.precision} at temperature {rows.temperature:g}: "
+            f"lower temperature or {' or '.join(contract.traits.parameters)}"
         )
-    return ModelFailed(f"model {rows.model.name!r} version {rows.model.version} answered NaN or infinity")
+    return ModelFailed(
+        f"model {rows.model.name!r} version {rows.model.version} answers NaN or infinity for rows of seed {rows.seed}, "
+        "whatever the parameters: ask for other rows, and tell whoever trained it"
+    )
 
 
 # From the graph's outputs to those of an answer: images are uint8 pixels, indices int32. Copies, for the next batch

@@ -83,11 +83,19 @@ class Runner(threading.Thread):
             if no_memory and rows > 1:
                 middle = piece.lo + rows // 2
                 return [_joined(self._attempt([piece._replace(hi=middle)]), self._attempt([piece._replace(lo=middle)]))]
-            log.exception("a run failed", extra={"model": model.name, "version": model.version})
+            asked = piece.ticket.request
+            first = asked.start + piece.lo
+            about = {"model": model.name, "version": model.version, "seed": asked.seed, "start": first, "n": rows}
+            log.exception("a run failed", extra=about)
             if no_memory:
                 return [Unavailable(f"the device has no memory for a row of model {model.name!r}", retry_after=1)]
             model.buckets[self._number].check_device()
-            return [ModelFailed(f"model {model.name!r} version {model.version} failed on these rows")]
+            return [
+                ModelFailed(
+                    f"model {model.name!r} version {model.version} failed on rows {first} .. {first + rows - 1} of "
+                    f"seed {asked.seed}: the service's log has the cause under these numbers"
+                )
+            ]
 
 
 def _joined(first: list[Arrays | Problem], second: list[Arrays | Problem]) -> Arrays | Problem:

@@ -57,10 +57,10 @@ class Sampling:
             job.close()
 
     def greet(self, given: HeaderMap) -> float:
-        """Its deadline, on the loop's clock. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
+        """The seconds that it may take. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
         self.service.ready()
         _check_content_type(given)
-        return self.engine.loop.time() + _timeout(given, self.settings.request_timeout)
+        return _timeout(given, self.settings.request_timeout)
 
     def read(self, body: bytes) -> Rows:
         """Raises UnknownModel, InvalidRequest, TooLarge."""
@@ -131,7 +131,7 @@ class Sampling:
                 async with asyncio.timeout_at(job.deadline):
                     body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)
             except TimeoutError:
-                raise self.engine.expired("encode") from None
+                raise self.engine.expired("encode", job.timeout) from None
         lines = self.head(job, media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": headers(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 # Temperatures at which the `trouble` model misbehaves.
 NAN, FAILS, SLOW = 3.0, 11.0, 20.0  # above SLOW: about (temperature - SLOW) * 10 ms on one core
 POISON = 666.0  # a row with this mu fails as well
+WILD = 5.0  # a row with noise above this is NaN at any temperature
 GREEDY, MODEST = 7.0, 4  # at GREEDY more than MODEST rows together need more memory than any machine has
 
 
@@ -23,8 +24,8 @@ def operate(source: Path, target: Path, surgery: Callable[[onnx.ModelProto], obj
 
 
 def make_trouble(source: Path, target: Path) -> Path:
-    """A sampler whose row is NaN at temperature NAN, that raises at FAILS, wants all memory at GREEDY and is slow above
-    SLOW."""
+    """A sampler whose row is NaN at temperature NAN or noise above WILD, that raises at FAILS, wants all memory at
+    GREEDY and is slow above SLOW."""
 
     def surgery(model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -37,10 +38,11 @@ def make_trouble(source: Path, target: Path) -> Path:
         assert producer.output[0] == "latents_before"
         graph.initializer.extend(_constants())
         graph.node.extend(_nan_nodes())
+        graph.node.extend(_wild_nodes())
         graph.node.extend(_fail_nodes())
         graph.node.extend(_slow_nodes())
         graph.node.extend(_greedy_nodes())
-        parts = ["latents_before", "nan_part", "fail_part", "slow_part", "greedy_part"]
+        parts = ["latents_before", "nan_part", "wild_part", "fail_part", "slow_part", "greedy_part"]
         graph.node.append(helper.make_node("Sum", parts, ["latents"]))
 
     return operate(source, target, surgery)
@@ -146,6 +148,7 @@ def nudge_weight(name: str, by: float) -> Callable[[onnx.ModelProto], None]:
 def _constants() -> list[onnx.TensorProto]:
     values = {
         "c_nan": np.float32(NAN),
+        "c_wild": np.float32(WILD),
         "c_fails": np.float32(FAILS),
         "c_poison": np.float32(POISON),
         "c_slow": np.float32(SLOW),
@@ -169,6 +172,15 @@ def _nan_nodes() -> list[onnx.NodeProto]:
         helper.make_node("Sub", ["temperature", "c_nan"], ["from_nan"]),
         helper.make_node("Div", ["c_zero", "from_nan"], ["nan_row"]),
         helper.make_node("Unsqueeze", ["nan_row", "c_axis"], ["nan_part"]),
+    ]
+
+
+def _wild_nodes() -> list[onnx.NodeProto]:
+    """0 * sqrt(WILD - noise)."""
+    return [
+        helper.make_node("Sub", ["c_wild", "noise"], ["below_wild"]),
+        helper.make_node("Sqrt", ["below_wild"], ["root"]),
+        helper.make_node("Mul", ["root", "c_zero"], ["wild_part"]),
     ]
 
 

@@ -1,5 +1,6 @@
 """What is refused, how it is said, and that nobody else notices."""
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
+from service import noise
+from service.engine import FORGETTING
 from service.errors import PROBLEMS
 from tests.conftest import Running, wait_until
-from tests.graphs import FAILS, NAN, POISON, SLOW
+from tests.graphs import FAILS, NAN, POISON, SLOW, WILD
 from tests.raw import connect, request
 
 SEEDS = 2**64
@@ -201,10 +204,23 @@ def test_too_many_rows_are_refused_with_the_limit(service: Running, serve: Any) 
     assert problem(small.post({"n": 11}), "too-large")["limit"] == 10
 
 
-def test_a_model_that_fails_or_answers_nan_is_an_internal_error(service: Running) -> None:
-    document = problem(service.post({"model": "trouble", "temperature": FAILS}), "model-failed")
-    assert document["detail"] == "model 'trouble' version 1 failed on these rows"
+def test_a_model_that_fails_is_an_internal_error(service: Running) -> None:
+    failing = {"model": "trouble", "temperature": FAILS, "seed": 7, "start": 40, "n": 2}
+    document = problem(service.post(failing), "model-failed")
+    assert "model 'trouble' version 1 failed on rows 40 .. 41 of seed 7: the service's log" in document["detail"]
     assert service.post({"model": "trouble"}).status_code == 200
+
+
+def test_nan_is_the_fault_of_parameters_only_if_without_them_there_is_none(service: Running) -> None:
+    words = noise.words(18, 0, 1 << 16, (3,))
+    (wild,) = np.flatnonzero((noise.normal(words) > WILD).any(1)).tolist()
+    rows = {"model": "trouble", "seed": 18, "start": wild - 1}
+    for parameters in ({}, {"temperature": 1.5}, {"mu": [1, 1, 1]}, {"temperature": NAN}):
+        document = problem(service.post({**rows, "n": 2, **parameters}), "model-failed")
+        assert "answers NaN or infinity for rows of seed 18, whatever the parameters" in document["detail"]
+    document = problem(service.post({**rows, "temperature": NAN}), "non-finite-sample")
+    assert "overflow float32 at temperature 3: lower temperature or mu or log_var" in document["detail"]
+    assert service.post(rows).status_code == 200
 
 
 def test_one_failing_request_fails_alone(service: Running) -> None:
@@ -252,13 +268,28 @@ def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
         wait_until(lambda: service.service.engine.queued_rows == 3)
         waiting.append(pool.submit(service.post, {}))  # exactly as many as may
         wait_until(lambda: service.service.engine.queued_rows == 4)
-        service.service.engine._seconds_per_row = 2.0  # as if it had been slow so far
         response = service.post({"n": 1})
         document = problem(response, "queue-full")
-        assert int(response.headers["Retry-After"]) == document["retry_after"] == 8
-        assert "4 rows wait already and the limit is 4: try again in 8 s" in document["detail"]
+        assert int(response.headers["Retry-After"]) == document["retry_after"] == 1
+        assert "4 rows wait already and the limit is 4: try again in 1 s" in document["detail"]
         assert {future.result().status_code for future in [running, *waiting]} == {200}
-    assert 'reparam_rejected_total{reason="queue-full"} 1.0' in service.get("/metrics").text
+    assert 'reparam_rejected_total{reason="rows"} 1.0' in service.get("/metrics").text
+
+
+def test_the_slower_rows_were_the_later_one_shall_come_back(serve: Any) -> None:
+    service: Running = serve(max_queue_rows=100, runners=1)
+    slow = {"model": "trouble", "temperature": SLOW + 100}
+    timing = service.post(slow).headers["Server-Timing"]
+    (milliseconds,) = re.findall("infer;dur=([0-9.]+)", timing)
+    ahead = 100 * FORGETTING * float(milliseconds) / 1000  # the one batch so far had a single row
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(service.post, slow)
+        wait_until(lambda: service.service.engine.busy)
+        waiting = pool.submit(service.post, {"n": 100})
+        wait_until(lambda: service.service.engine.queued_rows == 100)
+        document = problem(service.post({}), "queue-full")
+        assert document["retry_after"] == pytest.approx(ahead, abs=1)
+        assert [future.result().status_code for future in (running, waiting)] == [200, 200]
 
 
 def test_a_request_larger_than_the_queue_is_served_piece_by_piece(serve: Any) -> None:
@@ -273,7 +304,9 @@ def test_a_deadline_in_the_model_and_one_in_the_queue(serve: Any) -> None:
         running = pool.submit(service.post, slow, headers={"Request-Timeout": "0.3"})
         wait_until(lambda: service.service.engine.busy)
         waiting = service.post({}, headers={"Request-Timeout": "0.05"})
-        assert problem(waiting, "deadline-exceeded")["stage"] == "queue"
+        document = problem(waiting, "deadline-exceeded")
+        assert document["stage"] == "queue"
+        assert "0.05 s were not enough" in document["detail"]
         assert problem(running.result(), "deadline-exceeded")["stage"] == "infer"
     assert service.post({}).status_code == 200
 
@@ -288,7 +321,7 @@ def test_a_deadline_while_the_answer_is_encoded(serve: Any) -> None:
 
 def test_a_client_cannot_lengthen_the_deadline(serve: Any) -> None:
     service: Running = serve(request_timeout=0.1)
-    slow = {"model": "trouble", "temperature": SLOW + 60}
+    slow = {"model": "trouble", "temperature": SLOW + 100}
     problem(service.post(slow, headers={"Request-Timeout": "60"}), "deadline-exceeded")
 
 

@@ -104,7 +104,10 @@ def test_what_is_asked_while_the_models_are_loaded_is_told_so(repository: Path, 
         wait_until(lambda: httpx.get(f"{url}/readyz").json()["status"] == "draining")
         after = httpx.post(f"{url}/sample", json={})
     for answer in (before, after):
-        assert (answer.status_code, answer.json()["detail"]) == (503, "the models are being loaded")
+        assert (answer.status_code, answer.json()["detail"]) == (
+            503,
+            "the models are being loaded: try again in a second",
+        )
 
 
 def test_what_still_waits_or_runs_when_the_drain_ends_is_told_so(repository: Path) -> None:

@@ -29,9 +29,11 @@ export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publi
 bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
-gpu-check: ## test, then time, what runs on a GPU; needs of all environments onnxruntime-gpu, torch, pydantic and pytest
-	$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py
-	$(PYTHON) -m benchmarks device --seconds 3
+# Without the environment of the other targets: of that it needs onnxruntime-gpu, torch, pydantic-settings and pytest.
+gpu-check: export REPARAM_DEVICE = cuda
+gpu-check: ## test, then time, what runs on a GPU; fails where there is none
+	@$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py; tested=$$?; \
+	$(PYTHON) -m benchmarks device --seconds 3 && exit $$tested
 
 lock: .venv/all ## pin what the service runs on, with hashes, after a change of the dependency groups
 	$(COMPILE) --group service -o requirements/service.txt

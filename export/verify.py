@@ -72,14 +72,23 @@ def formula(contract: Contract, feeds: dict[str, Float32]) -> Float64:
     """The latents for these inputs, in float64."""
     inputs = {name: array.astype(np.float64) for name, array in feeds.items()}
     temperature = inputs["temperature"].reshape(-1, *[1] * len(contract.latent_shape))
-    if contract.kind == "gaussian":
-        latents: Float64 = inputs["mu"] + temperature * np.exp(0.5 * inputs["log_var"]) * inputs["noise"]
-        return latents
+    return _FORMULAS[contract.kind](inputs, temperature)
+
+
+def _gaussian(inputs: dict[str, Float64], temperature: Float64) -> Float64:
+    latents: Float64 = inputs["mu"] + temperature * np.exp(0.5 * inputs["log_var"]) * inputs["noise"]
+    return latents
+
+
+def _gumbel(inputs: dict[str, Float64], temperature: Float64) -> Float64:
     scores = inputs["logits"] + inputs["noise"]
     scores = scores - scores.max(-1, keepdims=True)
     relaxed = np.exp(scores / np.where(temperature > 0, temperature, 1))
     codes: Float64 = np.where(temperature > 0, relaxed / relaxed.sum(-1, keepdims=True), scores == 0)
     return codes
+
+
+_FORMULAS = {"gaussian": _gaussian, "gumbel": _gumbel}
 
 
 def tolerance_of(output: str, precision: Precision) -> float:

@@ -29,8 +29,15 @@ class Application(FastAPI):
     """FastAPI, but `POST /sample` goes straight to its ASGI application: the middleware and routing of FastAPI take
     longer than all else that a sample needs."""
 
-    def __init__(self, service: Service, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            title="Reparam",
+            version=__version__,
+            description="Samples of trained variational autoencoders, reproducible to the row.",
+            lifespan=service.running,
+            redirect_slashes=False,
+            redoc_url=None,
+        )
         settings = service.settings
         edge = partial(
             Edge,
@@ -69,15 +76,7 @@ class Application(FastAPI):
 def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     """The application for these settings. Raises DeviceError."""
     service = Service(settings, siblings)
-    app = Application(
-        service,
-        title="Reparam",
-        version=__version__,
-        description="Samples of trained variational autoencoders, reproducible to the row.",
-        lifespan=service.running,
-        redirect_slashes=False,
-        redoc_url=None,
-    )
+    app = Application(service)
     app.state.service = service
     _add_models(app, service)
     _add_probes(app, service)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from service.edge import CLIENT_CLOSED, Edge, HeaderMap, refusal, request_id_of
+from service.edge import CLIENT_CLOSED, Edge, HeaderMap, refusal
 from service.errors import ClientLeft, Unauthorized
 from service.job import Job
 from service.responses import lines
@@ -46,7 +46,7 @@ class ShortWay:
         """
         if len(body) >= self.most:
             return None
-        brief = Brief(self, request_id_of(given), keep_alive, reply)
+        brief = Brief(self, self.edge.request_id(given), keep_alive, reply)
         try:
             self.edge.authorize(self.path, given)
             brief.timeout = self.sampling.greet(given)

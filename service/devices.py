@@ -11,14 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from service.settings import DeviceChoice
+from service.settings import Settings
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 MOST_WORKERS = 4  # processes; each loads the models
 MOST_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
-# Algorithms by rule rather than by timing: the same rows on every start.
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # algorithms by rule, not by timing: the same on every start
 
 
 class DeviceError(Exception):
@@ -38,31 +37,36 @@ class Device:
     workers: int = 1
 
 
-def choose(wanted: DeviceChoice, tf32: bool = False, threads: int = 0, runners: int = 0, workers: int = 0) -> Device:
-    """tf32: let CUDA round the factors of matrix products and convolutions to 10 bits, for speed. threads, runners,
-    workers: of the CPU, 0 for all cores, for one runner a core, and for one worker a core.
-
-    Raises DeviceError if `wanted` is cuda and CUDA does not work, or workers cannot share a port here.
-    """
+def choose(settings: Settings) -> Device:
+    """Raises DeviceError if cuda is asked for and CUDA does not work, or workers cannot share a port here."""
+    wanted, workers = settings.device, settings.workers
     if workers > 1 and sys.platform != "linux":
         raise DeviceError(f"REPARAM_WORKERS={workers}, but only Linux lets processes share a port evenly: use 1")
     gpu_workers = workers or 1  # each would need memory of its own for the models
-    threads = threads or _cores()
+    threads = settings.threads or _cores()
     workers = workers or (min(threads, MOST_WORKERS) if sys.platform == "linux" else 1)
-    runners = runners or min(-(-threads // workers), MOST_RUNNERS)
+    runners = settings.runners or min(-(-threads // workers), MOST_RUNNERS)
     each = max(1, threads // (runners * workers))
     cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":
         return cpu("REPARAM_DEVICE=cpu")
+    if not settings.tf32:  # else onnxruntime takes it where cuDNN has nothing more exact; read when CUDA is loaded
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     missing = _missing_for_cuda()
     if missing is None:
-        options = {**CUDA_OPTIONS, "use_tf32": str(int(tf32))}
-        # Some graphs cannot be captured as a CUDA graph, such as those of which a part runs on the CPU.
-        attempts = (((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU))
-        return Device("cuda", attempts, f"REPARAM_DEVICE={wanted} and CUDA works", workers=gpu_workers)
+        reason = f"REPARAM_DEVICE={wanted} and CUDA works"
+        return Device("cuda", cuda_attempts(settings), reason, workers=gpu_workers)
     if wanted == "cuda":
         raise DeviceError(f"REPARAM_DEVICE=cuda, but {missing}; REPARAM_DEVICE=auto would run on the CPU")
     return cpu(f"REPARAM_DEVICE=auto, and {missing}")
+
+
+def cuda_attempts(settings: Settings) -> tuple[tuple[Any, ...], ...]:
+    """Lists of providers. Some graphs cannot be captured as a CUDA graph, such as those of which a part runs on the
+    CPU."""
+    options = {**CUDA_OPTIONS, "use_tf32": str(int(settings.tf32))}
+    captured, plain = ((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU)
+    return (captured, plain) if settings.cuda_graphs else (plain,)
 
 
 def with_tensor_cores(providers: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -86,12 +90,13 @@ def _missing_for_cuda() -> str | None:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver shows no GPU"
     ort.preload_dlls()  # from the nvidia packages of the `cuda` dependency group, where they are installed
-    return _fault()
+    return cuda_fault()
 
 
-def _fault() -> str | None:
-    """Ask onnxruntime itself, by a convolution: it falls back to the CPU if a library of CUDA cannot be loaded, and
-    looks for cuDNN, and for kernels that suit the GPU, only when it needs them."""
+def cuda_fault() -> str | None:
+    """Why CUDA computes nothing, or nothing any more. Asks onnxruntime itself, by a convolution: it falls back to the
+    CPU if a library of CUDA cannot be loaded, and looks for cuDNN, and for kernels that suit the GPU, only when it
+    needs them."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:

@@ -37,8 +37,6 @@ HeaderMap = dict[bytes, bytes]  # the headers of a request, names in small lette
 OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
 CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_PROCESS = secrets.token_hex(10).encode()  # of 32 digits of a request's id the first 20; the others count
-_COUNT = itertools.count()
 
 
 class Edge:
@@ -49,6 +47,8 @@ class Edge:
         self.metrics = metrics
         self.api_key = api_key
         self.access_log = access_log
+        self._first_digits = secrets.token_hex(10).encode()  # 20 of the 32 of a request's id; the others count
+        self._count = itertools.count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +56,7 @@ class Edge:
             return
         started = time.perf_counter()
         given = header_map(scope["headers"])
-        request_id = request_id_of(given)
+        request_id = self.request_id(given)
         status = 0
 
         def send_with_id(message: Message) -> Awaitable[None]:
@@ -96,6 +96,13 @@ class Edge:
         if self.access_log.enabled:
             self.access_log.write(method, path, status, request_id, seconds)
 
+    def request_id(self, given: HeaderMap) -> bytes:
+        """The client's, if it can stand in a header and a log line; else a fresh one."""
+        request_id = given.get(b"x-request-id")
+        if request_id is not None and _REQUEST_ID.fullmatch(request_id):
+            return request_id
+        return b"%b%012x" % (self._first_digits, next(self._count))
+
     def authorize(self, path: str, given: HeaderMap) -> None:
         """Raises Unauthorized."""
         if self.api_key is None or path.startswith(OPEN):
@@ -117,14 +124,6 @@ def header_map(headers: Headers) -> HeaderMap:
             lists.setdefault(name, []).append(value)
         given = {name: b", ".join(values) for name, values in lists.items()}
     return given
-
-
-def request_id_of(given: HeaderMap) -> bytes:
-    """The client's, if it can stand in a header and a log line; else a fresh one."""
-    request_id = given.get(b"x-request-id")
-    if request_id is not None and _REQUEST_ID.fullmatch(request_id):
-        return request_id
-    return b"%b%012x" % (_PROCESS, next(_COUNT))
 
 
 def refusal(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:

@@ -27,7 +27,7 @@ STATES = ("failed", "draining", "no model", "no default model", "starting", "rea
 @lru_cache(1)
 def device_of(settings: Settings) -> Device:
     """Looked for once: to ask CUDA takes a second. Raises DeviceError."""
-    return choose(settings.device, settings.tf32, settings.threads, settings.runners, settings.workers)
+    return choose(settings)
 
 
 class Service:

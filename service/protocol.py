@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
-from service.edge import header_map, refusal, request_id_of
+from service.edge import header_map, refusal
 from service.errors import MalformedRequest, Problem
 from service.patience import PATIENCE
 from service.responses import lines
@@ -119,7 +119,7 @@ class Protocol(HttpToolsProtocol):
         """Tell why there is no request to answer, unless one that was whole is being answered, and hang up."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started):
-            request_id = request_id_of({})
+            request_id = self._short.edge.request_id({})
             status, headers, body = refusal(problem, request_id)
             head = lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
             self.transport.write(_whole_head(status, head, keep_alive=False) + body)

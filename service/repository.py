@@ -11,7 +11,7 @@ from typing import Any
 from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
 from service.buckets import Buckets
 from service.contract import ArtifactError, Contract
-from service.devices import CPU, CUDA, Device, with_tensor_cores
+from service.devices import CPU, CUDA, Device, DeviceError, cuda_fault, with_tensor_cores
 from service.errors import Unavailable, UnknownModel, clipped
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class Repository:
         """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody.
 
         Batches will have at most `max_rows` rows, and as few as take about `seconds`. On a GPU this is for the thread
-        that will run them: onnxruntime keeps CUDA graphs for each thread apart.
+        that will run them: onnxruntime keeps CUDA graphs for each thread apart. Raises DeviceError if one of them
+        leaves a GPU that computes nothing any more.
         """
         try:
             models = [path for path in _entries(folder) if os.path.isdir(path)]  # noqa: PTH112  # pathlib's raises for some
@@ -126,6 +127,8 @@ class Repository:
             model = open_model(
                 name, int(version.name), _inside(version / MODEL_FILE, folder), device, max_rows, seconds
             )
+        except DeviceError:
+            raise
         except Exception as error:  # onnxruntime's errors have no common base but this
             fault = str(error) if isinstance(error, ArtifactError) else f"{version}: {error!r}"
             self._refuse(f"{name}/{version.name}", fault)
@@ -148,7 +151,7 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
     """Load a version and warm it up, with the first of the device's lists of providers that takes it; whether a graph
     can be captured as a CUDA graph shows only in the second run.
 
-    Raises ArtifactError, and what onnxruntime raises.
+    Raises ArtifactError, DeviceError, and what onnxruntime raises.
     """
     *others, last = device.attempts
     for providers in others:
@@ -157,6 +160,11 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
         except Exception as error:  # onnxruntime's errors have no common base but this
             about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}
             log.info("model does not run so", extra=about)
+            if fault := cuda_fault():  # some errors leave nothing that works in the whole process
+                raise DeviceError(
+                    f"no CUDA graph could be made of model {name!r} version {version}, and since then {fault}: set "
+                    "REPARAM_CUDA_GRAPHS=false, or take it out of the repository"
+                ) from error
     return _open(name, version, path, device, last, max_rows, seconds)
 
 

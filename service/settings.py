@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """auto takes CUDA when it works; cuda refuses to start without it."""
     tf32: bool = False
     """Let CUDA use TensorFloat-32: faster, and exact to three digits instead of seven."""
+    cuda_graphs: bool = True
+    """Let CUDA run a model as one graph for each size of a batch; without, its kernels are started one by one."""
     workers: NonNegativeInt = 0
     """Processes that serve side by side, each with the models and its part of the limits on rows and bytes held; 0
     for one a core on a CPU under Linux, at most 4, else for one."""

@@ -1,6 +1,6 @@
 """The code that runs models on a GPU, on whatever device there is: the demo models in buckets, against plain runs.
 
-On a machine with a GPU and little else: python -m pytest --noconftest tests/test_buckets.py
+On a machine with a GPU and little else: REPARAM_DEVICE=cuda python -m pytest --noconftest tests/test_buckets.py
 """
 
 from pathlib import Path
@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch  # noqa: F401  # brings the libraries of CUDA, wherever they lie
 
 from service import noise
 from service.artifact import load
 from service.buckets import Buckets
-from service.devices import CPU, CUDA, choose, with_tensor_cores
+from service.devices import CPU, CUDA, choose, cuda_attempts, with_tensor_cores
+from service.settings import Settings
 
 MOST = 50
 DEMOS = sorted(Path("artifacts").glob("*/*/model.onnx"))
-DEVICE = choose("auto")
+DEVICE = choose(Settings())  # REPARAM_DEVICE=cuda: no GPU, no test
 APART = [True] if DEVICE.name == "cuda" else [False, True]
 
 
@@ -81,8 +83,30 @@ def test_a_bucket_is_a_power_of_two_or_all_there_is() -> None:
     assert [Buckets(load(DEMOS[0]), MOST).size(n) for n in (1, 3, MOST)] == [1, 3, MOST]
 
 
+def test_a_graph_is_captured_unless_that_is_not_wanted_or_not_possible() -> None:
+    exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+    plain, captured = ((CUDA, exact), CPU), ((CUDA, exact | {"enable_cuda_graph": "1"}), CPU)
+    assert cuda_attempts(Settings()) == (captured, plain)
+    assert cuda_attempts(Settings(cuda_graphs=False)) == (plain,)
+    assert cuda_attempts(Settings(cuda_graphs=False, tf32=True)) == (((CUDA, exact | {"use_tf32": "1"}), CPU),)
+
+
 def test_float16_has_the_tensor_cores_whatever_float32_may_use() -> None:
     assert with_tensor_cores(((CUDA, {"use_tf32": "0", "a": "b"}), CPU)) == ((CUDA, {"use_tf32": "1", "a": "b"}), CPU)
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parts[1])
+def test_the_same_batch_has_the_same_rows_bit_for_bit(path: Path) -> None:
+    """Also where the libraries have algorithms that add up in any order."""
+    buckets = buckets_of(path, apart=True)
+    contract = buckets.artifact.contract
+    for n in (1, 8, 32):
+        for name, array in contract.feeds(noise.words(4, 0, n, contract.latent_shape), 0.5).items():
+            buckets.inputs[name][:n] = array
+        first = {name: array.copy() for name, array in buckets.run(n).items()}
+        for _ in range(20):
+            for name, array in buckets.run(n).items():
+                assert np.array_equal(array, first[name]), (n, name)
 
 
 def test_a_gpu_runs_the_demo_models_where_there_is_one() -> None:

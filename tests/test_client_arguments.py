@@ -154,7 +154,7 @@ def test_what_names_no_model_or_no_output_is_not_asked_for(connect: Connect) -> 
             with pytest.raises(ValueError, match=f"name must be that of a model, got '{name}'"):
                 client.model(name)
         with pytest.raises(TypeError, match="name must be a string, got 5"):
-            client.model(5)  # type: ignore[arg-type]
+            client.model(5)  # type: ignore[arg-type]  # that is the point
         with pytest.raises(TypeError, match=r"output must be a string, got \('images',\)"):
-            next(client.iter_samples(3, output=("images",)))  # type: ignore[arg-type]
+            next(client.iter_samples(3, output=("images",)))  # type: ignore[arg-type]  # here too
     assert peer.asked == []

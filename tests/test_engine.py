@@ -32,7 +32,8 @@ NPY = {"Accept": "application/x-npy"}
 
 def rows_of(response: httpx.Response) -> npt.NDArray[Any]:
     assert response.status_code == 200, response.text
-    return np.load(io.BytesIO(response.content), allow_pickle=False)  # type: ignore[no-any-return]
+    rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
+    return rows
 
 
 def count(service: Running, name: str, **labels: str) -> float:

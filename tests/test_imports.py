@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("models", "export", "service", "reparam", "benchmarks")
+PEERS = "benchmarks/peers"
+PACKAGES = ("models", "export", "service", "reparam", "benchmarks", PEERS)
 MAY_IMPORT = {
     "models": {"torch"},
     "export": {
@@ -23,19 +24,19 @@ MAY_IMPORT = {
     },
     "reparam": {"httpx", "numpy", "PIL"},
     "benchmarks": {"reparam", "numpy"},
+    PEERS: {"benchmarks", "export", "models", "service", "torch", "onnx", "onnxruntime", "numpy", "PIL", "uvicorn"},
 }  # fmt: skip
 # Of the service, export shares what the artifact is made of, and the contact sheet.
 SHARED_WITH_EXPORT = {"service", "service.artifact", "service.contract", "service.noise", "service.pictures"}
 
 
-PEERS = Path("benchmarks/peers")  # programs for environments of their own
-
-
 def modules(package: str) -> dict[str, Path]:
+    """Those in the folders of PEERS are programs for environments of their own."""
+    found = Path(package).glob("*.py") if package == PEERS else Path(package).rglob("*.py")
     return {
         ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(Path(package).rglob("*.py"))
-        if PEERS not in path.parents
+        for path in sorted(found)
+        if package == PEERS or Path(PEERS) not in path.parents
     }
 
 

@@ -57,7 +57,8 @@ def draw(service: Running, kind: str, **body: Any) -> Array:
     given = {"model": kind, "outputs": [LATENTS[kind]], **body}
     response = service.post(given, headers={"Accept": "application/x-npy"})
     assert response.status_code == 200, response.text
-    return np.load(io.BytesIO(response.content), allow_pickle=False)  # type: ignore[no-any-return]
+    rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
+    return rows
 
 
 @pytest.mark.parametrize("start", [0, 2**40])

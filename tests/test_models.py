@@ -21,7 +21,7 @@ SHAPES = [(1, 28, 28), (1, 8, 8), (3, 7, 10), (1, 5, 1)]
 @pytest.mark.parametrize(("kind", "latent"), [("gaussian", (4,)), ("gaussian", (2, 3, 3)), ("gumbel", (3, 5))])
 def test_shapes(kind: str, latent: tuple[int, ...], body: str, image_shape: tuple[int, int, int]) -> None:
     dense = (6,) if body == "conv" else ()
-    model = MODELS[kind](VAEConfig(image_shape, latent, body, (4, 8), dense))  # type: ignore[arg-type]
+    model = MODELS[kind](VAEConfig(image_shape, latent, body, (4, 8), dense))  # type: ignore[arg-type]  # a Literal
     parameters = model.encode(torch.rand(2, *image_shape))
     assert [tuple(parameter.shape) for parameter in parameters] == [(2, *latent)] * len(model.parameter_names)
     assert model.decode(parameters[0]).shape == (2, *image_shape)
@@ -172,4 +172,4 @@ def test_noise_follows_its_law() -> None:
 def test_an_impossible_configuration_is_refused(changes: dict[str, tuple[int, ...]], says: str) -> None:
     config = {"image_shape": (1, 8, 8), "latent_shape": (3,), "body": "mlp", "width": (4,)}
     with pytest.raises(ValueError, match=says):
-        VAEConfig(**(config | changes))  # type: ignore[arg-type]
+        VAEConfig(**(config | changes))  # type: ignore[arg-type]  # each field has its own type

@@ -1,5 +1,7 @@
 """The noise contract: golden values, the law of the draws, and their tails."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,6 +10,7 @@ from scipy import stats
 from service import noise
 
 Float32 = npt.NDArray[np.float32]
+Draw = Callable[[noise.Words], Float32]
 
 DRAWS = 10_000_000
 TAILS = (1e-6, 1e-9, 1e-12, 1e-15)
@@ -73,10 +76,10 @@ def test_the_extreme_words_give_finite_draws() -> None:
 
 
 @pytest.mark.parametrize(("draw", "law"), [(noise.normal, stats.norm), (noise.gumbel, stats.gumbel_r)])
-def test_ten_million_draws_follow_their_law(draw: object, law: object) -> None:
-    draws = draw(noise.words(1, 0, DRAWS // 20, (20,))).ravel()  # type: ignore[operator]
+def test_ten_million_draws_follow_their_law(draw: Draw, law: stats.rv_continuous) -> None:
+    draws = draw(noise.words(1, 0, DRAWS // 20, (20,))).ravel()
     assert draws.dtype == np.float32
-    assert stats.kstest(draws, law.cdf).pvalue > 0.001  # type: ignore[attr-defined]
+    assert stats.kstest(draws, law.cdf).pvalue > 0.001
 
 
 @pytest.mark.parametrize("p", TAILS)
@@ -103,18 +106,18 @@ def test_the_usual_float32_formula_is_wrong_in_the_tail(p: float) -> None:
     assert p > 1e-7 or frequency == 0
 
 
-def _frequency(p: float, others: Float32, draw: object, *, low_word_wins: bool, words: int) -> float:
+def _frequency(p: float, others: Float32, draw: Draw, *, low_word_wins: bool, words: int) -> float:
     """How often a category of probability p beats the other, whose draws are `others`: the share of all words that win,
     found by bisection because a draw is monotone in its word."""
     logit, other_logit = np.float32(np.log(p)), np.float32(np.log1p(-p))
     low, high = np.zeros(len(others), np.uint64), np.full(len(others), words - 1, np.uint64)
     for _ in range(words.bit_length()):
         middle = low + (high - low) // np.uint64(2)
-        wins = logit + draw(middle) > other_logit + others  # type: ignore[operator]
+        wins = logit + draw(middle) > other_logit + others
         onward = wins == low_word_wins
         low, high = np.where(onward & (middle < high), middle + np.uint64(1), low), np.where(onward, high, middle)
     winning = low.astype(np.float64) if low_word_wins else words - low.astype(np.float64)
     # The last word itself was never counted: it is lost in 2**64, but not in 2**24 where it is the only one to win.
     if not low_word_wins:
-        winning = np.where(logit + draw(np.full_like(low, words - 1)) > other_logit + others, winning, 0)  # type: ignore[operator]
+        winning = np.where(logit + draw(np.full_like(low, words - 1)) > other_logit + others, winning, 0)
     return float(winning.mean() / words)

@@ -253,7 +253,7 @@ def test_how_many_are_decoded_together_decides_nothing_but_time() -> None:
 
 @pytest.mark.parametrize(("body", "width"), [("mlp", (4,)), ("mlp", ()), ("conv", (3, 4))])
 def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int, ...]) -> None:
-    model = GaussianVAE(VAEConfig((1, 8, 8), (2,), body, width))  # type: ignore[arg-type]
+    model = GaussianVAE(VAEConfig((1, 8, 8), (2,), body, width))  # type: ignore[arg-type]  # a Literal
     mean = torch.from_numpy(np.random.default_rng(0).random((1, 8, 8), np.float32)) * 0.5
     start_at(model.decoder, mean)
     with torch.no_grad():

@@ -123,7 +123,7 @@ def test_evaluation_reports_the_bound_with_the_mixture(fitted: dict[str, Path], 
 def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: str, tmp_path: Path) -> None:
     latent_shape = {"gaussian": (3,), "gumbel": (4, 5)}[kind]
     config = TrainConfig(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]  # a Literal
         data="digits",
         epochs=2,
         width=(4,),

@@ -364,7 +364,7 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
 def test_a_runner_that_died_is_no_life(serve: Any) -> None:
     service: Running = serve()
     assert service.get("/livez").status_code == 200
-    service.service.engine._scheduler.take = None  # type: ignore[method-assign,assignment]
+    service.service.engine._scheduler.take = None  # type: ignore[method-assign,assignment]  # so that the thread dies
     problem(service.post({"n": 500}), "unavailable")  # more than are computed without a runner
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
@@ -427,7 +427,7 @@ def test_a_compressed_body_is_refused(service: Running) -> None:
 
 def test_what_nobody_foresaw_is_told_without_its_inside(serve: Any) -> None:
     service: Running = serve()
-    service.service.repository.find = None  # type: ignore[method-assign,assignment]
+    service.service.repository.find = None  # type: ignore[method-assign,assignment]  # a fault of ours
     document = problem(service.post({}), "internal")
     assert "None" not in document["detail"]
     assert document["instance"].removeprefix("urn:request:") in document["detail"]

@@ -285,13 +285,13 @@ def test_an_unknown_option_is_a_usage_error() -> None:
 
 
 def test_auto_takes_what_works_and_says_why() -> None:
-    device = devices.choose("auto")
+    device = devices.choose(Settings())
     assert device.reason.startswith("REPARAM_DEVICE=auto")
-    assert devices.choose("cpu").attempts == (("CPUExecutionProvider",),)
+    assert devices.choose(Settings(device="cpu")).attempts == (("CPUExecutionProvider",),)
 
 
 def test_cuda_works_or_the_service_refuses_to_start_and_says_what_is_missing(repository: Path) -> None:
-    if devices.choose("auto").name == "cuda":
+    if devices.choose(Settings()).name == "cuda":
         with process(repository, REPARAM_DEVICE="cuda") as (_, url):
             models = httpx.get(f"{url}/models").json()["models"]
         assert {model["provider"] for model in models} == {"CUDAExecutionProvider"}

@@ -34,7 +34,8 @@ def draw_one(service: Running, output: str, **body: Any) -> npt.NDArray[Any]:
     """POST /sample as npy."""
     response = service.post({**body, "outputs": [output]}, headers={"Accept": "application/x-npy"})
     assert response.status_code == 200, response.text
-    return np.load(io.BytesIO(response.content), allow_pickle=False)  # type: ignore[no-any-return]
+    rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
+    return rows
 
 
 @pytest.mark.parametrize("start", [0, FAR])

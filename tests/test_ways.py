@@ -59,7 +59,7 @@ CASES = {
     "media type": numbered({}, Content_Encoding="gzip"),
     "timeout": numbered({}, Request_Timeout="soon"),
     "expired": numbered({}, Request_Timeout="0.000001"),
-    "fails": numbered({"model": "trouble", "temperature": FAILS}),
+    "fails": numbered({"model": "trouble", "temperature": FAILS, "seed": 1}),
     "nan": numbered({"model": "trouble", "temperature": NAN}),
     "large": numbered({"seed": 1, "n": 5000}),
     "large body": numbered({"seed": 1, "mu": [[0.0] * 8] * 2000, "n": 2000}),
@@ -135,7 +135,7 @@ def test_an_idle_connection_ends_but_not_one_that_is_in_the_middle_of_a_request(
         time.sleep(1)
         slow.sendall(message[:-1])
         assert idle.recv(1) == b""
-        assert 4 < time.monotonic() - idle_since < 8
+        assert time.monotonic() - idle_since > 4
         time.sleep(1.5)
         slow.sendall(message[-1:])
         assert read(slow.makefile("rb"))[0] == 200

@@ -16,6 +16,7 @@ import pytest
 from benchmarks.processes import below
 from service import devices
 from service.devices import DeviceError
+from service.settings import Settings
 from tests.conftest import wait_until
 from tests.graphs import SLOW
 from tests.test_process import process, refused, start
@@ -179,6 +180,6 @@ def test_a_port_that_others_have_is_refused(service: tuple["subprocess.Popen[str
 
 def test_only_linux_shares_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    assert devices.choose("cpu").workers == 1
+    assert devices.choose(Settings(device="cpu")).workers == 1
     with pytest.raises(DeviceError, match="REPARAM_WORKERS=2"):
-        devices.choose("cpu", workers=2)
+        devices.choose(Settings(device="cpu", workers=2))

@@ -1,8 +1,10 @@
 """python -m benchmarks throughput|latency|fairness|memory|scaling|training|device|all [--help]"""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import device, fairness, latency, memory, scaling, throughput, training
 from benchmarks.options import Options
@@ -23,7 +25,7 @@ RESULTS = Path(__file__).with_name("results")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Reparam and its peers.")
-    parser.add_argument("name", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="each prints a table; last comes the JSON of all")
     parser.add_argument("--only", type=_servers, default=list(SERVERS), help=f"some of {','.join(SERVERS)}")
     parser.add_argument("--seconds", type=int, default=5, help="of each measured point (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these (default: 3)")
@@ -31,13 +33,15 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     options = Options(arguments.only, arguments.seconds, arguments.rounds, arguments.rows)
+    records: dict[str, dict[str, Any]] = {}
     for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
         report = BENCHMARKS[name](options)
-        line = record(name, report)
-        print(f"{report}\n\n{line}", flush=True)
+        print(f"{report}\n", flush=True)
+        records[name] = record(name, report)
         if arguments.save:
             RESULTS.mkdir(exist_ok=True)
-            (RESULTS / f"{name}.json").write_text(f"{line}\n")
+            (RESULTS / f"{name}.json").write_text(f"{json.dumps(records[name])}\n")
+    print(json.dumps(records if arguments.name == "all" else records[arguments.name]))
 
 
 def _servers(text: str) -> list[str]:

@@ -1,6 +1,5 @@
 """What a benchmark hands over: a table for people, and a record that says where its numbers come from."""
 
-import json
 import os
 import platform
 import subprocess
@@ -36,23 +35,21 @@ def ratio(value: float, to: float) -> str:
     return f"{value / to:.2f}" if to else ""
 
 
-def record(name: str, report: Report) -> str:
-    """One line of JSON: the results, and the command, commit, machine and time they were measured with."""
+def record(name: str, report: Report) -> dict[str, Any]:
+    """The results, and the command, commit, machine and time they were measured with."""
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
-    return json.dumps(
-        {
-            "benchmark": name,
-            "measured": report.title,
-            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-            "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": None if changes is None else bool(changes),
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-            "python": platform.python_version(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "notes": report.notes,
-            "results": report.results,
-        }
-    )
+    return {
+        "benchmark": name,
+        "measured": report.title,
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notes": report.notes,
+        "results": report.results,
+    }
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,5 +1,6 @@
 """`python -m service` as a process: settings, device, logs, and the way it ends."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.processes import resident_bytes
 from reparam import Client
 from service import devices
 from service.settings import Settings
 from tests.conftest import Running, wait_until
 from tests.graphs import SLOW
+from tests.raw import request
 
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -166,6 +169,36 @@ def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
         assert len(answer) >= 2
         assert answer[0] is not None
         assert all(images is not None and np.array_equal(images, answer[0]) for images in answer)
+
+
+def test_memory_returns_when_crowds_leave_in_the_middle_of_their_answers(repository: Path) -> None:
+    """Each time some 100 MB are computed ahead of them."""
+    message = request({"model": "tiny-gaussian", "n": 10_000_000})
+
+    def crowd(url: str) -> None:
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        with contextlib.ExitStack() as connections:
+            for _ in range(300):
+                connection = connections.enter_context(socket.create_connection(address))
+                connection.sendall(message)
+            held = 0.0
+            while (now := metric(url, "held_bytes")) > held:  # until no more of them come
+                held = now
+            assert held > 50e6
+        wait_until(lambda: metric(url, "held_bytes") == 0)
+
+    settings = {"REPARAM_WORKERS": "1", "REPARAM_LOG_LEVEL": "warning", "REPARAM_MAX_HELD_BYTES": str(2**30)}
+    with process(repository, **settings) as (server, url):
+        crowd(url)
+        after_one = resident_bytes([server.pid])
+        for _ in range(4):
+            crowd(url)
+        assert resident_bytes([server.pid]) < after_one + 50e6
+
+
+def metric(url: str, name: str) -> float:
+    (line,) = re.findall(rf"^reparam_{name} (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(line)
 
 
 def test_a_signal_while_models_are_loaded_ends_the_service(repository: Path, tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5, help="of each measured point (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these (default: 3)")
     parser.add_argument("--rows", type=int, help="of the large requests (default: each benchmark's own)")
-    parser.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/NAME.json")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="LABEL",
+        help="write the JSON to benchmarks/results/NAME.json, or NAME-LABEL.json",
+    )
     arguments = parser.parse_args()
     options = Options(arguments.only, arguments.seconds, arguments.rounds, arguments.rows)
     records: dict[str, dict[str, Any]] = {}
@@ -38,9 +44,10 @@ def main() -> None:
         report = BENCHMARKS[name](options)
         print(f"{report}\n", flush=True)
         records[name] = record(name, report)
-        if arguments.save:
+        if arguments.save is not None:
             RESULTS.mkdir(exist_ok=True)
-            (RESULTS / f"{name}.json").write_text(f"{json.dumps(records[name])}\n")
+            file = "-".join(filter(None, [name, arguments.save]))
+            (RESULTS / f"{file}.json").write_text(f"{json.dumps(records[name])}\n")
     print(json.dumps(records if arguments.name == "all" else records[arguments.name]))
 
 

@@ -115,6 +115,5 @@ class Brief(Job):
         except Exception:  # others in the same batch must not suffer
             log.exception("not written", extra={"request_id": self._request_id.decode()})
         self._way.edge.metrics.in_flight -= 1
-        way, path = self._way, self._way.path
-        # When the answer has left.
-        self.host.loop.call_soon(way.edge.account, "POST", path, path, status, self._started, self._request_id)
+        path = self._way.path
+        self._way.edge.account("POST", path, path, status, self._started, self._request_id)

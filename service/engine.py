@@ -288,4 +288,4 @@ class Engine:
         waited = [started - piece.ticket.since for piece in batch.pieces]
         for piece, result in zip(batch.pieces, results, strict=True):
             piece.ticket.take(result, piece.lo, piece.hi, started, ended)
-        self.loop.call_soon(self._metrics.batch, batch, seconds, waited)  # when the answers have left
+        self._metrics.batch(batch, seconds, waited)

@@ -14,6 +14,7 @@ from service.noise import NOISE_VERSION
 from service.scheduler import Batch
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TOGETHER = 256  # requests, or batches, that are counted
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Of these each worker says the same, or the oldest counts; all others are added up.
 THE_SAME = {
@@ -24,6 +25,9 @@ Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, 
 
 
 class Metrics:
+    """Requests and batches are noted, and counted many together or when somebody asks: then the next request finds in
+    the caches what it needs, not what counts the last."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         model = ("model", "version")
@@ -57,6 +61,8 @@ class Metrics:
         self.cancelled = counter("cancelled", "Requests whose client left.", "stage")
         self.out_of_memory = counter("out_of_memory", "Runs for which the device had no memory.")
         self.in_flight = 0
+        self._answers: list[tuple[str, int, float]] = []
+        self._batches: list[tuple[Any, int, str, float, Sequence[float]]] = []
         gauge("requests_in_flight", "Requests being answered.").set_function(lambda: self.in_flight)
         self.queue_rows = gauge("queue_rows", "Rows waiting for the runner.")
         self.queue_oldest = gauge("queue_oldest_seconds", "How long the oldest of them has waited.")
@@ -68,21 +74,20 @@ class Metrics:
         gauge("noise_version_info", "Version of the noise contract.", "noise_version").labels(str(NOISE_VERSION)).set(1)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        self.requests.counts[path, status] += 1
-        self.duration.labels(path).observe(seconds)
+        """Note a request."""
+        self._answers.append((path, status, seconds))
+        if len(self._answers) >= TOGETHER:
+            self._count()
 
     def batch(self, batch: Batch[Any], infer: float, queue: Sequence[float]) -> None:
-        """Count a batch. infer: seconds it ran; queue: seconds each of its pieces had waited."""
-        labels = (batch.model.name, str(batch.model.version))
-        self.rows.counts[labels] += batch.rows
-        self.batches.counts[*labels, batch.closed] += 1
-        self.batch_rows.labels(*labels).observe(batch.rows)
-        self.infer.labels(*labels).observe(infer)
-        self.queue.labels(*labels).observe(*queue)
+        """Note a batch. infer: seconds it ran; queue: seconds each of its pieces had waited."""
+        self._batches.append((batch.model, batch.rows, batch.closed, infer, queue))
+        if len(self._batches) >= TOGETHER:
+            self._count()
 
     def families(self) -> list[Family]:
         """What is counted so far, without the times since when."""
+        self._count()
         return [
             (family.name, family.documentation, family.type, [
                 (sample.name, sample.labels, sample.value)
@@ -90,6 +95,20 @@ class Metrics:
             ])
             for family in self.registry.collect()
         ]  # fmt: skip
+
+    def _count(self) -> None:
+        for path, status, seconds in self._answers:
+            self.requests.counts[path, status] += 1
+            self.duration.labels(path).observe(seconds)
+        self._answers.clear()
+        for model, rows, closed, infer, queue in self._batches:
+            labels = (model.name, str(model.version))
+            self.rows.counts[labels] += rows
+            self.batches.counts[*labels, closed] += 1
+            self.batch_rows.labels(*labels).observe(rows)
+            self.infer.labels(*labels).observe(infer)
+            self.queue.labels(*labels).observe(*queue)
+        self._batches.clear()
 
 
 def text(workers: Iterable[list[Family]]) -> bytes:

@@ -131,6 +131,14 @@ def small(**options: Any) -> TrainConfig:
     return TrainConfig(**{"kind": "gaussian", "data": "digits", "epochs": 1, "width": (4,), **options})
 
 
+def metric(url: str, name: str, **labels: str) -> float:
+    """Its value at a service; 0 if it was never counted."""
+    wanted = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    start = f"reparam_{name}{{{wanted}}} " if labels else f"reparam_{name} "
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():

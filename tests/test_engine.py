@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import io
 import random
-import re
 import socket
 import struct
 import threading
@@ -23,7 +22,7 @@ import pytest
 from service import noise
 from service.artifact import load
 from service.buckets import Buckets
-from tests.conftest import TINY, Running, wait_until
+from tests.conftest import TINY, Running, metric, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, request
 
@@ -34,15 +33,6 @@ def rows_of(response: httpx.Response) -> npt.NDArray[Any]:
     assert response.status_code == 200, response.text
     rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
     return rows
-
-
-def count(service: Running, name: str, **labels: str) -> float:
-    """The value of a metric; 0 if it was never counted."""
-    wanted = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    for line in service.get("/metrics").text.splitlines():
-        if re.match(rf"reparam_{name}({{{wanted}}})? ", line):
-            return float(line.split()[-1])
-    return 0.0
 
 
 @contextlib.contextmanager
@@ -99,7 +89,7 @@ def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
         wait_until(lambda: engine.service.engine.queued_rows < 500)
         assert not slow.done()
         assert slow.result().status_code == 200
-    assert count(engine, "cancelled_total", stage="queue") == 1
+    assert metric(engine.url, "cancelled_total", stage="queue") == 1
 
 
 def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine: Running) -> None:
@@ -115,7 +105,7 @@ def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine
         wait_until(lambda: engine.service.engine.queued_rows < 500)
         assert not slow.done()
         assert slow.result().status_code == 200
-    assert count(engine, "cancelled_total", stage="queue") == 1
+    assert metric(engine.url, "cancelled_total", stage="queue") == 1
 
 
 def test_a_client_that_leaves_during_its_batch(engine: Running) -> None:
@@ -124,7 +114,7 @@ def test_a_client_that_leaves_during_its_batch(engine: Running) -> None:
             hasty.sendall(request({"model": "trouble", "temperature": SLOW + 100}))
             jobs = engine.service.engine.jobs
             wait_until(lambda: ("trouble", "infer") in [(job.model.name, job.stage) for job in list(jobs) if job.model])
-        wait_until(lambda: count(engine, "cancelled_total", stage="infer") == 1)
+        wait_until(lambda: metric(engine.url, "cancelled_total", stage="infer") == 1)
 
 
 def test_a_client_that_leaves_after_its_batch(engine: Running) -> None:
@@ -132,9 +122,9 @@ def test_a_client_that_leaves_after_its_batch(engine: Running) -> None:
         with connect(engine, receive_buffer=4096) as hasty:
             hasty.sendall(request({"n": 1_000_000}))
             hasty.recv(1000)
-        wait_until(lambda: count(engine, "requests_total", path="/sample", status="499"))
-    assert count(engine, "requests_total", path="/sample", status="499") == 1
-    assert sum(count(engine, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send")) == 1
+        wait_until(lambda: metric(engine.url, "requests_total", path="/sample", status="499"))
+    assert metric(engine.url, "requests_total", path="/sample", status="499") == 1
+    assert sum(metric(engine.url, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send")) == 1
 
 
 def test_a_thousand_clients_that_leave_together(engine: Running) -> None:
@@ -147,8 +137,8 @@ def test_a_thousand_clients_that_leave_together(engine: Running) -> None:
         crowd.close()
         wait_until(lambda: not engine.service.engine.queued_rows)
     wait_until(lambda: at_rest(engine))
-    left = sum(count(engine, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send"))
-    answered = count(engine, "requests_total", path="/sample", status="499")
+    left = sum(metric(engine.url, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send"))
+    answered = metric(engine.url, "requests_total", path="/sample", status="499")
     assert left == answered == 1000
 
 
@@ -159,11 +149,11 @@ def test_a_client_that_reads_slowly_holds_back_the_computing(engine: Running) ->
             slow.recv(200)  # 1 KB a second
             time.sleep(0.2)
         service = engine.service
-        computed = count(engine, "rows_total", model="tiny-gaussian", version="1")
+        computed = metric(engine.url, "rows_total", model="tiny-gaussian", version="1")
         window = service.engine.window(service.repository.find("tiny-gaussian", None))
         assert max(job.taken for job in service.engine.jobs) < 3 * window + 4 * 2**20 / 64  # and what the sockets hold
         assert computed < 500_000
-        assert count(engine, "held_bytes") > 0
+        assert metric(engine.url, "held_bytes") > 0
 
 
 def test_a_stream_that_has_begun_may_take_longer_than_a_request(serve: Callable[..., Running]) -> None:
@@ -183,10 +173,10 @@ def test_a_body_of_one_byte_a_second_runs_into_its_deadline(engine: Running) -> 
         for byte in body:
             slow.sendall(bytes([byte]))
             time.sleep(0.15)
-            if count(engine, "expired_total", stage="body"):
+            if metric(engine.url, "expired_total", stage="body"):
                 break
         assert b"HTTP/1.1 504" in slow.recv(1000)
-    assert count(engine, "expired_total", stage="body") == 1
+    assert metric(engine.url, "expired_total", stage="body") == 1
 
 
 def test_a_deadline_shorter_than_one_batch(engine: Running) -> None:
@@ -194,7 +184,7 @@ def test_a_deadline_shorter_than_one_batch(engine: Running) -> None:
         body = {"model": "trouble", "temperature": SLOW + 60}
         response = engine.post(body, headers={"Request-Timeout": "0.05"})
         assert (response.status_code, response.json()["stage"]) == (504, "infer")
-    assert count(engine, "expired_total", stage="infer") == 1
+    assert metric(engine.url, "expired_total", stage="infer") == 1
 
 
 def test_a_model_that_raises_answers_nan_or_sleeps_beside_others(engine: Running) -> None:
@@ -233,7 +223,7 @@ def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
     response = engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": GREEDY, "outputs": ["latents"]})
     assert response.status_code == 200
     assert len(response.json()["latents"]) == 50
-    assert count(engine, "out_of_memory_total") >= 1
+    assert metric(engine.url, "out_of_memory_total") >= 1
     model = engine.service.repository.find("trouble", None)
     assert engine.service.engine._scheduler.limit(model) <= MODEST
     again = rows_of(engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": 1.0}, headers=NPY))
@@ -259,8 +249,8 @@ def test_a_burst_of_ten_thousand_tiny_requests(engine: Running) -> None:
         return sum(await asyncio.gather(*(client(host, port) for _ in range(200))))
 
     assert asyncio.run(burst()) == 10_000
-    assert count(engine, "requests_total", path="/sample", status="200") == 10_001
-    assert count(engine, "rows_total", model="tiny-gaussian", version="1") == 10_001
+    assert metric(engine.url, "requests_total", path="/sample", status="200") == 10_001
+    assert metric(engine.url, "rows_total", model="tiny-gaussian", version="1") == 10_001
 
 
 @pytest.mark.parametrize("n", [63, 64, 65, 1023, 1024, 1025])
@@ -303,24 +293,24 @@ def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 50})
         wait_until(lambda: engine.service.engine.busy)
-        assert count(engine, "queue_oldest_seconds") == 0  # what runs does not wait
+        assert metric(engine.url, "queue_oldest_seconds") == 0  # what runs does not wait
         waiting = connect(engine)
         waiting.sendall(request({"n": 7}))
-        wait_until(lambda: count(engine, "queue_rows") == 7)
-        assert count(engine, "queue_oldest_seconds") > 0
-        assert count(engine, "held_bytes") > 0
+        wait_until(lambda: metric(engine.url, "queue_rows") == 7)
+        assert metric(engine.url, "queue_oldest_seconds") > 0
+        assert metric(engine.url, "held_bytes") > 0
         assert slow.result().status_code == 200
         assert waiting.recv(100).startswith(b"HTTP/1.1 200")
         waiting.close()
     tiny = {"model": "tiny-gaussian", "version": "1"}
-    assert count(engine, "batches_total", closed="full", **tiny) >= 1
-    assert count(engine, "batches_total", closed="drained", **tiny) >= 1
-    assert count(engine, "rows_total", **tiny) == 3007
-    assert count(engine, "batch_rows_sum", **tiny) == 3007
-    assert count(engine, "batch_rows_count", **tiny) == sum(
-        count(engine, "batches_total", closed=closed, **tiny) for closed in ("full", "drained")
+    assert metric(engine.url, "batches_total", closed="full", **tiny) >= 1
+    assert metric(engine.url, "batches_total", closed="drained", **tiny) >= 1
+    assert metric(engine.url, "rows_total", **tiny) == 3007
+    assert metric(engine.url, "batch_rows_sum", **tiny) == 3007
+    assert metric(engine.url, "batch_rows_count", **tiny) == sum(
+        metric(engine.url, "batches_total", closed=closed, **tiny) for closed in ("full", "drained")
     )
-    assert count(engine, "queue_duration_seconds_sum", **tiny) > 0
+    assert metric(engine.url, "queue_duration_seconds_sum", **tiny) > 0
 
 
 class Oracle:

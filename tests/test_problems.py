@@ -14,7 +14,7 @@ import pytest
 from service import noise
 from service.engine import FORGETTING
 from service.errors import PROBLEMS
-from tests.conftest import Running, wait_until
+from tests.conftest import Running, metric, wait_until
 from tests.graphs import FAILS, NAN, POISON, SLOW, WILD
 from tests.raw import connect, request
 
@@ -273,7 +273,7 @@ def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
         assert int(response.headers["Retry-After"]) == document["retry_after"] == 1
         assert "4 rows wait already and the limit is 4: try again in 1 s" in document["detail"]
         assert {future.result().status_code for future in [running, *waiting]} == {200}
-    assert 'reparam_rejected_total{reason="rows"} 1.0' in service.get("/metrics").text
+    assert metric(service.url, "rejected_total", reason="rows") == 1
 
 
 def test_the_slower_rows_were_the_later_one_shall_come_back(serve: Any) -> None:
@@ -316,7 +316,7 @@ def test_a_deadline_while_the_answer_is_encoded(serve: Any) -> None:
     body = {"n": 100_000}  # computed in a tenth of the time that their PNGs take
     document = problem(service.post(body, headers={"Request-Timeout": "1.2"}), "deadline-exceeded")
     assert document["stage"] == "encode"
-    assert 'reparam_expired_total{stage="encode"} 1.0' in service.get("/metrics").text
+    assert metric(service.url, "expired_total", stage="encode") == 1
 
 
 def test_a_client_cannot_lengthen_the_deadline(serve: Any) -> None:

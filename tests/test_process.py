@@ -26,7 +26,7 @@ from benchmarks.processes import resident_bytes
 from reparam import Client
 from service import devices
 from service.settings import Settings
-from tests.conftest import Running, wait_until
+from tests.conftest import Running, metric, wait_until
 from tests.graphs import SLOW
 from tests.raw import request
 
@@ -194,11 +194,6 @@ def test_memory_returns_when_crowds_leave_in_the_middle_of_their_answers(reposit
         for _ in range(4):
             crowd(url)
         assert resident_bytes([server.pid]) < after_one + 50e6
-
-
-def metric(url: str, name: str) -> float:
-    (line,) = re.findall(rf"^reparam_{name} (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
-    return float(line)
 
 
 def test_a_signal_while_models_are_loaded_ends_the_service(repository: Path, tmp_path: Path) -> None:

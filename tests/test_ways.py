@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Running, wait_until
+from tests.conftest import Running, metric, wait_until
 from tests.graphs import FAILS, NAN
 from tests.raw import connect, request, send
 
@@ -159,7 +159,7 @@ def test_answers_that_nobody_reads_take_little_memory(serve: Any) -> None:
         connection.settimeout(3)
         with pytest.raises(TimeoutError):
             connection.sendall(message * 100_000)
-        counted = service.service.metrics.requests.counts["/sample", 200]
+        counted = metric(service.url, "requests_total", path="/sample", status="200")
         assert counted * 64 * 64 < 16 * 2**20  # what the sockets hold, and a little more
     wait_until(lambda: not service.service.engine.jobs)
 

@@ -17,7 +17,7 @@ from benchmarks.processes import below
 from service import devices
 from service.devices import DeviceError
 from service.settings import Settings
-from tests.conftest import wait_until
+from tests.conftest import metric, wait_until
 from tests.graphs import SLOW
 from tests.test_process import process, refused, start
 
@@ -37,12 +37,6 @@ def workers(parent: "subprocess.Popen[str]") -> list[int]:
     return [pid for pid in below(parent.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def metric(url: str, line: str) -> float:
-    """The value of the metric that the line begins with."""
-    found = [said for said in httpx.get(f"{url}/metrics").text.splitlines() if said.startswith(f"{line} ")]
-    return float(found[0].split()[-1])
-
-
 def test_both_answer_the_same_rows_and_either_answers_for_both(
     service: tuple["subprocess.Popen[str]", str],
 ) -> None:
@@ -51,10 +45,10 @@ def test_both_answer_the_same_rows_and_either_answers_for_both(
     assert len({answer.content for answer in answers}) == 1
     assert len({answer.headers["x-request-id"][:-12] for answer in answers}) == len(workers(running)) == 2
     for _ in range(10):  # whoever is asked
-        assert metric(url, 'reparam_requests_total{path="/sample",status="200"}') == 30
-        assert metric(url, 'reparam_noise_version_info{noise_version="1"}') == 1
-        assert metric(url, 'reparam_request_duration_seconds_bucket{le="+Inf",path="/sample"}') == 30
-        assert metric(url, "reparam_requests_in_flight") == 1
+        assert metric(url, "requests_total", path="/sample", status="200") == 30
+        assert metric(url, "noise_version_info", noise_version="1") == 1
+        assert metric(url, "request_duration_seconds_bucket", le="+Inf", path="/sample") == 30
+        assert metric(url, "requests_in_flight") == 1
 
 
 def test_a_worker_that_hangs_is_told_by_the_other(service: tuple["subprocess.Popen[str]", str]) -> None:
@@ -88,7 +82,7 @@ def test_a_worker_that_dies_ends_the_service_after_what_is_in_flight(
     slow = {"model": "trouble", "temperature": SLOW + 100}
     with ThreadPoolExecutor(8) as pool:
         in_flight = [pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60) for _ in range(8)]
-        wait_until(lambda: metric(url, "reparam_requests_in_flight") == 8 + 1)
+        wait_until(lambda: metric(url, "requests_in_flight") == 8 + 1)
         os.kill(workers(running)[0], signal.SIGKILL)
         outcomes = [future.exception() or future.result().status_code for future in in_flight]
     assert running.wait(30) == 1

@@ -29,7 +29,8 @@ export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publi
 bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
-# Without the environment of the other targets: of that it needs onnxruntime-gpu, torch, pydantic-settings and pytest.
+# Without the environment of the other targets: of that it needs onnxruntime-gpu, scipy, pillow, pydantic-settings, torch,
+# onnx, safetensors, scikit-learn, tqdm and pytest.
 gpu-check: export REPARAM_DEVICE = cuda
 gpu-check: ## test, then time, what runs on a GPU; fails where there is none
 	@$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py; tested=$$?; \

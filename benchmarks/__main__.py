@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5, help="of each measured point (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these (default: 3)")
     parser.add_argument("--rows", type=int, help="of the large requests (default: each benchmark's own)")
-    parser.add_argument(
-        "--save",
-        nargs="?",
-        const="",
-        metavar="LABEL",
-        help="write the JSON to benchmarks/results/NAME.json, or NAME-LABEL.json",
-    )
+    parser.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/NAME.json")
+    parser.add_argument("--label", help="of what is saved: NAME-LABEL.json")
     arguments = parser.parse_args()
     options = Options(arguments.only, arguments.seconds, arguments.rounds, arguments.rows)
     records: dict[str, dict[str, Any]] = {}
-    for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
-        report = BENCHMARKS[name](options)
-        print(f"{report}\n", flush=True)
-        records[name] = record(name, report)
-        if arguments.save is not None:
-            RESULTS.mkdir(exist_ok=True)
-            file = "-".join(filter(None, [name, arguments.save]))
-            (RESULTS / f"{file}.json").write_text(f"{json.dumps(records[name])}\n")
-    print(json.dumps(records if arguments.name == "all" else records[arguments.name]))
+    faults = 0
+    try:
+        for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
+            report = BENCHMARKS[name](options)
+            faults += len(report.faults)
+            print(f"{report}\n", flush=True)
+            records[name] = record(name, report)
+            if arguments.save:
+                RESULTS.mkdir(exist_ok=True)
+                file = "-".join(filter(None, [name, arguments.label]))
+                (RESULTS / f"{file}.json").write_text(f"{json.dumps(records[name])}\n")
+    finally:  # what was measured before something broke
+        print(json.dumps(records if arguments.name == "all" else records.get(arguments.name)))
+    sys.exit(1 if faults else 0)
 
 
 def _servers(text: str) -> list[str]:

@@ -18,6 +18,7 @@ class Report:
     rows: Sequence[Sequence[str]]
     results: dict[str, Any]  # the same and more, in base units
     notes: Sequence[str] = ()
+    faults: Sequence[str] = ()  # for which the benchmark fails, though it goes on
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]
@@ -27,7 +28,7 @@ class Report:
             + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
             for name, *cells in lines
         ]
-        return "\n".join([self.title, "", *table, "", *self.notes])
+        return "\n".join([self.title, "", *table, "", *self.notes, *self.faults])
 
 
 def ratio(value: float, to: float) -> str:
@@ -48,6 +49,7 @@ def record(name: str, report: Report) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": report.notes,
+        "faults": report.faults,
         "results": report.results,
     }
 

@@ -51,7 +51,7 @@ def choose(settings: Settings) -> Device:
     if wanted == "cpu":
         return cpu("REPARAM_DEVICE=cpu")
     if not settings.tf32:  # else onnxruntime takes it where cuDNN has nothing more exact; read when CUDA is loaded
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     missing = _missing_for_cuda()
     if missing is None:
         reason = f"REPARAM_DEVICE={wanted} and CUDA works"

@@ -144,9 +144,10 @@ class Engine:
     def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
         """Count a deadline that passed in this stage, after so many seconds, and tell it."""
         self._metrics.expired.labels(stage).inc()
+        faster = "send the body at once" if stage == "body" else "ask for fewer rows"
         return DeadlineExceeded(
-            f"{timeout:g} s were not enough, they ended in the stage {stage!r}: ask for fewer rows, or for more time "
-            "by the header `Request-Timeout`, as far as the service allows",
+            f"{timeout:g} s were not enough, they ended in the stage {stage!r}: {faster}, or ask for more time by the "
+            "header `Request-Timeout`, as far as the service allows",
             stage=stage,
         )
 

@@ -121,7 +121,8 @@ class ModelFailed(Problem):
     slug = "model-failed"
     status = 500
     meaning = (
-        "The model failed on these rows, or answered NaN or infinity whatever the parameters; the log has the cause."
+        "The model failed on these rows, or they are NaN or infinity also without parameters; the log has it under "
+        "seed and rows."
     )
 
 

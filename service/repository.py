@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from service.artifact import MODEL_FILE, NAME, VERSION, Artifact, load
-from service.buckets import Buckets
+from service.buckets import Buckets, is_out_of_memory
 from service.contract import ArtifactError, Contract
 from service.devices import CPU, CUDA, Device, DeviceError, cuda_fault, with_tensor_cores
 from service.errors import Unavailable, UnknownModel, clipped
@@ -160,11 +160,13 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
         except Exception as error:  # onnxruntime's errors have no common base but this
             about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}
             log.info("model does not run so", extra=about)
-            if fault := cuda_fault():  # some errors leave nothing that works in the whole process
-                raise DeviceError(
-                    f"no CUDA graph could be made of model {name!r} version {version}, and since then {fault}: set "
-                    "REPARAM_CUDA_GRAPHS=false, or take it out of the repository"
-                ) from error
+            no_memory = is_out_of_memory(error)
+        # What it held is free now. Some errors leave nothing that works in the whole process.
+        if device.name == "cuda" and not no_memory and cuda_fault():
+            raise DeviceError(
+                f"no CUDA graph could be made of model {name!r} version {version}, and since then the GPU computes "
+                "nothing: set REPARAM_CUDA_GRAPHS=false, or take the model out of the repository"
+            )
     return _open(name, version, path, device, last, max_rows, seconds)
 
 

@@ -1,5 +1,6 @@
 """Rows of a request, and the one way to compute them: batches of rows of any requests for one model."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +15,8 @@ from service.buckets import Buckets
 from service.contract import Arrays, Output, Prior
 from service.errors import ModelFailed, NonFiniteSample, Problem
 from service.repository import Model
+
+log = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
 Share = tuple["Rows", int, int]  # rows lo .. hi - 1 of a request
@@ -62,8 +65,10 @@ def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
             if name not in selected:
                 selected[name] = _SELECT[name](outputs)
             result[name] = selected[name][begin:end]
-    for index in not_finite:  # now that nobody needs the graph's outputs any more
-        results[index] = _blame(batch[index], buckets)
+    if not_finite:  # and nobody needs the graph's outputs any more
+        problems = _blame([batch[index] for index in not_finite], buckets)
+        for index, problem in zip(not_finite, problems, strict=True):
+            results[index] = problem
     return results
 
 
@@ -115,19 +120,50 @@ def _finite(outputs: Arrays, checked: Sequence[str]) -> bool:
     return all(np.isfinite(outputs[name]).all() for name in checked)
 
 
-def _blame(share: Share, buckets: Buckets) -> Problem:
-    """Of rows that are not finite: the caller's parameters, if without them the same rows would be; else the model."""
+def _blame(shares: Sequence[Share], buckets: Buckets) -> list[Problem]:
+    """Of shares that are not finite: the caller's parameters, if without them the same rows are; else the model."""
+    contract = buckets.artifact.contract
+    plain = [
+        (replace(rows, parameters={}, temperature=contract.default_temperature), lo, hi) for rows, lo, hi in shares
+    ]
+    outputs = buckets.run(_fill(buckets, plain))
+    problems: list[Problem] = []
+    end = 0
+    for share in shares:
+        rows, lo, hi = share
+        begin, end = end, end + hi - lo
+        if _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
+            names = (*(("temperature",) if rows.temperature else ()), *contract.traits.parameters)
+            problems.append(
+                NonFiniteSample(
+                    f"the parameters given overflow {contract.precision} at temperature {rows.temperature:g}: lower "
+                    f"{' or '.join(names)}"
+                )
+            )
+        else:
+            log.error("NaN or infinity", extra=about(share))
+            problems.append(
+                ModelFailed(
+                    f"{told(share)} are NaN or infinity, also at the default temperature and without parameters: ask "
+                    "for other rows, and tell whoever trained the model"
+                )
+            )
+    return problems
+
+
+def about(share: Share) -> dict[str, Any]:
+    """The rows, for a log."""
     rows, lo, hi = share
-    contract = rows.model.contract
-    plain = replace(rows, prior=contract.priors[0], parameters={}, temperature=contract.default_temperature)
-    if _finite(buckets.run(_fill(buckets, [(plain, lo, hi)])), buckets.checked):
-        return NonFiniteSample(
-            f"the parameters given overflow {contract.precision} at temperature {rows.temperature:g}: "
-            f"lower temperature or {' or '.join(contract.traits.parameters)}"
-        )
-    return ModelFailed(
-        f"model {rows.model.name!r} version {rows.model.version} answers NaN or infinity for rows of seed {rows.seed}, "
-        "whatever the parameters: ask for other rows, and tell whoever trained it"
+    model = rows.model
+    return {"model": model.name, "version": model.version, "seed": rows.seed, "start": rows.start + lo, "n": hi - lo}
+
+
+def told(share: Share) -> str:
+    """The rows, for a message."""
+    rows, lo, hi = share
+    return (
+        f"rows {rows.start + lo} .. {rows.start + hi - 1} of seed {rows.seed} of model {rows.model.name!r} version "
+        f"{rows.model.version}"
     )
 
 

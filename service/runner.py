@@ -12,7 +12,7 @@ from service.contract import Arrays
 from service.errors import ModelFailed, Problem, Unavailable
 from service.job import Job
 from service.repository import Model
-from service.rows import compute
+from service.rows import about, compute, told
 from service.scheduler import Batch, Piece
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class Runner(threading.Thread):
         """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone.
         Raises what onnxruntime raises if nothing works any more."""
         model = pieces[0].ticket.request.model
+        shares = [(piece.ticket.request, piece.lo, piece.hi) for piece in pieces]
         try:
-            shares = [(piece.ticket.request, piece.lo, piece.hi) for piece in pieces]
             return compute(shares, model.buckets[self._number])
         except Exception as error:  # onnxruntime's errors have no common base but this
             no_memory = is_out_of_memory(error)
@@ -83,19 +83,11 @@ class Runner(threading.Thread):
             if no_memory and rows > 1:
                 middle = piece.lo + rows // 2
                 return [_joined(self._attempt([piece._replace(hi=middle)]), self._attempt([piece._replace(lo=middle)]))]
-            asked = piece.ticket.request
-            first = asked.start + piece.lo
-            about = {"model": model.name, "version": model.version, "seed": asked.seed, "start": first, "n": rows}
-            log.exception("a run failed", extra=about)
+            log.exception("a run failed", extra=about(shares[0]))
             if no_memory:
                 return [Unavailable(f"the device has no memory for a row of model {model.name!r}", retry_after=1)]
             model.buckets[self._number].check_device()
-            return [
-                ModelFailed(
-                    f"model {model.name!r} version {model.version} failed on rows {first} .. {first + rows - 1} of "
-                    f"seed {asked.seed}: the service's log has the cause under these numbers"
-                )
-            ]
+            return [ModelFailed(f"{told(shares[0])} failed: the service's log has the cause under these numbers")]
 
 
 def _joined(first: list[Arrays | Problem], second: list[Arrays | Problem]) -> Arrays | Problem:

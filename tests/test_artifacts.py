@@ -13,7 +13,7 @@ import pytest
 
 from service.artifact import load
 from service.contract import ArtifactError
-from service.devices import Device
+from service.devices import Device, DeviceError, cuda_fault
 from service.repository import Repository, open_model
 from tests.conftest import Running
 from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
@@ -228,6 +228,19 @@ def test_a_model_runs_with_the_first_providers_that_take_it(good: Path) -> None:
     assert model.artifact.provider == "CPUExecutionProvider"
     with pytest.raises(ArtifactError, match=r"model\.onnx: .*must be either strings"):
         open_model("some", 1, good, Device("cpu", (none_at_all,), reason=""), max_rows=4, seconds=1)
+
+
+def test_a_gpu_that_computes_nothing_after_a_model_was_tried_ends_the_loading(good: Path) -> None:
+    """On a machine without a GPU that is so in any case."""
+    none_at_all, cpu = (42,), ("CPUExecutionProvider",)
+    device = Device("cuda", (none_at_all, cpu), reason="")
+    if cuda_fault():
+        with pytest.raises(
+            DeviceError, match=r"model 'tiny-gaussian' version 1, and since then .* REPARAM_CUDA_GRAPHS=false"
+        ):
+            Repository().load(good.parents[2], device, max_rows=4, seconds=1)
+    else:
+        assert open_model("some", 1, good, device, max_rows=4, seconds=1).version == 1
 
 
 def test_a_graph_with_a_loop_is_not_steady(repository: Path) -> None:

@@ -86,8 +86,8 @@ def test_a_bucket_is_a_power_of_two_or_all_there_is() -> None:
 def test_a_graph_is_captured_unless_that_is_not_wanted_or_not_possible() -> None:
     exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     plain, captured = ((CUDA, exact), CPU), ((CUDA, exact | {"enable_cuda_graph": "1"}), CPU)
-    assert cuda_attempts(Settings()) == (captured, plain)
-    assert cuda_attempts(Settings(cuda_graphs=False)) == (plain,)
+    assert cuda_attempts(Settings(cuda_graphs=True, tf32=False)) == (captured, plain)
+    assert cuda_attempts(Settings(cuda_graphs=False, tf32=False)) == (plain,)
     assert cuda_attempts(Settings(cuda_graphs=False, tf32=True)) == (((CUDA, exact | {"use_tf32": "1"}), CPU),)
 
 

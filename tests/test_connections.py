@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 from service import protocol, transport
-from tests.conftest import Running, wait_until
+from tests.conftest import Running, metric, wait_until
 from tests.raw import answer, connect, request, send
 
 BODY = {"n": 2, "seed": 7}
@@ -112,6 +112,7 @@ def test_bodies_that_never_end_leave_room_for_others(serve: Callable[..., Runnin
         status, body = answer(one_more)
         assert (status, json.loads(body)["type"]) == (429, "/problems/queue-full")
         assert "bytes and the limit is 300000: try again" in json.loads(body)["detail"]
+        assert metric(service.url, "rejected_total", reason="incoming") == 1
         assert service.post({"n": 10}).status_code == 200
     wait_until(lambda: engine.held_bytes == engine._incoming_bytes == 0)
 

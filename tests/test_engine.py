@@ -63,6 +63,11 @@ def at_rest(service: Running) -> bool:
     return not (engine.jobs or engine.queued_rows or engine.held_bytes or engine.busy)
 
 
+def trouble_runs(service: Running) -> bool:
+    jobs = list(service.service.engine.jobs)
+    return any(job.model.name == "trouble" and job.stage == "infer" for job in jobs if job.model is not None)
+
+
 @pytest.fixture
 def runners() -> int:
     """With one, what runs makes all others wait."""
@@ -82,7 +87,7 @@ def engine(serve: Callable[..., Running], runners: int) -> Iterator[Running]:
 def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
     with bystanders(engine), ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 100})
-        wait_until(lambda: engine.service.engine.busy)
+        wait_until(lambda: trouble_runs(engine))
         with connect(engine) as hasty:
             hasty.sendall(request({"n": 500}))
             wait_until(lambda: engine.service.engine.queued_rows >= 500)
@@ -95,7 +100,7 @@ def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
 def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine: Running) -> None:
     with bystanders(engine), ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 150})
-        wait_until(lambda: engine.service.engine.busy)
+        wait_until(lambda: trouble_runs(engine))
         with connect(engine) as hasty:
             content = request({"n": 500})
             hasty.sendall(content[:-5])
@@ -112,8 +117,7 @@ def test_a_client_that_leaves_during_its_batch(engine: Running) -> None:
     with bystanders(engine):
         with connect(engine) as hasty:
             hasty.sendall(request({"model": "trouble", "temperature": SLOW + 100}))
-            jobs = engine.service.engine.jobs
-            wait_until(lambda: ("trouble", "infer") in [(job.model.name, job.stage) for job in list(jobs) if job.model])
+            wait_until(lambda: trouble_runs(engine))
         wait_until(lambda: metric(engine.url, "cancelled_total", stage="infer") == 1)
 
 
@@ -284,6 +288,7 @@ def test_answers_are_bounded_in_bytes(serve: Callable[..., Running]) -> None:
         refused = service.post({"n": 100}, headers=NPY)
         assert (refused.status_code, refused.json()["type"]) == (429, "/problems/queue-full")
         assert "the limit is 100000" in refused.json()["detail"]
+        assert metric(service.url, "rejected_total", reason="bytes") == 1
     wait_until(lambda: at_rest(service))
     assert service.post({"n": 100}, headers=NPY).status_code == 200
 

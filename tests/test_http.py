@@ -115,8 +115,10 @@ def test_accept_with_weights_and_wildcards(service: Running, accept: str, chosen
 
 @pytest.mark.parametrize("given", ["", "with space", "x" * 129, "é".encode()])
 def test_a_request_id_that_fits_no_log_line_is_replaced(service: Running, given: str | bytes) -> None:
-    echoed = service.get("/livez", headers={"X-Request-ID": given}).headers["X-Request-ID"]
-    assert len(echoed) == 32
+    fresh = [service.get("/livez", headers={"X-Request-ID": given}).headers["X-Request-ID"] for _ in range(2)]
+    fresh += [service.post({}, headers={"X-Request-ID": given}).headers["X-Request-ID"] for _ in range(2)]
+    assert {len(request_id) for request_id in fresh} == {32}
+    assert len(set(fresh)) == 4
 
 
 def test_accept_chooses_among_what_can_carry_the_outputs(service: Running) -> None:

@@ -204,10 +204,12 @@ def test_too_many_rows_are_refused_with_the_limit(service: Running, serve: Any) 
     assert problem(small.post({"n": 11}), "too-large")["limit"] == 10
 
 
-def test_a_model_that_fails_is_an_internal_error(service: Running) -> None:
+def test_a_model_that_fails_is_an_internal_error(service: Running, caplog: pytest.LogCaptureFixture) -> None:
     failing = {"model": "trouble", "temperature": FAILS, "seed": 7, "start": 40, "n": 2}
     document = problem(service.post(failing), "model-failed")
-    assert "model 'trouble' version 1 failed on rows 40 .. 41 of seed 7: the service's log" in document["detail"]
+    assert "rows 40 .. 41 of seed 7 of model 'trouble' version 1 failed: the service's log" in document["detail"]
+    (record,) = (record for record in caplog.records if record.message == "a run failed")
+    assert vars(record).items() >= {"model": "trouble", "version": 1, "seed": 7, "start": 40, "n": 2}.items()
     assert service.post({"model": "trouble"}).status_code == 200
 
 
@@ -217,9 +219,16 @@ def test_nan_is_the_fault_of_parameters_only_if_without_them_there_is_none(servi
     rows = {"model": "trouble", "seed": 18, "start": wild - 1}
     for parameters in ({}, {"temperature": 1.5}, {"mu": [1, 1, 1]}, {"temperature": NAN}):
         document = problem(service.post({**rows, "n": 2, **parameters}), "model-failed")
-        assert "answers NaN or infinity for rows of seed 18, whatever the parameters" in document["detail"]
+        assert document["detail"].startswith(
+            f"rows {wild - 1} .. {wild} of seed 18 of model 'trouble' version 1 are NaN"
+        )
     document = problem(service.post({**rows, "temperature": NAN}), "non-finite-sample")
-    assert "overflow float32 at temperature 3: lower temperature or mu or log_var" in document["detail"]
+    assert document["detail"].endswith("overflow float32 at temperature 3: lower temperature or mu or log_var")
+    huge = {"mu": [3e38, -3e38, 3e38]}
+    document = problem(service.post({**rows, **huge}), "non-finite-sample")
+    assert document["detail"].endswith("at temperature 1: lower temperature or mu or log_var")
+    document = problem(service.post({**rows, **huge, "temperature": 0}), "non-finite-sample")
+    assert document["detail"].endswith("at temperature 0: lower mu or log_var")
     assert service.post(rows).status_code == 200
 
 
@@ -316,6 +325,7 @@ def test_a_deadline_while_the_answer_is_encoded(serve: Any) -> None:
     body = {"n": 100_000}  # computed in a tenth of the time that their PNGs take
     document = problem(service.post(body, headers={"Request-Timeout": "1.2"}), "deadline-exceeded")
     assert document["stage"] == "encode"
+    assert "1.2 s were not enough" in document["detail"]
     assert metric(service.url, "expired_total", stage="encode") == 1
 
 
@@ -417,7 +427,9 @@ def test_a_body_that_trickles_in_runs_into_the_deadline(service: Running) -> Non
         yield b"}"
 
     headers = {"Content-Type": "application/json", "Request-Timeout": "0.1"}
-    assert problem(service.post(content=trickle(), headers=headers), "deadline-exceeded")["stage"] == "body"
+    document = problem(service.post(content=trickle(), headers=headers), "deadline-exceeded")
+    assert document["stage"] == "body"
+    assert "0.1 s were not enough, they ended in the stage 'body': send the body at once" in document["detail"]
 
 
 def test_a_compressed_body_is_refused(service: Running) -> None:

@@ -171,9 +171,9 @@ def test_a_restart_under_load_loses_no_request(repository: Path) -> None:
         assert all(images is not None and np.array_equal(images, answer[0]) for images in answer)
 
 
-def test_memory_returns_when_crowds_leave_in_the_middle_of_their_answers(repository: Path) -> None:
-    """Each time some 100 MB are computed ahead of them."""
-    message = request({"model": "tiny-gaussian", "n": 10_000_000})
+def test_memory_returns_when_crowds_leave_in_the_middle_of_their_answers() -> None:
+    """Each time some 60 MB of pictures are computed ahead of them."""
+    message = request({"model": "gaussian-fashion", "n": 10_000_000})
 
     def crowd(url: str) -> None:
         address = "127.0.0.1", int(url.rpartition(":")[2])
@@ -188,7 +188,7 @@ def test_memory_returns_when_crowds_leave_in_the_middle_of_their_answers(reposit
         wait_until(lambda: metric(url, "held_bytes") == 0)
 
     settings = {"REPARAM_WORKERS": "1", "REPARAM_LOG_LEVEL": "warning", "REPARAM_MAX_HELD_BYTES": str(2**30)}
-    with process(repository, **settings) as (server, url):
+    with process(Path("artifacts"), **settings) as (server, url):
         crowd(url)
         after_one = resident_bytes([server.pid])
         for _ in range(4):
@@ -312,9 +312,12 @@ def test_an_unknown_option_is_a_usage_error() -> None:
     assert "--prot" in said
 
 
-def test_auto_takes_what_works_and_says_why() -> None:
-    device = devices.choose(Settings())
-    assert device.reason.startswith("REPARAM_DEVICE=auto")
+def test_auto_takes_what_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert devices.choose(Settings(tf32=True)).reason.startswith("REPARAM_DEVICE=auto")
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    assert devices.choose(Settings()).reason.startswith("REPARAM_DEVICE=auto")
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     assert devices.choose(Settings(device="cpu")).attempts == (("CPUExecutionProvider",),)
 
 

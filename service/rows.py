@@ -58,7 +58,7 @@ def compute(batch: Sequence[Share], buckets: Buckets) -> list[Arrays | Problem]:
         begin, end = end, end + hi - lo
         result: Arrays = {}
         results.append(result)
-        if not finite and not _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
+        if not finite and not _finite(outputs, buckets.checked, slice(begin, end)):
             not_finite.append(index)
             continue
         for name in rows.outputs:
@@ -115,9 +115,9 @@ def _components(buckets: Buckets, batch: Sequence[Share]) -> noise.Int64:
     return components
 
 
-def _finite(outputs: Arrays, checked: Sequence[str]) -> bool:
+def _finite(outputs: Arrays, checked: Sequence[str], rows: slice = slice(None)) -> bool:
     """NaN and infinity never leave the service as a sample."""
-    return all(np.isfinite(outputs[name]).all() for name in checked)
+    return all(np.isfinite(outputs[name][rows]).all() for name in checked)
 
 
 def _blame(shares: Sequence[Share], buckets: Buckets) -> list[Problem]:
@@ -132,7 +132,7 @@ def _blame(shares: Sequence[Share], buckets: Buckets) -> list[Problem]:
     for share in shares:
         rows, lo, hi = share
         begin, end = end, end + hi - lo
-        if _finite({name: array[begin:end] for name, array in outputs.items()}, buckets.checked):
+        if _finite(outputs, buckets.checked, slice(begin, end)):
             names = (*(("temperature",) if rows.temperature else ()), *contract.traits.parameters)
             problems.append(
                 NonFiniteSample(

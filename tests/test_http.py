@@ -87,7 +87,7 @@ def test_an_answer_says_how_many_milliseconds_it_took(service: Running) -> None:
     milliseconds = 1e3 * (time.perf_counter() - began)
     stages = dict(stage.split(";dur=") for stage in response.headers["Server-Timing"].split(", "))
     assert list(stages) == ["queue", "infer", "encode"]
-    assert 0 < float(stages["infer"]) <= sum(map(float, stages.values())) <= milliseconds
+    assert milliseconds / 2 < float(stages["infer"]) <= sum(map(float, stages.values())) <= milliseconds
 
 
 def test_a_fresh_seed_can_be_read_by_every_reader_of_json(service: Running) -> None:

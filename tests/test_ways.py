@@ -135,7 +135,7 @@ def test_an_idle_connection_ends_but_not_one_that_is_in_the_middle_of_a_request(
         time.sleep(1)
         slow.sendall(message[:-1])
         assert idle.recv(1) == b""
-        assert time.monotonic() - idle_since > 4
+        assert 4 < time.monotonic() - idle_since < 8
         time.sleep(1.5)
         slow.sendall(message[-1:])
         assert read(slow.makefile("rb"))[0] == 200

@@ -64,26 +64,29 @@ def _idle_share() -> float:
 
 
 def _report(servers: dict[str, dict[str, float]], run: float) -> Report:
-    parts = servers["noop"]["p50_seconds"] + run if "noop" in servers else 0
-    bare = servers["bare"]["p50_seconds"] if "bare" in servers else 0
+    """Beside a request that has the model to run stands one that has not, and a run of it: of a route in FastAPI, and
+    of an application without one."""
+    beside = {"bare": servers.get("bare", {}).get("p50_seconds", 0.0)}
+    for name in ("route", "noop"):
+        beside[f"{name} + run"] = servers[name]["p50_seconds"] + run if name in servers else 0.0
     rows = [
         [
             name,
             f"{1e6 * seen['p50_seconds']:.0f}",
             f"{1e6 * seen['p99_seconds']:.0f}",
-            ratio(seen["p50_seconds"], bare),
-            ratio(seen["p50_seconds"], parts),
+            *(ratio(seen["p50_seconds"], seconds) for seconds in beside.values()),
             f"{100 * seen['idle_cpu_share']:.1f} %",
         ]
         for name, seen in servers.items()
     ]
     return Report(
         title="Latency of a lone one-row request, over one connection",
-        columns=["", "p50 us", "p99 us", "/ bare", "/ parts", "CPU while idle"],
-        rows=[*rows, ["one run of the model", f"{1e6 * run:.0f}", "", "", "", ""]],
-        results={"servers": servers, "model_run_seconds": run, "parts_seconds": parts},
+        columns=["", "p50 us", "p99 us", *(f"/ ({name})" for name in beside), "CPU while idle"],
+        rows=[*rows, ["one run of the model", f"{1e6 * run:.0f}", *[""] * 5]],
+        results={"servers": servers, "model_run_seconds": run, "beside_seconds": beside},
         notes=(
-            "bare is noop with a run of the model inside. The parts are noop's p50 and one run of the model with all "
-            "caches to itself. The client's own share is in every line.",
+            "route is FastAPI's and answers without a model, noop an ASGI application that does no more, bare is noop "
+            "with a run of the model inside. The run that is added is one with all caches to itself. The client's own "
+            "share is in every line.",
         ),
     )

@@ -53,6 +53,7 @@ SERVERS = {
         _peer("bentoml", "/sample", '{"requests":[[SEED,ROWS]]}', BENTOML),
         _peer("ray", "/", PLAIN),
         Server("bare", ("python", "-m", "benchmarks.peers.bare"), "/", OURS, peer=False, draws=False),
+        Server("route", ("python", "-m", "benchmarks.peers.route"), "/", OURS, peer=False, draws=False),
         Server("noop", ("python", "-m", "benchmarks.peers.noop"), "/", OURS, peer=False, draws=False),
     )
 }

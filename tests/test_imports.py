@@ -24,7 +24,10 @@ MAY_IMPORT = {
     },
     "reparam": {"httpx", "numpy", "PIL"},
     "benchmarks": {"reparam", "numpy"},
-    PEERS: {"benchmarks", "export", "models", "service", "torch", "onnx", "onnxruntime", "numpy", "PIL", "uvicorn"},
+    PEERS: {
+        "benchmarks", "export", "models", "service", "torch", "onnx", "onnxruntime", "numpy", "PIL", "uvicorn",
+        "fastapi", "pydantic",
+    },
 }  # fmt: skip
 # Of the service, export shares what the artifact is made of, and the contact sheet.
 SHARED_WITH_EXPORT = {"service", "service.artifact", "service.contract", "service.noise", "service.pictures"}

@@ -12,8 +12,11 @@ HEADER = np.lib.format.magic(1, 0) + bytes(118)
 ANSWERS = {rows: HEADER + bytes(784 * rows) for rows in (1, 64)}
 
 
-def serve(answer: Callable[[int], bytes]) -> None:
-    """answer: for 1 row or 64, the body."""
+App = Callable[..., Awaitable[None]]
+
+
+def answering(answer: Callable[[int], bytes]) -> App:
+    """An ASGI application. answer: for 1 row or 64, the body."""
 
     async def app(
         scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
@@ -24,10 +27,14 @@ def serve(answer: Callable[[int], bytes]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    return app
+
+
+def serve(app: App) -> None:
     uvicorn.run(
         app, port=int(os.environ["PORT"]), log_config=None, access_log=False, server_header=False, lifespan="off"
     )
 
 
 if __name__ == "__main__":
-    serve(ANSWERS.__getitem__)
+    serve(answering(ANSWERS.__getitem__))

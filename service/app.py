@@ -134,10 +134,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @_get(app, "/readyz", **schema.READYZ)
     async def readyz() -> JSONResponse:
-        versions = {name: sorted(known) for name, known in sorted(service.repository.models.items())}
         states = {report.state for report in await service.reports()}
         status = min(states, key=STATES.index)
-        body = {"status": status, "models": versions, "refused": service.repository.refused}
+        body = {"status": status, "models": service.repository.available(), "refused": service.repository.refused}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
     @_get(app, "/metrics", **schema.METRICS)

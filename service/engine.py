@@ -26,6 +26,8 @@ from service.scheduler import Batch, Scheduler
 BATCH_SECONDS = 0.0025  # a batch has as many rows as take about that long: what a row may have to wait for others
 WINDOW = 4  # batches of one request that wait or lie computed at a time, so that no thread need wait for a reader
 GATHERING = 3  # turns of the loop that a runner waits for more rows, while each brings some
+PROMPT = 64  # a batch, which takes milliseconds, has as many times the rows that run while another thread wakes up
+RECOVERY = 60.0  # seconds after which batches are as large again as before the device had no memory
 FORGETTING = 0.1  # what the latest batch counts for in the measured rate
 
 
@@ -142,7 +144,7 @@ class Engine:
             self._incoming_bytes -= job.size
 
     def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
-        """Count a deadline that passed in this stage, after so many seconds, and tell it."""
+        """Count a deadline of so many seconds that passed in this stage, and return the error for it."""
         self._metrics.expired.labels(stage).inc()
         faster = "send the body at once" if stage == "body" else "ask for fewer rows"
         return DeadlineExceeded(
@@ -229,13 +231,17 @@ class Engine:
             return False
         (job,) = self.jobs
         with self._lock:
-            prompt = 0 < job.waiting <= job.model.prompt_rows and self._free == len(self.runners)
+            prompt = 0 < job.waiting <= self._prompt_rows(job.model) and self._free == len(self.runners)
             batch = self._scheduler.take() if prompt and job.timer is None else None
         if batch is None:
             return False
         self._turns = 0
         self._delivered(batch, *self.runners[0].compute(batch))
         return True
+
+    def _prompt_rows(self, model: Model) -> int:
+        """Rows that take less time to run than a runner to wake up."""
+        return self._scheduler.limit(model) // PROMPT if model.steady else 0
 
     def _open_gate(self) -> None:
         self._turns = 0
@@ -276,6 +282,8 @@ class Engine:
         with self._lock:
             self._scheduler.set_limit(model, max(1, min(self._scheduler.limit(model), rows // 2)))
         self._metrics.out_of_memory.inc()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.loop.call_later, RECOVERY, self.serve, model)
 
     def died(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -16,8 +16,6 @@ from service.errors import Unavailable, UnknownModel, clipped
 
 log = logging.getLogger(__name__)
 
-PROMPT = 64  # so many times as many rows fill a batch, and take milliseconds
-
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -34,10 +32,9 @@ class Model:
         return self.artifact.contract
 
     @cached_property
-    def prompt_rows(self) -> int:
-        """Rows that take less time to run than another thread to wake up."""
-        steady = self.artifact.steady and self.artifact.provider == CPU
-        return self.batch_rows // PROMPT if steady else 0
+    def steady(self) -> bool:
+        """It runs on the CPU, and how long depends on its rows alone."""
+        return self.artifact.steady and self.artifact.provider == CPU
 
 
 @dataclass
@@ -64,7 +61,7 @@ class Repository:
         versions = self.models.get(name or "")
         if versions is None:
             refused = any(label.partition("/")[0] == name for label in self.refused)
-            shown, available = clipped(name or ""), self._available()
+            shown, available = clipped(name or ""), self.available()
             fault = f"refused model {shown!r}: /readyz says why" if refused else f"unknown model {shown!r}"
             raise UnknownModel(f"{fault}; this server has: {', '.join(available)}", available=available)
         if version is None:
@@ -73,11 +70,12 @@ class Repository:
             why = ": it is refused, /readyz says why" if f"{name}/{version}" in self.refused else ""
             has = ", ".join(map(str, sorted(versions)))
             raise UnknownModel(
-                f"model {name!r} has no version {version}{why}; this server has: {has}", available=self._available()
+                f"model {name!r} has no version {version}{why}; this server has: {has}", available=self.available()
             )
         return versions[version]
 
-    def _available(self) -> dict[str, list[int]]:
+    def available(self) -> dict[str, list[int]]:
+        """The versions of each model that is served."""
         return {name: sorted(versions) for name, versions in sorted(self.models.items())}
 
     def default_name(self) -> str | None:

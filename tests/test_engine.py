@@ -234,6 +234,24 @@ def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
     assert np.array_equal(again, expected)
 
 
+def test_rows_are_answered_when_a_batch_has_room_for_fewer(engine: Running) -> None:
+    """Of a lone request for a few rows, which does not wait for a runner while memory suffices."""
+    model = engine.service.repository.find("tiny-gaussian", None)
+    expected = rows_of(engine.post({"seed": 3, "n": 2}, headers=NPY))
+    engine.service.engine.out_of_memory(model, 2)
+    for _ in range(3):
+        assert np.array_equal(rows_of(engine.post({"seed": 3, "n": 2}, headers=NPY)), expected)
+
+
+def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.RECOVERY", 0.5)
+    model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
+    before = limit(model)
+    engine.service.engine.out_of_memory(model, 2)
+    assert limit(model) == 1 < before
+    wait_until(lambda: limit(model) == before)
+
+
 @pytest.mark.parametrize("runners", [1, 2])
 def test_a_burst_of_ten_thousand_tiny_requests(engine: Running) -> None:
     expected = engine.post({"seed": 1}, headers=NPY).content

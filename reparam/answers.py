@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from numpy.lib import format as npy
 
-from reparam.errors import status_error, unexpected_answer
+from reparam.errors import media_type_of, status_error, unexpected_answer
 from reparam.model import Model
 from reparam.request import SampleRequest
 from reparam.samples import DTYPES, Array, Samples
@@ -32,16 +32,12 @@ def check(response: httpx.Response, body: bytes | bytearray, media_type: str) ->
     if not response.is_success:
         raise status_error(response, body)
     if not usable(response, media_type):
-        raise unexpected_answer(response, f"answered with {_media_type_of(response)}, not with {media_type}")
+        raise unexpected_answer(response, f"answered with {media_type_of(response)}, not with {media_type}")
 
 
 def usable(response: httpx.Response, media_type: str) -> bool:
     """It is no error, and of the type that was asked for."""
-    return response.is_success and _media_type_of(response) == media_type
-
-
-def _media_type_of(response: httpx.Response) -> str:
-    return str(response.headers.get("Content-Type", "no content type")).partition(";")[0]
+    return response.is_success and media_type_of(response) == media_type
 
 
 def read_npy(response: httpx.Response, body: bytearray, request: SampleRequest) -> Samples:

@@ -167,7 +167,7 @@ def unexpected_answer(response: httpx.Response, what: str) -> StatusError:
 
 def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any]:
     """The problem document of an answer, or one made up for a proxy that sent something else."""
-    media_type = response.headers.get("Content-Type", "no content type").partition(";")[0]
+    media_type = media_type_of(response)
     if media_type == "application/problem+json":
         try:
             return dict(json.loads(body))
@@ -183,6 +183,10 @@ def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any
         "status": response.status_code,
         "detail": f"{_shown(response.request)} {said}",
     }
+
+
+def media_type_of(response: httpx.Response) -> str:
+    return str(response.headers.get("Content-Type", "no content type")).partition(";")[0]
 
 
 def _shown(request: httpx.Request) -> httpx.URL:

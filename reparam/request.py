@@ -70,15 +70,6 @@ def sample_request(
     The seed is settled before the first try, so that a retry asks for the same rows. It is below 2**53, so that any
     reader of JSON can hand it back.
     """
-    names = _names(outputs)
-    scale = None if temperature is None else number("temperature", temperature)
-    options = {
-        "model": None if model is None else text("model", model),
-        "version": None if version is None else whole("version", version),
-        "temperature": scale,
-        "hard": None if hard is None else _flag("hard", hard),
-        "prior": None if prior is None else text("prior", prior),
-    }
     rows, first = whole("n", n), whole("start", start)
     chosen = secrets.randbelow(2**53) if seed is None else whole("seed", seed)
     if rows < 1:
@@ -87,15 +78,14 @@ def sample_request(
         raise ValueError(f"seed must be 0 .. 2**64 - 1, got {seed}; leave it out for a fresh one")
     if first < 0:
         raise ValueError(f"start must be at least 0, got {start}")
-    if scale is not None and not 0 <= scale < inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    options = {"model": model, "version": version, "temperature": temperature, "hard": hard, "prior": prior}
     parameters = {"mu": mu, "log_var": log_var, "logits": logits}
     return SampleRequest(
         n=rows,
         seed=chosen,
         start=first,
-        outputs=names,
-        options={name: value for name, value in options.items() if value is not None},
+        outputs=_names(outputs),
+        options={name: _OPTIONS[name](name, value) for name, value in options.items() if value is not None},
         parameters={name: _numbers(name, value) for name, value in parameters.items() if value is not None},
     )
 
@@ -138,6 +128,22 @@ def _flag(name: str, value: bool) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _temperature(name: str, value: float) -> float:
+    scale = number(name, value)
+    if not 0 <= scale < inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+    return scale
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "model": text,
+    "version": whole,
+    "temperature": _temperature,
+    "hard": _flag,
+    "prior": text,
+}
 
 
 def _numbers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:

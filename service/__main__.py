@@ -7,9 +7,8 @@ import sys
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from service.devices import DeviceError
-from service.life import device_of
-from service.server import log_config
+from service.devices import DeviceError, device_of
+from service.logs import log_config
 from service.settings import Settings
 from service.workers import run
 

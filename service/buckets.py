@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 import numpy as np
@@ -30,7 +30,7 @@ class Buckets:
     every row costs its time. By default as the artifact's provider has it.
 
     inputs: by name, float32 (max_rows, ...); whoever runs the graph writes here first.
-    checked: outputs of `run` that are finite for the rows whose latents and images are.
+    checked: the outputs of `run` that are looked at for NaN and infinity: rows in which they are finite, are.
     """
 
     def __init__(self, artifact: Artifact, max_rows: int, apart: bool | None = None) -> None:
@@ -69,7 +69,8 @@ class Buckets:
         size = self.size(n)
         run = self._bound.get(size)
         if run is None:
-            run = self._bound[size] = self._bind(size).run
+            bind = self._in_place if self._sums is None else self._apart
+            run = self._bound[size] = bind(size)
         outputs = run()
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
@@ -121,10 +122,48 @@ class Buckets:
         if self._sums is not None:
             self._sums.run(None, {"images": np.zeros((1, 1, 1, 1), np.float32)})
 
-    def _bind(self, rows: int) -> "_InPlace | _Apart":
-        if self._sums is None:
-            return _InPlace(self.artifact, self.inputs, self._outputs, rows)
-        return _Apart(self.artifact, self._sums, self.inputs, self._outputs, rows)
+    def _in_place(self, rows: int) -> Callable[[], Arrays]:
+        """Runs of so many rows, the first of `inputs` and `_outputs`."""
+        outputs = {name: array[:rows] for name, array in self._outputs.items()}
+        given, taken = (
+            {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
+            for arrays in (self.inputs, self._outputs)
+        )
+        _, run_graph = _bind(self.artifact.session, given, taken, rows)
+
+        def run() -> Arrays:
+            run_graph()
+            return outputs
+
+        return run
+
+    def _apart(self, rows: int) -> Callable[[], Arrays]:
+        """Runs of so many rows in the device's memory. Only what a request can ask for comes back, and of the images,
+        float32, the sum of each: pixels are a quarter of their bytes."""
+        device = "cuda" if self.artifact.provider == CUDA else "cpu"
+
+        def buffers(arrays: Arrays) -> Values:
+            return {
+                name: ort.OrtValue.ortvalue_from_shape_and_type((rows, *array.shape[1:]), array.dtype, device, 0)
+                for name, array in arrays.items()
+            }
+
+        host = {name: array[:rows] for name, array in self.inputs.items()}
+        inputs, outputs = buffers(self.inputs), buffers(self._outputs)
+        sums = buffers({"sums": np.zeros(rows, np.float32)})
+        binding, run_graph = _bind(self.artifact.session, inputs, outputs, rows)
+        _, run_sums = _bind(self._sums, {"images": outputs.pop("images")}, sums, rows)
+        outputs |= sums
+
+        def run() -> Arrays:
+            for name, value in inputs.items():
+                value.update_inplace(host[name])
+                binding.bind_ortvalue_input(name, value)  # copies what a part of the graph on the CPU reads
+            run_graph()
+            run_sums()
+            return {name: value.numpy() for name, value in outputs.items()}
+
+        return run
 
     def _seconds(self, rows: int) -> float:
         started = time.perf_counter()
@@ -132,67 +171,18 @@ class Buckets:
         return time.perf_counter() - started
 
 
-class _InPlace:
-    """One batch size, whose inputs and outputs are the first rows of these arrays."""
-
-    def __init__(self, artifact: Artifact, inputs: Arrays, outputs: Arrays, rows: int) -> None:
-        self._outputs = {name: array[:rows] for name, array in outputs.items()}
-        given, taken = (
-            {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
-            for arrays in (inputs, outputs)
-        )
-        self._graph = _Bound(artifact.session, given, taken, rows)
-
-    def run(self) -> Arrays:
-        self._graph.run()
-        return self._outputs
-
-
-class _Apart:
-    """One batch size, whose inputs and outputs lie in the device's memory. Only what a request can ask for comes back,
-    and of the images, float32, the sum of each: pixels are a quarter of their bytes."""
-
-    def __init__(
-        self, artifact: Artifact, sums: ort.InferenceSession, inputs: Arrays, outputs: Arrays, rows: int
-    ) -> None:
-        def buffers(arrays: Arrays) -> Values:
-            device = "cuda" if artifact.provider == CUDA else "cpu"
-            return {
-                name: ort.OrtValue.ortvalue_from_shape_and_type((rows, *array.shape[1:]), array.dtype, device, 0)
-                for name, array in arrays.items()
-            }
-
-        self._host = {name: array[:rows] for name, array in inputs.items()}
-        self._inputs, graph_outputs = buffers(inputs), buffers(outputs)
-        of_images = buffers({"sums": np.zeros(rows, np.float32)})
-        self._graph = _Bound(artifact.session, self._inputs, graph_outputs, rows)
-        self._sums = _Bound(sums, {"images": graph_outputs.pop("images")}, of_images, rows)
-        self._outputs = graph_outputs | of_images
-
-    def run(self) -> Arrays:
-        for name, value in self._inputs.items():
-            value.update_inplace(self._host[name])
-            self._graph.binding.bind_ortvalue_input(name, value)  # copies what a part of the graph on the CPU reads
-        self._graph.run()
-        self._sums.run()
-        return {name: value.numpy() for name, value in self._outputs.items()}
-
-
-class _Bound:
-    """A session that reads and writes these."""
-
-    def __init__(self, session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int) -> None:
-        self._session = session
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(rows))
-        self.binding = session.io_binding()
-        for name, value in inputs.items():
-            self.binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            self.binding.bind_ortvalue_output(name, value)
-
-    def run(self) -> None:
-        self._session.run_with_iobinding(self.binding, self._options)
+def _bind(
+    session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int
+) -> tuple[ort.IOBinding, Callable[[], None]]:
+    """Bind these to the session. Returns the binding, and what runs it."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(rows))
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for name, value in outputs.items():
+        binding.bind_ortvalue_output(name, value)
+    return binding, partial(session.run_with_iobinding, binding, options)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,12 @@ class Device:
     runners: int = 1
     threads: int = 0
     workers: int = 1
+
+
+@lru_cache(1)
+def device_of(settings: Settings) -> Device:
+    """Looked for once: to ask CUDA takes a second. Raises DeviceError."""
+    return choose(settings)
 
 
 def choose(settings: Settings) -> Device:

@@ -27,13 +27,12 @@ from service.errors import (
     clipped,
     cut_off,
 )
+from service.headers import HeaderMap, Headers, by_name
 from service.logs import AccessLog
 from service.metrics import Metrics
-from service.responses import Headers
 
-log = logging.getLogger("service")
+log = logging.getLogger(__name__)
 
-HeaderMap = dict[bytes, bytes]  # the headers of a request, names in small letters
 OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
 CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -55,7 +54,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = header_map(scope["headers"])
+        given = by_name(scope["headers"])
         request_id = self.request_id(given)
         status = 0
 
@@ -113,17 +112,6 @@ class Edge:
                 "this service asks for its key: send the header `Authorization: Bearer <key>`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-
-
-def header_map(headers: Headers) -> HeaderMap:
-    """By name; several of one name are one list."""
-    given = dict(headers)
-    if len(given) < len(headers):
-        lists: dict[bytes, list[bytes]] = {}
-        for name, value in headers:
-            lists.setdefault(name, []).append(value)
-        given = {name: b", ".join(values) for name, values in lists.items()}
-    return given
 
 
 def refusal(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:

@@ -32,18 +32,18 @@ class Job(Ticket, ABC):
 
     timeout: seconds that it may take, from when it joins the engine. deadline: their end, on the loop's clock.
     request: what it asks for, once it is read. size: bytes that it holds, of body and answer. done: what is computed,
-    in order, each piece with the outputs asked for. left: rows not computed yet. queue, infer: seconds that its pieces
-    waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter. error: why it failed.
+    in order, each piece with the outputs asked for. left: rows not computed yet. queue_seconds, infer_seconds: that its
+    pieces waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter. error: why it failed.
     """
 
     request: Rows
     deadline = float("inf")
-    seen = 0  # by Patience
+    seen = 0  # times that Patience has found it waiting
     reading = True
     open = True
     error: Exception | None = None
     size = left = 0
-    queue = infer = since = 0.0
+    queue_seconds = infer_seconds = since = 0.0
     timer: asyncio.TimerHandle | None = None
     _end = 0  # rows of what was done
 
@@ -100,8 +100,8 @@ class Job(Ticket, ABC):
 
     def take(self, result: Arrays | Problem, lo: int, hi: int, started: float, ended: float) -> None:
         """The result of the rows lo .. hi - 1."""
-        self.queue += max(0.0, started - self.since)
-        self.infer += ended - started
+        self.queue_seconds += max(0.0, started - self.since)
+        self.infer_seconds += ended - started
         self.since = max(started, self.since)
         if not self.open or self.error is not None:
             return

@@ -5,11 +5,11 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable
-from functools import lru_cache, partial
+from functools import partial
 
 from fastapi import FastAPI
 
-from service.devices import Device, choose
+from service.devices import device_of
 from service.engine import BATCH_SECONDS, Engine
 from service.errors import Unavailable
 from service.logs import AccessLog
@@ -20,14 +20,8 @@ from service.siblings import Report, Siblings
 
 log = logging.getLogger(__name__)
 
-# Of a process, and of a service the first that one of its processes is in.
+# Of a process, the worst first; a service is in the worst that any of its processes is in.
 STATES = ("failed", "draining", "no model", "no default model", "starting", "ready")
-
-
-@lru_cache(1)
-def device_of(settings: Settings) -> Device:
-    """Looked for once: to ask CUDA takes a second. Raises DeviceError."""
-    return choose(settings)
 
 
 class Service:

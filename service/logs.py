@@ -2,13 +2,36 @@
 
 import asyncio
 import logging
-import select
 import sys
 import time
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
+
+from service.settings import Settings
+
+
+def log_config(settings: Settings) -> dict[str, Any]:
+    """Structured lines on stderr, for the service, uvicorn and warnings alike."""
+    formatters = {
+        "json": {
+            "()": "pythonjsonlogger.orjson.OrjsonFormatter",
+            "fmt": "{asctime}{levelname}{name}{message}",
+            "style": "{",
+            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+            "reserved_attrs": [*_STANDARD],
+        },
+        "text": {"()": "service.logs.TextFormatter"},
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"chosen": formatters[settings.log_format]},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
+        "root": {"level": settings.log_level.upper(), "handlers": ["stderr"]},
+    }
+
 
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 
@@ -31,6 +54,7 @@ def _plain(value: object) -> str:
 
 
 DELAY = 0.1  # seconds
+WRITTEN_AS_A_WHOLE = 4096  # bytes, by Linux into a pipe; elsewhere there is one worker and nobody to write between
 LONGEST_PATH = 512  # characters; the client chose them
 
 
@@ -51,22 +75,21 @@ class AccessLog:
         self._entries.append((time.time(), method, path[:LONGEST_PATH], status, request_id, seconds))
 
     def flush(self) -> None:
+        """No more at a time than a pipe takes as a whole, for other workers write to the same."""
         entries, self._entries = self._entries, []
-        together: list[bytes] = []
-        size = 0
+        together = b""
         for entry in entries:
             line = self._line(*entry)
-            if together and size + len(line) > select.PIPE_BUF:
-                self._write(together)
-                together, size = [], 0
-            together.append(line)
-            size += len(line)
-        self._write(together)
+            if len(together) + len(line) > WRITTEN_AS_A_WHOLE:
+                _write(together)
+                together = b""
+            together += line
+        _write(together)
 
-    def _write(self, lines: list[bytes]) -> None:
-        """No more at a time than a pipe takes as a whole, for other workers write to the same."""
-        sys.stderr.buffer.write(b"".join(lines))
-        sys.stderr.buffer.flush()
+
+def _write(lines: bytes) -> None:
+    sys.stderr.buffer.write(lines)
+    sys.stderr.buffer.flush()
 
 
 Entry = tuple[float, str, str, int, bytes, float]

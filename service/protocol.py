@@ -14,10 +14,10 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.brief import Brief, ShortWay
-from service.edge import header_map, refusal
+from service.edge import refusal
 from service.errors import MalformedRequest, Problem
+from service.headers import by_name, to_lines
 from service.patience import PATIENCE
-from service.responses import lines
 from service.transport import Cork, Flow
 
 # Bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them.
@@ -79,7 +79,7 @@ class Protocol(HttpToolsProtocol):
             if self._late is None:
                 self._await_head()
         elif self._waiting and self._patience is None:
-            if self._short.is_open(header_map(self.headers)):
+            if self._short.is_open(by_name(self.headers)):
                 self._patience = self.loop.call_later(PATIENCE, self._go_on)
             else:
                 self._go_on()
@@ -104,7 +104,7 @@ class Protocol(HttpToolsProtocol):
         if method == b"CONNECT":
             raise MalformedRequest("CONNECT is for proxies, and this is none")
         kept = [header for header in self.headers if header[0] != b"upgrade"]
-        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, self.parser.get_http_version().encode(), lines(kept))
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, self.parser.get_http_version().encode(), to_lines(kept))
 
     def _await_head(self) -> None:
         self._late = self.loop.call_later(self._short.sampling.settings.request_timeout, self._give_up)
@@ -121,7 +121,7 @@ class Protocol(HttpToolsProtocol):
         if cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started):
             request_id = self._short.edge.request_id({})
             status, headers, body = refusal(problem, request_id)
-            head = lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
+            head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
             self.transport.write(_whole_head(status, head, keep_alive=False) + body)
             self._short.edge.account("-", "-", "other", status, time.perf_counter(), request_id)
         self.transport.close()
@@ -170,9 +170,7 @@ class Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         if self._waiting:
-            brief = self._short.begin(
-                header_map(self.headers), self._body, self.parser.should_keep_alive(), self._reply
-            )
+            brief = self._short.begin(by_name(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
             if brief is not None:
                 self._end_waiting()
                 if not brief.response_complete:
@@ -225,7 +223,7 @@ class Protocol(HttpToolsProtocol):
     def _reply(self, brief: Brief, status: int, head: bytes, body: bytes) -> None:
         if self.transport.is_closing():
             return
-        head = lines(self.server_state.default_headers) + head
+        head = to_lines(self.server_state.default_headers) + head
         self.transport.write(_whole_head(status, head, brief.keep_alive) + body)
         if not self._short.sampling.engine.jobs:  # no other answer of this turn is still to be made
             self._cork.flush()
@@ -276,7 +274,7 @@ class Answer:
             self._left = 0
         else:
             headers.append(CHUNKED)
-        self._head = _whole_head(status, lines(headers), cycle.keep_alive)
+        self._head = _whole_head(status, to_lines(headers), cycle.keep_alive)
 
     def _continue(self, body: Any, more: bool) -> None:
         cycle, head = self._cycle, self._head

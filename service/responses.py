@@ -18,7 +18,6 @@ from service.pictures import png, sheet
 from service.repository import Model
 from service.rows import Rows
 
-Headers = list[tuple[bytes, bytes]]
 MOST_ACCEPT = 1000  # bytes of the header that are read
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
@@ -82,19 +81,6 @@ def _head(model: Model, media_type: str) -> bytes:
         f"content-type: {media_type}\r\nmodel-name: {model.name}\r\nmodel-version: {model.version}\r\n"
         f"noise-version: {NOISE_VERSION}\r\n"
     ).encode()
-
-
-def headers(lines: bytes) -> Headers:
-    """The same as ASGI has it."""
-    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.splitlines())]
-
-
-def lines(headers: Headers) -> bytes:
-    """And back. Raises ValueError for a header that would begin another line."""
-    joined = b"".join([b"%b: %b\r\n" % header for header in headers])
-    if joined.count(b"\n") != len(headers) or joined.count(b"\r") != len(headers):
-        raise ValueError(f"a header holds a line break: {headers}")
-    return joined
 
 
 def npy_header(rows: Rows, piece: Arrays) -> tuple[bytes, int]:

@@ -116,7 +116,7 @@ def _components(buckets: Buckets, batch: Sequence[Share]) -> noise.Int64:
 
 
 def _finite(outputs: Arrays, checked: Sequence[str], rows: slice = slice(None)) -> bool:
-    """NaN and infinity never leave the service as a sample."""
+    """Whether these outputs hold neither NaN nor infinity, which never leave the service as a sample."""
     return all(np.isfinite(outputs[name][rows]).all() for name in checked)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from starlette.types import Receive, Scope, Send
 
 from service.contract import Arrays
-from service.edge import HeaderMap, header_map
 from service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType, clipped
+from service.headers import HeaderMap, by_name, from_lines
 from service.job import Awaited, Job
 from service.life import Service
 from service.requests import parse, resolve
-from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, head, headers, negotiate, npy_header
+from service.responses import ENCODERS, MEDIA_TYPES, NPY, buffers, head, negotiate, npy_header
 from service.rows import Rows, row_bytes
 
 LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on between its steps
@@ -36,8 +36,8 @@ class Sampling:
         self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = header_map(scope["headers"])
-        job = Awaited(self.engine, self.greet(given), receive)
+        given = by_name(scope["headers"])
+        job = Awaited(self.engine, self.check_head(given), receive)
         self.engine.join(job)
         try:
             body = await self._body(job, given, receive)
@@ -47,7 +47,7 @@ class Sampling:
             self.engine.submit(job, rows, self.held(rows, media_type), first)
             await self._send(job, media_type, send)
         except ClientLeft:
-            self.left(job)
+            self.count_departure(job)
             raise
         except asyncio.CancelledError:
             if job.error is None:
@@ -56,7 +56,7 @@ class Sampling:
         finally:
             job.close()
 
-    def greet(self, given: HeaderMap) -> float:
+    def check_head(self, given: HeaderMap) -> float:
         """The seconds that it may take. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
         self.service.ready()
         _check_content_type(given)
@@ -93,9 +93,9 @@ class Sampling:
     def head(self, job: Job, media_type: str, size: int, encode: float) -> bytes:
         """The lines of an answer's head. size: bytes of the body. encode: seconds that it took."""
         self.encode[media_type].observe(encode)
-        return head(job.request, media_type, size, job.queue, job.infer, encode)
+        return head(job.request, media_type, size, job.queue_seconds, job.infer_seconds, encode)
 
-    def left(self, job: Job) -> None:
+    def count_departure(self, job: Job) -> None:
         """Count a client that did not wait for its answer."""
         self.service.metrics.cancelled.labels(job.stage).inc()
 
@@ -133,7 +133,7 @@ class Sampling:
             except TimeoutError:
                 raise self.engine.expired("encode", job.timeout) from None
         lines = self.head(job, media_type, len(body), seconds)
-        await send({"type": "http.response.start", "status": 200, "headers": headers(lines)})
+        await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
 
@@ -147,7 +147,7 @@ class Sampling:
         else:
             job.lift_deadline()
         lines = self.head(job, NPY, size, 0.0)
-        await send({"type": "http.response.start", "status": 200, "headers": headers(lines)})
+        await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": header, "more_body": True})
         while True:
             for message in buffers(pieces):

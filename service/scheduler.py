@@ -29,7 +29,7 @@ class Ticket:
         return self.granted - self.taken
 
 
-PARTS = 4  # a batch that leaves rows to others is at least one of so many parts of a full one
+PARTS = 4  # a free runner takes at least this part of a full batch; one for fresh tickets alone is at most as large
 
 T = TypeVar("T", bound=Ticket)
 

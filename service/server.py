@@ -1,4 +1,4 @@
-"""One process that serves: uvicorn, the logs, and the way out."""
+"""One process that serves: uvicorn, and the way out."""
 
 import asyncio
 import logging
@@ -6,11 +6,9 @@ import os
 import socket
 from multiprocessing import parent_process
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from pythonjsonlogger.core import RESERVED_ATTRS
 
 from service.app import create_app
 from service.life import Service
@@ -18,7 +16,7 @@ from service.protocol import Protocol
 from service.settings import Settings
 from service.siblings import Siblings
 
-log = logging.getLogger("service")
+log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, listener: socket.socket, siblings: Siblings | None = None) -> None:
@@ -89,24 +87,3 @@ class Server(uvicorn.Server):
 
     def _close(self) -> None:
         self.should_exit = True
-
-
-def log_config(settings: Settings) -> dict[str, Any]:
-    """Structured lines on stderr, for the service, uvicorn and warnings alike."""
-    formatters = {
-        "json": {
-            "()": "pythonjsonlogger.orjson.OrjsonFormatter",
-            "fmt": "{asctime}{levelname}{name}{message}",
-            "style": "{",
-            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
-            "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
-        },
-        "text": {"()": "service.logs.TextFormatter"},
-    }
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"chosen": formatters[settings.log_format]},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
-        "root": {"level": settings.log_level.upper(), "handlers": ["stderr"]},
-    }

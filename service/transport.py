@@ -1,4 +1,5 @@
-"""What lies between a connection's protocol and its socket: when is written, when is read, and when it is given up."""
+"""Between a connection's protocol and its socket: writes together, reads no further while answers wait, and gives up a
+client that takes nothing."""
 
 import asyncio
 from collections.abc import Sized
@@ -65,8 +66,8 @@ class Cork:
 
 
 class Flow(FlowControl):
-    """Reads nothing more from a client while requests of its wait for their turn. uvicorn reads on with each answer, so
-    that a client which does not listen fills the memory with its questions. And one whose answers wait is watched."""
+    """Reads no further from a client while pipelined requests of its wait for their turn: uvicorn reads on with each
+    answer, and a client that never listens would fill the memory. One whose answers wait is watched."""
 
     def __init__(self, cork: Cork, pipeline: Sized) -> None:
         super().__init__(cork)  # type: ignore[arg-type]  # all that uvicorn uses of a transport

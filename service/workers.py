@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
-from service.server import log_config, serve
+from service.logs import log_config
+from service.server import serve
 from service.settings import Settings
 from service.siblings import Siblings
 

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -13,8 +11,8 @@ from tqdm import tqdm
 from export.data import load, load_labels
 from export.draws import CLASSIFIER, generator
 from export.errors import DataError, RunError
+from export.files import DAMAGED, read_tensors, write_tensors
 from export.objectives import cosine_decay
-from export.run import all_finite, write_atomically
 from models import VAEConfig
 from models.bodies import encoder
 
@@ -46,14 +44,11 @@ class Classifier:
     def load(cls, folder: Path) -> "Classifier":
         """Raises RunError."""
         try:
-            with safe_open(folder / FILE, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                classifier = cls(tuple(about["image_shape"]), about["classes"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if not all_finite(tensors.values()):
-                raise ValueError("its weights hold NaN or infinity")
+            tensors, metadata = read_tensors(folder / FILE)
+            about = json.loads(metadata["about"])
+            classifier = cls(tuple(about["image_shape"]), about["classes"])
             classifier.network.load_state_dict(tensors)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        except DAMAGED as error:
             raise RunError(
                 f"{folder} holds no classifier ({error}): `python -m export classifier` trains one"
             ) from error
@@ -91,5 +86,5 @@ def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float
     accuracy = (found == torch.from_numpy(held_out_labels)).double().mean().item()
     about = {"image_shape": data.image_shape, "classes": int(labels.max()) + 1, "data": data.name, "accuracy": accuracy}
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / FILE, save(dict(classifier.network.state_dict()), {"about": json.dumps(about)}))
+    write_tensors(out / FILE, classifier.network.state_dict(), about=json.dumps(about))
     return accuracy

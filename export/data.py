@@ -133,11 +133,9 @@ def _amat_folder(folder: Path) -> Dataset:
 def _amat(path: Path) -> Pixels:
     """MATLAB 5 with a matrix X, or lines of text; (n, 784) of 0 and 1."""
     try:
-        content = path.read_bytes()
-        if content.startswith(b"MATLAB 5.0"):
-            images = loadmat(path, variable_names=["X"])["X"]
-        else:
-            images = np.array(content.split(), np.float32).reshape(-1, 784)
+        with path.open("rb") as file:
+            is_matlab = file.read(10) == b"MATLAB 5.0"
+        images = loadmat(path, variable_names=["X"])["X"] if is_matlab else np.loadtxt(path, np.uint8, ndmin=2)
         if images.ndim != 2 or images.shape[1] != 784 or not (images.size and np.isin(images, (0, 1)).all()):
             raise ValueError("it should hold rows of 784 zeros and ones")
     except Exception as error:  # scipy raises whatever it comes upon
@@ -169,7 +167,7 @@ def _pixels(array: npt.NDArray[np.generic], where: str) -> Pixels:
         raise DataError(f"{where} has shape {array.shape}: it should be (n, H, W) or (n, C, H, W), C 1 or 3, n >= 1")
     if array.ndim == 3:
         array = array[:, None]
-    if array.dtype == np.uint8:
+    if array.dtype == np.uint8 and array.max() > 1:
         return array.astype(np.uint8)
     floats = array.astype(np.float64) if array.dtype.kind in "biuf" else np.array([np.nan])
     least, most = floats.min(), floats.max()

@@ -10,17 +10,16 @@ from threading import Event
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 
 from export.compute import one_core_each, use_device
 from export.config import Device
 from export.draws import EVALUATION, as_images, generator, is_binary
 from export.errors import RunError
-from export.objectives import VAE, Count, elbo_terms, importance_weighted_bound
-from export.run import Run, write_atomically
-from models import Mixture
+from export.files import DAMAGED, read_tensors, write_atomically, write_tensors
+from export.objectives import Count, elbo_terms, importance_weighted_bound
+from export.run import Run
+from models import VAE, Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
 DECODED = 1000  # rows of a run of the decoder
@@ -52,19 +51,8 @@ def evaluate(
         raise RunError(f"there are {len(data.test)} held-out images, not {rows}: ask for no more")
     pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
-    batches = pixels.split(IMAGES)
-    done = _resume(folder / PARTIAL, stamp)
-    draws = [generator(seed, EVALUATION, number, device=where) for number in range(len(batches))]
-    with (
-        run.alone(),
-        one_core_each(torch.get_num_threads() if where.type == "cpu" else 1) as in_parallel,
-        _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
-    ):
-        bounds = partial(_bounds, model, priors, samples, config.train.binarize, count)
-        for found in in_parallel(bounds, batches[len(done) :], draws[len(done) :]):
-            done.append(found)
-            _keep(folder / PARTIAL, stamp, done)
-    found = torch.cat(done, 1)
+    with run.alone():
+        found = _all_bounds(folder / PARTIAL, stamp, model, priors, pixels, config.train.binarize)
     if wrong := int((~found.isfinite()).any(0).sum()):
         (folder / PARTIAL).unlink()
         raise RunError(
@@ -84,6 +72,24 @@ def evaluate(
         write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
     (folder / PARTIAL).unlink()
     return result
+
+
+def _all_bounds(
+    partly: Path, stamp: dict[str, Any], model: VAE, priors: list[Mixture], pixels: torch.Tensor, binarize: bool
+) -> torch.Tensor:
+    """`_bounds` of all images, (2 + priors, n). The file `partly` holds those that are done."""
+    samples, where = stamp["m"], pixels.device
+    batches, done = pixels.split(IMAGES), _resume(partly, stamp)
+    draws = [generator(stamp["seed"], EVALUATION, number, device=where) for number in range(len(batches))]
+    with (
+        one_core_each(torch.get_num_threads() if where.type == "cpu" else 1) as in_parallel,
+        _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
+    ):
+        bounds = partial(_bounds, model, priors, samples, binarize, count)
+        for found in in_parallel(bounds, batches[len(done) :], draws[len(done) :]):
+            done.append(found)
+            _keep(partly, stamp, done)
+    return torch.cat(done, 1)
 
 
 @contextmanager
@@ -138,18 +144,15 @@ def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
 
 
 def _keep(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:
-    tensors = {str(number): tensor for number, tensor in enumerate(done)}
-    write_atomically(path, save(tensors, {"stamp": json.dumps(stamp)}))
+    write_tensors(path, {str(number): tensor for number, tensor in enumerate(done)}, stamp=json.dumps(stamp))
 
 
 def _resume(path: Path, stamp: dict[str, Any]) -> list[torch.Tensor]:
     """What an interrupted evaluation of the same has found; nothing if it was of something else."""
     try:
-        with safe_open(path, "pt") as file:
-            if json.loads(file.metadata()["stamp"]) != stamp:
-                return []
-            return [file.get_tensor(str(number)) for number in range(len(file.keys()))]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        done, about = read_tensors(path)
+        return [done[str(number)] for number in range(len(done))] if json.loads(about["stamp"]) == stamp else []
+    except DAMAGED:
         return []
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from service.artifact import ENCODER_FILE, MODEL_FILE, load
 
 
@@ -35,12 +37,8 @@ def inspect(folder: Path) -> str:
 def _summary(values: float | list[Any]) -> str:
     if not isinstance(values, list):
         return f"{values:g} for every element"
-    flat = _flat(values)
-    return f"{len(flat)} values from {min(flat):.3f} to {max(flat):.3f}"
-
-
-def _flat(values: Any) -> list[float]:
-    return [number for part in values for number in _flat(part)] if isinstance(values, list) else [values]
+    array = np.array(values)
+    return f"{array.size} values from {array.min():.3f} to {array.max():.3f}"
 
 
 def _signature(nodes: dict[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from export.objectives import VAE
+from models import VAE
 
 PRIOR_RATE = 0.02  # share of a batch in a learned prior
 
@@ -38,12 +38,11 @@ class Learner:
         """gradient: of all parameters, one after the other (`gradient_of`); kl_weight: what the KL term had in it."""
         (group,) = self._adam.param_groups
         group["lr"] = learning_rate
-        sizes = [parameter.numel() for parameter in self._prior]
-        for parameter, part in zip(self._prior, gradient[: self._front].split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
         self._weights.grad = gradient[self._front :]
         self._adam.step()
-        self.model.learn_prior(PRIOR_RATE / kl_weight)
+        parts = gradient[: self._front].split([parameter.numel() for parameter in self._prior])
+        shaped = [part.view_as(parameter) for part, parameter in zip(parts, self._prior, strict=True)]
+        self.model.learn_prior(shaped, PRIOR_RATE / kl_weight)
         if self._averages is not None:
             left = min(self.average, (1 + self._steps) / (10 + self._steps))
             self._averages.lerp_(self._parameters, 1 - left)

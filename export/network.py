@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from export.errors import GateError
-from export.objectives import VAE
-from models import MODELS, Mixture
+from models import MODELS, VAE, Mixture
 
 ROWS = (2, 3)  # to try a network on
 CHANNELS = (1, 3)

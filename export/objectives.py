@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from models import GaussianVAE, GumbelVAE, Mixture
+from models import VAE, Mixture
 
-VAE = GaussianVAE | GumbelVAE
 Count = Callable[[int], None]
 
 

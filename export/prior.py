@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
 from export.draws import PRIOR, as_images, generator
 from export.errors import RunError
-from export.objectives import VAE
 from export.run import Run
-from models import Mixture
+from models import VAE, Mixture
 
 CONVERGED = 1e-4  # nats a latent, that the likelihood rises by in one round
 MOST_ROUNDS = 300
@@ -73,7 +73,8 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
     distinct = len(latents.flatten(1).unique(dim=0))
     if distinct < components:
         raise RunError(f"{components} components need as many different latents, there are {distinct}: fit fewer")
-    clusters = KMeans(components, n_init=1, random_state=seed).fit_predict(latents.flatten(1).numpy())
+    with threadpool_limits(1, "openmp"):  # three threads or more add up in whatever order they come
+        clusters = KMeans(components, n_init=1, random_state=seed).fit_predict(latents.flatten(1).numpy())
     responsibilities = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
     before = -torch.inf
     for _ in tqdm(range(MOST_ROUNDS), desc=f"mixture of {components}", leave=False, disable=None):

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from export.errors import GateError
 from export.evaluate import read_evaluation
+from export.files import write_atomically
 from export.gate import answer, gate, in_precision
 from export.graph import Sampler, export_encoder, export_sampler
 from export.network import Network
-from export.run import Run, write_atomically
+from export.run import Run
 from export.verify import reference, reference_feeds
 from models import Mixture
 from service import __version__

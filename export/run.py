@@ -12,23 +12,21 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from export.config import WIDTHS, TrainConfig
 from export.data import Dataset, load
 from export.errors import RunError
+from export.files import DAMAGED, read_tensors, write_atomically, write_tensors
 from export.learner import under
-from export.objectives import VAE
-from models import MODELS, Mixture, VAEConfig
+from models import MODELS, VAE, Mixture, VAEConfig
 
 if sys.platform != "win32":
     import fcntl
@@ -128,20 +126,17 @@ class Run:
 
     def save(self, epoch: int, state: Mapping[str, Tensor]) -> None:
         """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
-        write_atomically(self.checkpoint, save(dict(state), {"epoch": str(epoch)}))
+        write_tensors(self.checkpoint, state, epoch=str(epoch))
 
     def restore(self, load: Callable[[dict[str, Tensor]], object]) -> int:
         """Let `load` have the last state. Returns the number of finished epochs, 0 without one. Raises RunError."""
         if not self.checkpoint.exists():
             return 0
         try:
-            with safe_open(self.checkpoint, "pt") as file:
-                epoch = int(file.metadata()["epoch"])
-                state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
-            if epoch < 0 or not all_finite(state.values()):
-                raise ValueError(f"it holds NaN or infinity, or no epoch: {epoch}")
+            state, about = read_tensors(self.checkpoint)
+            epoch = int(about["epoch"])
             load(state)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        except DAMAGED as error:
             fault = str(error).partition("\n")[0]
             raise RunError(
                 f"{self.checkpoint} is damaged or of another version ({fault}): train anew, into another folder"
@@ -163,7 +158,7 @@ class Run:
         """Write what `mixture` reads."""
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
-        write_atomically(self.prior, save(tensors, {"checkpoint_sha256": _sha256(self.checkpoint)}))
+        write_tensors(self.prior, tensors, checkpoint_sha256=_sha256(self.checkpoint))
 
     def drop_prior_of_others(self) -> None:
         """Remove a fitted prior that `mixture` would refuse."""
@@ -187,17 +182,13 @@ class Run:
         if not self.prior.exists():
             return None
         try:
-            with safe_open(self.prior, "pt") as file:
-                if file.metadata()["checkpoint_sha256"] != _sha256(self.checkpoint):
-                    raise RunError(
-                        f"{self.prior} was fitted to other weights: `python -m export fit-prior {self.folder}`"
-                    )
-                log_weights, *parameters = map(
-                    file.get_tensor, ("log_weights", *MODELS[self.config().train.kind].parameter_names)
-                )
-            mixture = Mixture(log_weights, tuple(parameters))
+            tensors, about = read_tensors(self.prior)
+            if about["checkpoint_sha256"] != _sha256(self.checkpoint):
+                raise RunError(f"{self.prior} was fitted to other weights: `python -m export fit-prior {self.folder}`")
+            names = MODELS[self.config().train.kind].parameter_names
+            mixture = Mixture(tensors["log_weights"], tuple(tensors[name] for name in names))
             self._check(mixture)
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except DAMAGED as error:
             raise RunError(f"{self.prior} is damaged ({error}): `python -m export fit-prior {self.folder}`") from error
         return mixture
 
@@ -208,8 +199,6 @@ class Run:
         for tensor, shape in ((mixture.log_weights, ()), *((each, latent_shape) for each in mixture.parameters)):
             if tensor.shape != components + shape or tensor.dtype != torch.float32:
                 raise ValueError(f"it holds {tensor.dtype}{list(tensor.shape)}, not float32{[*components, *shape]}")
-            if not tensor.isfinite().all():
-                raise ValueError("it holds NaN or infinity")
         if not (mixture.log_weights.exp() > 0).all():
             raise ValueError("a component has no weight")
 
@@ -230,24 +219,6 @@ class Run:
 
 def _sha256(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Raises OSError, with the name of the file that was not written; nothing of it is left then."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}: not written", str(path)) from error
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _epoch_of(line: str) -> int:

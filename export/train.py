@@ -16,9 +16,9 @@ from export.config import TrainConfig
 from export.data import Dataset, anywhere, load
 from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from export.errors import RunError
+from export.files import all_finite, write_atomically
 from export.learner import Learner, gradient_of
 from export.objectives import (
-    VAE,
     Terms,
     cosine_decay,
     elbo_terms,
@@ -29,7 +29,8 @@ from export.objectives import (
     warm_up,
 )
 from export.prior import encoded, fit_mixture
-from export.run import Run, RunConfig, all_finite, write_atomically
+from export.run import Run, RunConfig
+from models import VAE
 from models.bodies import start_at
 from service.pictures import png, sheet
 

@@ -5,6 +5,7 @@ from models.gaussian import GaussianVAE
 from models.gumbel import GumbelVAE
 from models.mixture import Mixture
 
-MODELS: dict[str, type[GaussianVAE] | type[GumbelVAE]] = {model.kind: model for model in (GaussianVAE, GumbelVAE)}
+VAE = GaussianVAE | GumbelVAE
+MODELS: dict[str, type[VAE]] = {model.kind: model for model in (GaussianVAE, GumbelVAE)}
 
-__all__ = ["MODELS", "GaussianVAE", "GumbelVAE", "Mixture", "VAEConfig"]
+__all__ = ["MODELS", "VAE", "GaussianVAE", "GumbelVAE", "Mixture", "VAEConfig"]

@@ -1,5 +1,7 @@
 """VAE with a Gaussian latent (Kingma and Welling, 2014, https://arxiv.org/abs/1312.6114)."""
 
+from collections.abc import Sequence
+from functools import partial
 from math import log, pi, prod
 from typing import ClassVar, Literal
 
@@ -26,36 +28,24 @@ class GaussianVAE(nn.Module):
         self.config = config
         self.encoder = encoder(config, 2 * prod(config.latent_shape))
         self.decoder = decoder(config)
-        self.prior_weights: Tensor
-        self.prior_mu: Tensor
-        self.prior_log_var: Tensor
-        self.learns_prior = config.prior_components > 1
+        hold = nn.Parameter if config.prior_components > 1 else partial(nn.Buffer, persistent=False)
         shape = (config.prior_components, *config.latent_shape)
-        start = {
-            "prior_weights": torch.zeros(config.prior_components),
-            "prior_mu": torch.zeros(shape),
-            "prior_log_var": torch.zeros(shape),
-        }
-        for name, tensor in start.items():
-            if self.learns_prior:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor, persistent=False)
+        self.prior_weights = hold(torch.zeros(config.prior_components))
+        self.prior_mu = hold(torch.zeros(shape))
+        self.prior_log_var = hold(torch.zeros(shape))
 
     def prior(self) -> Mixture:
         """p(z)"""
         return Mixture(self.prior_weights.log_softmax(0), (self.prior_mu, self.prior_log_var))
 
     @torch.no_grad()
-    def learn_prior(self, rate: float) -> None:
+    def learn_prior(self, gradients: Sequence[Tensor], rate: float) -> None:
         """As GumbelVAE.learn_prior: each component's mean and variance become running ones of the latents that it is
-        responsible for, which is expectation maximization online. N(0, I) stays as it is."""
-        if not self.learns_prior:
+        responsible for, which is expectation maximization online. N(0, I), which has no gradients, stays as it is."""
+        if not gradients:
             return
-        weights = learn_weights(self.prior_weights, rate)
-        mu_grad, log_var_grad = self.prior_mu.grad, self.prior_log_var.grad
-        assert mu_grad is not None  # noqa: S101  # a step has both
-        assert log_var_grad is not None  # noqa: S101
+        weights_grad, mu_grad, log_var_grad = gradients
+        weights = learn_weights(self.prior_weights, weights_grad, rate)
         step = (rate / weights).reshape(-1, *[1] * len(self.config.latent_shape))
         variance = self.prior_log_var.exp()
         shift = -step * variance * mu_grad
@@ -113,6 +103,14 @@ class GaussianVAE(nn.Module):
         return (-0.5 * (squares + (log(2 * pi) + log_var).sum(1))).to(latents.dtype)
 
     @staticmethod
+    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL(posterior || prior) of each variable in nats, (n, D); Kingma and Welling, appendix B, for any two
+        Gaussians."""
+        (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
+        squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
+        return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1)
+
+    @staticmethod
     def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
         """KL of each posterior from each of C parameters in nats: (n, *latent_shape), (C, *latent_shape) -> (n, C)."""
         mu, log_var = posterior
@@ -139,11 +137,3 @@ class GaussianVAE(nn.Module):
         mu = torch.einsum("nc,n...->c...", weights, z)
         variance = torch.einsum("nc,n...->c...", weights, z**2) - mu**2
         return mu.to(latents.dtype), variance.clamp_min(LEAST_VARIANCE).log().to(latents.dtype)
-
-    @staticmethod
-    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) of each variable in nats, (n, D); Kingma and Welling, appendix B, for any two
-        Gaussians."""
-        (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
-        squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
-        return 0.5 * (squares - 1 + prior_log_var - log_var).flatten(1)

@@ -2,7 +2,7 @@
 (Jang, Gu and Poole, 2017, https://arxiv.org/abs/1611.01144; Maddison, Mnih and Teh, 2017, https://arxiv.org/abs/1611.00712).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import ClassVar, Literal
 
@@ -42,8 +42,8 @@ class GumbelVAE(nn.Module):
         return Mixture(self.prior_weights.log_softmax(0), (self.prior_logits,))
 
     @torch.no_grad()
-    def learn_prior(self, rate: float) -> None:
-        """Follow the gradient that a loss left in the prior's logits, in its probabilities: p - rate * gradient, the
+    def learn_prior(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """Follow the gradient of a loss by the prior's logits, in its probabilities: p - rate * gradient, the
         natural gradient (Amari, 1998). Of the KL term that is p(z) less the mean of q(z | x) over the images, so p(z)
         becomes a running mean of what the encoder uses, where the term is least; with VIMCO, of the codes by their
         weights; each component of a mixture that of the images it is responsible for, which is expectation
@@ -51,11 +51,12 @@ class GumbelVAE(nn.Module):
         prior.) Steps of the size that suits weights leave p(z) behind an encoder that turns a variable over, and the
         variable is lost.
 
-        rate: the share of these images in the mean, over the weight that the KL term had.
+        gradients: by the module's own parameters, in their order. rate: the share of these images in the mean, over the
+        weight that the KL term had.
         """
-        assert self.prior_logits.grad is not None  # noqa: S101  # a step has one
-        weights = learn_weights(self.prior_weights, rate).reshape(-1, 1, 1)
-        prior = _over_categories(torch.softmax, self.prior_logits) - rate / weights * self.prior_logits.grad
+        weights_grad, logits_grad = gradients
+        weights = learn_weights(self.prior_weights, weights_grad, rate).reshape(-1, 1, 1)
+        prior = _over_categories(torch.softmax, self.prior_logits) - rate / weights * logits_grad
         self.prior_logits.copy_(prior.clamp_min(LEAST_PROBABILITY).log())
 
     @torch.no_grad()
@@ -110,6 +111,13 @@ class GumbelVAE(nn.Module):
         return latents.flatten(1) @ _over_categories(torch.log_softmax, logits).flatten(1).T
 
     @staticmethod
+    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
+        """KL(posterior || prior) of each variable in nats, (n, D), between the categories, not their relaxations;
+        log-softmax, never log(p + eps)."""
+        log_q, log_p = (_over_categories(torch.log_softmax, logits) for logits in (posterior[0], prior[0]))
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    @staticmethod
     def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
         """KL of each posterior from each of C parameters in nats: (n, D, K), (C, D, K) -> (n, C)."""
         log_q = _over_categories(torch.log_softmax, posterior[0])
@@ -132,13 +140,6 @@ class GumbelVAE(nn.Module):
         """
         counts = torch.einsum("nc,ndk->cdk", weights, latents) + 0.5
         return (counts.log() - counts.sum(-1, keepdim=True).log(),)
-
-    @staticmethod
-    def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) of each variable in nats, (n, D), between the categories, not their relaxations;
-        log-softmax, never log(p + eps)."""
-        log_q, log_p = (_over_categories(torch.log_softmax, logits) for logits in (posterior[0], prior[0]))
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def _relaxed(scores: Tensor, temperature: Tensor | float) -> Tensor:

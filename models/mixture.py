@@ -52,12 +52,9 @@ class Mixture(NamedTuple):
 
 
 @torch.no_grad()
-def learn_weights(logits: Tensor, rate: float) -> Tensor:
-    """Follow the gradient that a loss left in the logits of a mixture's weights, in the weights themselves. Returns
-    the weights, (C,); one component alone weighs 1."""
-    if len(logits) == 1:
-        return logits.softmax(0)
-    assert logits.grad is not None  # noqa: S101  # a step has one
-    weights = (logits.softmax(0) - rate * logits.grad).clamp_min(LEAST_WEIGHT)
+def learn_weights(logits: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """Follow the gradient of a loss by the logits of a mixture's weights, in the weights themselves. Returns the
+    weights, (C,)."""
+    weights = (logits.softmax(0) - rate * gradient).clamp_min(LEAST_WEIGHT)
     logits.copy_(weights.log())
     return weights

@@ -84,6 +84,12 @@ def test_npz_with_a_split_or_without(tmp_path: Path) -> None:
     assert sorted(data.train.tobytes() + data.test.tobytes()) == sorted(train.tobytes())
 
 
+@pytest.mark.parametrize("kind", ["uint8", "bool", "int64", "float32"])
+def test_binary_images_are_black_and_white_whatever_their_type(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).integers(0, 2, (20, 4, 4)).astype(kind))
+    assert set(np.unique(load(str(tmp_path / "d.npz")).train)) == {0, 255}
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("1", 1), ("P", 3)])
 def test_a_folder_of_pictures(tmp_path: Path, mode: str, channels: int) -> None:
     data = load(str(write_pictures(tmp_path, some_images(10), mode)))

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"torch"},
     "export": {
         "models", "service", "torch", "onnx", "onnxruntime", "safetensors",
-        "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "tqdm",
+        "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "threadpoolctl", "tqdm",
     },
     "service": {
         "fastapi", "starlette", "uvicorn", "httptools", "pydantic", "pydantic_settings", "numpy", "scipy",

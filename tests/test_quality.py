@@ -127,3 +127,10 @@ def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classi
 def test_a_classifier_is_not_written_over(classifier: Path) -> None:
     with pytest.raises(RunError, match="already holds a classifier: choose another --out"):
         train_classifier("digits", classifier, epochs=1, seed=0)
+
+
+def test_the_order_of_the_images_is_nothing_to_the_kernel_distance() -> None:
+    random = np.random.default_rng(0)
+    one, other = (random.normal(size=(10_000, 3)) + random.integers(0, 2, (10_000, 1)) for _ in range(2))
+    value, _ = kernel_distance(one, other[other[:, 0].argsort()])
+    assert abs(value) < 0.05

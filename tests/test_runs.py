@@ -12,8 +12,9 @@ from torch import Tensor
 from export.__main__ import main
 from export.errors import RunError
 from export.evaluate import evaluate
+from export.files import write_atomically
 from export.prior import fit_prior
-from export.run import Run, write_atomically
+from export.run import Run
 from export.train import train
 from tests.conftest import small
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from export.config import TrainConfig
 from export.data import load
 from export.draws import is_binary
-from export.objectives import VAE
 from export.recipes import recipe
 from export.run import RunConfig
+from models import VAE
 
 
 class Images(Dataset[Tensor]):

@@ -29,8 +29,8 @@ def reader(
 
 
 def seen(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a reader saw when it ends: seconds to the first bytes and to the last, and digests; of several answers that
-    which took the median. Fails if it was cut short."""
+    """What a reader saw when it ends: seconds to the last byte, and digests; of several answers that which took the
+    median. Fails if it was cut short."""
     result: dict[str, Any] = json.loads(process.communicate()[0])
     if result["received"] != result["announced"]:
         raise RuntimeError(f"the answer was cut short: {result}")
@@ -66,7 +66,7 @@ def main(port: int, request: bytes, bytes_per_second: float, times: int, part: i
 def _read(connection: Connection, request: bytes, bytes_per_second: float, part: int) -> dict[str, Any]:
     start = time.perf_counter()
     announced, body = connection.start(request)
-    first, received, buffer = time.perf_counter() - start, len(body), memoryview(bytearray(CHUNK))
+    received, buffer = len(body), memoryview(bytearray(CHUNK))
     digests = Digests(part)
     digests.update(memoryview(body))
     while received < announced and (count := connection.socket.recv_into(buffer)):
@@ -75,7 +75,7 @@ def _read(connection: Connection, request: bytes, bytes_per_second: float, part:
         time.sleep(count / bytes_per_second)
     seconds = time.perf_counter() - start
     found = digests.found[1:]  # without that of the header
-    return {"announced": announced, "received": received, "first": first, "seconds": seconds, "digests": found}
+    return {"announced": announced, "received": received, "seconds": seconds, "digests": found}
 
 
 if __name__ == "__main__":

@@ -114,19 +114,30 @@ class Evaluate(Command):
 class Quality(Command):
     """How far samples are from held-out images, in the features of a classifier, and whether they are copies."""
 
-    run: CliPositionalArg[Path]
-    """Folder of the run."""
+    source: CliPositionalArg[Path]
+    """Folder of a run, or an .npy file of images, as `reparam sample -o` writes it."""
     classifier: Path
     """Folder of one that `classifier` has trained on such images."""
     samples: Annotated[int, Field(ge=100)] = 10_000
-    """Images drawn from each prior."""
+    """Images drawn from each prior of a run."""
+    data: str | None = None
+    """The images that those of an .npy file are compared with; a run knows its own."""
     seed: Seed = 0
     """Of the draws."""
 
-    def cli_cmd(self) -> None:
-        from export.quality import quality
+    @model_validator(mode="after")
+    def _knows_what_to_compare_with(self) -> Self:
+        if (self.source.suffix == ".npy") != (self.data is not None):
+            raise ValueError("an .npy file is compared with the images of --data, a run with its own: one or the other")
+        return self
 
-        found = quality(self.run, classifier=self.classifier, samples=self.samples, seed=self.seed)
+    def cli_cmd(self) -> None:
+        from export.quality import quality, quality_of_images
+
+        if self.data is None:
+            found = quality(self.source, classifier=self.classifier, samples=self.samples, seed=self.seed)
+        else:
+            found = quality_of_images(self.source, data=self.data, classifier=self.classifier, seed=self.seed)
         for key, value in found.items():
             print(f"{key:30} {value:.4f}")
 

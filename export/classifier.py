@@ -31,8 +31,8 @@ class Classifier:
         self.image_shape = image_shape
         self.network: nn.Sequential = encoder(config, classes)
 
-    def classes(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, C, H, W) -> scores (n, classes)."""
+    def logits(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, C, H, W) -> logits (n, classes)."""
         return self.network(pixels.float() / 255)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     @torch.inference_mode()
@@ -76,13 +76,13 @@ def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float
     for step, rows in enumerate(tqdm(batches, desc="classifier", leave=False, disable=None)):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cosine_decay(step, len(batches))
-        loss = cross_entropy(classifier.classes(pixels[rows]), targets[rows])
+        loss = cross_entropy(classifier.logits(pixels[rows]), targets[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
         held_out = torch.from_numpy(data.test.copy()).split(AT_A_TIME)
-        found = torch.cat([classifier.classes(part).argmax(1) for part in held_out])
+        found = torch.cat([classifier.logits(part).argmax(1) for part in held_out])
     accuracy = (found == torch.from_numpy(held_out_labels)).double().mean().item()
     about = {"image_shape": data.image_shape, "classes": int(labels.max()) + 1, "data": data.name, "accuracy": accuracy}
     out.mkdir(parents=True, exist_ok=True)

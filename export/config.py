@@ -60,11 +60,11 @@ class TrainConfig(BaseModel):
     straight_through: bool = False
     """Gumbel: decode one-hot codes while training, with the gradient of the relaxed ones."""
     elbo_epochs: int = Field(default=0, ge=0)
-    """First epochs, which raise the ELBO by one latent an image, relaxed if it is a code, before another objective or
-    straight_through begins."""
+    """Epochs at the start that raise the ELBO by one latent an image, relaxed if it is a code, before another objective
+    or straight_through begins."""
     average: float = Field(default=0.0, ge=0, lt=1)
-    """The weights that count are a running average, which each step moves by 1 less this towards its own, at first by
-    more; 0 for those of the last step."""
+    """Decay of the exponential moving average of the weights, which is evaluated and published in their place; lower in
+    the first steps. 0: none."""
     tau_start: PositiveFloat = 1.0
     """Gumbel: temperature of the relaxation at step 0."""
     tau_min: PositiveFloat = 0.5
@@ -83,8 +83,8 @@ class TrainConfig(BaseModel):
 
     @property
     def alike_epochs(self) -> int:
-        """First epochs, in which the components of a mixture are the same. Apart from the start, most were lost: what
-        first resembles the images takes them all."""
+        """Epochs at the start in which all components of a mixture are kept the same. When they differed from the first
+        step on, most were lost: the first to resemble the images takes all of them."""
         return max(1, self.kl_warm_up)
 
     @property

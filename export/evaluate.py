@@ -31,8 +31,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
     standard errors, under the prior that the model was trained with; if a mixture was fitted afterwards, the bound with
-    that as the prior too. Gumbel codes are one-hot. The same arguments give the same numbers on the same device, also
-    after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
+    that as the prior too. Under a mixture that was learned with the weights kl is an upper bound of the KL term, and
+    elbo a little lower than the ELBO. Gumbel codes are one-hot. The same arguments give the same numbers on the same
+    device, also after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
 
     rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder, unless that has
     one of more latents, of the same weights.

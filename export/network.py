@@ -74,10 +74,10 @@ class Network(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (n, C, H, W) in [0, 1]. Raises ValueError for other answers of the decoder."""
-        values = self.decoded(latents)
+        values = self.raw_decode(latents)
         return torch.sigmoid(values) if self.logits else values.clamp(0, 1)
 
-    def decoded(self, latents: Tensor) -> Tensor:
+    def raw_decode(self, latents: Tensor) -> Tensor:
         """What the decoder itself answers, (n, C, H, W)."""
         return _shaped(self.decoder(latents.contiguous()), self.image_shape)  # codes may be a view
 
@@ -104,7 +104,7 @@ class Network(nn.Module):
             parameters = self.prior().draw(rows, draws)
             noise = self.family.noise((rows, *self.latent_shape), draws)
             latents = self.family.sample(parameters, noise, self.family.default_temperature)
-            self._check_range(_try("decoder", self.decoded, latents))
+            self._check_range(_try("decoder", self.raw_decode, latents))
 
     def _check_range(self, values: Tensor) -> None:
         low, high = values.min().item(), values.max().item()

@@ -48,7 +48,7 @@ def negative_elbo(
     if straight_through:
         nearest = one_hot(latents.argmax(-1), latents.shape[-1])
         latents = nearest + latents - latents.detach()
-    likelihood = _likelihoods(model, latents, images).mean(0)
+    likelihood = _log_likelihoods(model, latents, images).mean(0)
     prior = model.prior()
     if free_bits:
         kls = model.kl(posterior, prior.parameters)
@@ -85,7 +85,7 @@ def negative_iwae(
 
     def weigh(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         latents = model.sample(posterior, noise, model.default_temperature)
-        parts = [_likelihoods(model, part, images) for part in latents.split(resampled or samples)]
+        parts = [_log_likelihoods(model, part, images) for part in latents.split(resampled or samples)]
         likelihoods = torch.cat(parts)
         kls = _log_q(model, latents, density) - _log_p(model, latents, prior)
         return latents, likelihoods, likelihoods - kl_weight * kls
@@ -96,15 +96,16 @@ def negative_iwae(
         normalized = log_weights.softmax(0)
         chosen = systematic(normalized, resampled, draws)
         normalized = normalized.take_along_dim(chosen, 0)
-        latents, _, log_weights = weigh(noise.take_along_dim(_beside(chosen, noise), 0))
+        latents, _, log_weights = weigh(noise.take_along_dim(_broadcast_to(chosen, noise), 0))
         loss = -log_weights.mean()
     else:
         latents, likelihoods, log_weights = weigh(noise)
         normalized = log_weights.detach().softmax(0)
         loss = -(normalized * log_weights).sum(0).mean() if doubly else log(samples) - log_weights.logsumexp(0).mean()
     if doubly:
-        # The loss brings each sample's gradient times its weight, for decoder and encoder; the encoder's gets it twice.
-        again = _beside(1 - kl_weight + kl_weight * normalized, latents)
+        # Each sample's gradient comes multiplied by its s_i. The decoder keeps that; what goes on to the encoder is
+        # multiplied once more.
+        again = _broadcast_to(1 - kl_weight + kl_weight * normalized, latents)
         latents.register_hook(lambda gradient: gradient * again)
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
 
@@ -129,7 +130,7 @@ def negative_vimco(
     """
     posterior = model.encode(images)
     latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)
-    likelihoods = _likelihoods(model, latents, images)
+    likelihoods = _log_likelihoods(model, latents, images)
     prior, log_q = model.prior(), _log_q(model, latents, posterior)
     log_weights = likelihoods - kl_weight * (log_q - _log_p(model, latents, prior))
     bound = log_weights.logsumexp(0) - log(samples)
@@ -171,10 +172,10 @@ def importance_weighted_bound(
     total = torch.full((len(priors), len(images)), -inf, dtype=torch.float64, device=images.device)
     for begin in range(0, samples, at_a_time):
         latents = _draw(model, posterior, min(at_a_time, samples - begin), model.default_temperature, draws)
-        weights = _likelihoods(model, latents, images) - _log_q(model, latents, posterior)
-        densities = torch.stack([_log_p(model, latents, prior) for prior in priors])
-        total = torch.logaddexp(total, (weights + densities).double().logsumexp(1))
-        count(weights.numel())
+        without_prior = _log_likelihoods(model, latents, images) - _log_q(model, latents, posterior)
+        log_weights = torch.stack([without_prior + _log_p(model, latents, prior) for prior in priors])
+        total = torch.logaddexp(total, log_weights.double().logsumexp(1))
+        count(without_prior.numel())
     return total - log(samples)
 
 
@@ -211,22 +212,22 @@ def _draw(
 
 def _log_q(model: VAE, latents: Tensor, posterior: tuple[Tensor, ...]) -> Tensor:
     """log q(z | x), (samples, n)."""
-    densities: Tensor = torch.vmap(model.log_prob, (0, None))(latents, posterior)
-    return densities
+    log_densities: Tensor = torch.vmap(model.log_prob, (0, None))(latents, posterior)
+    return log_densities
 
 
 def _log_p(model: VAE, latents: Tensor, prior: Mixture) -> Tensor:
     """log p(z), (samples, n)."""
-    densities: Tensor = prior.log_prob(model, latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-    return densities
+    log_densities: Tensor = prior.log_prob(model, latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    return log_densities
 
 
-def _likelihoods(model: VAE, latents: Tensor, images: Tensor) -> Tensor:
+def _log_likelihoods(model: VAE, latents: Tensor, images: Tensor) -> Tensor:
     """log p(x | z), (samples, n)."""
     pixel_logits: Tensor = model.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
     return log_likelihood(pixel_logits, images)
 
 
-def _beside(rows: Tensor, latents: Tensor) -> Tensor:
-    """(samples, n) with as many axes as latents, (samples, n, *latent_shape)."""
+def _broadcast_to(rows: Tensor, latents: Tensor) -> Tensor:
+    """Append axes of 1, so that (samples, n) broadcasts against latents (samples, n, *latent_shape)."""
     return rows.reshape(*rows.shape, *[1] * (latents.dim() - 2))

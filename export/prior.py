@@ -52,7 +52,7 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
         if densities["mixture"] > densities["standard"]:
             run.keep_prior(mixture)
         else:
-            run.drop_prior_of_others()
+            run.drop_stale_prior()
     return densities
 
 
@@ -81,11 +81,11 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
         # A component that no latent is near keeps a trace of all of them.
         responsibilities = responsibilities + 1e-10
         mixture = Mixture(responsibilities.mean(0).log(), family.most_likely(latents, responsibilities))
-        joint = torch.cat([mixture.joint(family, part) for part in latents.split(ENCODED)])
-        likelihood = joint.logsumexp(1).mean().item()
+        log_joint = torch.cat([mixture.log_joint(family, part) for part in latents.split(ENCODED)])
+        likelihood = log_joint.logsumexp(1).mean().item()
         if likelihood - before < CONVERGED:
             break
-        before, responsibilities = likelihood, joint.softmax(1)
+        before, responsibilities = likelihood, log_joint.softmax(1)
     return mixture
 
 

@@ -2,7 +2,7 @@
 whether they are copies."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from export.classifier import Classifier
+from export.data import Dataset, load
 from export.draws import QUALITY, generator
 from export.errors import RunError
 from export.files import write_atomically
@@ -20,6 +21,7 @@ from models import VAE, Mixture
 Float64 = npt.NDArray[np.float64]
 
 DECODED = 1000  # rows at a time
+FEWEST = 100  # images that distances are measured of
 KERNEL_BLOCK = 1000  # images that are compared with as many others
 NEIGHBOURS = 2000  # images whose nearest neighbours are looked for
 
@@ -34,24 +36,49 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
     folder. Raises RunError, DataError.
     """
     run = Run(folder)
-    model, data = run.trained(), run.data()
-    priors = run.priors(model)
+    model, draws = run.trained(), generator(seed, QUALITY)
+    drawn = ((name, torch.cat([*sampled(model, prior, samples, draws)])) for name, prior in run.priors(model).items())
+    result = _compare(drawn, run.data(), classifier, samples, draws)
+    write_atomically(folder / "quality.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+@torch.inference_mode()
+def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> dict[str, float]:
+    """The same of an .npy file of images, uint8 (n, C, H, W), wherever they come from; data: what to compare them with,
+    as for a training. Raises RunError, DataError."""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise RunError(f"{path} is no .npy file: {error}") from error
+    real = load(data)
+    if images.dtype != np.uint8 or images.shape[1:] != real.image_shape or len(images) < FEWEST:
+        raise RunError(
+            f"{path} holds {images.dtype}{list(images.shape)}, not {FEWEST} or more images as those of {data}, "
+            f"uint8[n, {', '.join(map(str, real.image_shape))}]"
+        )
+    return _compare([("samples", torch.from_numpy(images))], real, classifier, len(images), generator(seed, QUALITY))
+
+
+def _compare(
+    drawn: Iterable[tuple[str, Tensor]], data: Dataset, classifier: Path, samples: int, draws: torch.Generator
+) -> dict[str, float]:
+    """What `quality` returns, of images by name; draws: of the training images that stand for a perfect sampler."""
     features = Classifier.load(classifier)
     if features.image_shape != data.image_shape:
-        raise RunError(f"{classifier} was trained on images of {features.image_shape}, {folder} on {data.image_shape}")
+        raise RunError(
+            f"{classifier} was trained on images of {features.image_shape}, those of {data.name} are {data.image_shape}"
+        )
     train, test = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
     if min(len(train), len(test)) < 2:
         raise RunError(f"{data.name} holds out {len(test)} of {len(train) + len(test)} images: distances need two")
-    draws = generator(seed, QUALITY)
     some = train[torch.randperm(len(train), generator=draws)[:samples]]
     real = features.features(test).double().numpy()
     result = dict(_distances("training", features.features(some).double().numpy(), real))
     result["training_share"] = len(train) / (len(train) + len(test))
-    for name, prior in priors.items():
-        images = torch.cat(list(sampled(model, prior, samples, draws)))
+    for name, images in drawn:
         result |= _distances(name, features.features(images).double().numpy(), real)
         result[f"{name}_near_training"] = near_training(images[:NEIGHBOURS], train, test)
-    write_atomically(folder / "quality.json", json.dumps(result, indent=2).encode())
     return result
 
 

@@ -74,7 +74,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.safetensors"
-        self.prior = folder / "prior.safetensors"
+        self.prior_file = folder / "prior.safetensors"
         self.metrics = folder / "metrics.jsonl"
 
     def start(self, config: RunConfig) -> None:
@@ -98,10 +98,11 @@ class Run:
             return
         folder = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"another process works in {self.folder}: wait until it has ended") from error
             yield
-        except BlockingIOError as error:
-            raise RunError(f"another process works in {self.folder}: wait until it has ended") from error
         finally:
             os.close(folder)
 
@@ -158,14 +159,14 @@ class Run:
         """Write what `mixture` reads."""
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
-        write_tensors(self.prior, tensors, checkpoint_sha256=_sha256(self.checkpoint))
+        write_tensors(self.prior_file, tensors, checkpoint_sha256=_sha256(self.checkpoint))
 
-    def drop_prior_of_others(self) -> None:
+    def drop_stale_prior(self) -> None:
         """Remove a fitted prior that `mixture` would refuse."""
         try:
             self.mixture()
         except RunError:
-            self.prior.unlink()
+            self.prior_file.unlink()
 
     def priors(self, model: VAE) -> dict[str, Mixture]:
         """What the artifact of its network can be sampled from, by name: `standard`, one distribution, and `mixture` if
@@ -179,17 +180,21 @@ class Run:
 
     def mixture(self) -> Mixture | None:
         """The prior that was fitted to the weights of the last epoch, if one was. Raises RunError."""
-        if not self.prior.exists():
+        if not self.prior_file.exists():
             return None
         try:
-            tensors, about = read_tensors(self.prior)
+            tensors, about = read_tensors(self.prior_file)
             if about["checkpoint_sha256"] != _sha256(self.checkpoint):
-                raise RunError(f"{self.prior} was fitted to other weights: `python -m export fit-prior {self.folder}`")
+                raise RunError(
+                    f"{self.prior_file} was fitted to other weights: `python -m export fit-prior {self.folder}`"
+                )
             names = MODELS[self.config().train.kind].parameter_names
             mixture = Mixture(tensors["log_weights"], tuple(tensors[name] for name in names))
             self._check(mixture)
         except DAMAGED as error:
-            raise RunError(f"{self.prior} is damaged ({error}): `python -m export fit-prior {self.folder}`") from error
+            raise RunError(
+                f"{self.prior_file} is damaged ({error}): `python -m export fit-prior {self.folder}`"
+            ) from error
         return mixture
 
     def _check(self, mixture: Mixture) -> None:
@@ -214,7 +219,7 @@ class Run:
 
     def fingerprint(self) -> str:
         """SHA-256 of weights and fitted prior: ties an evaluation to what it is of."""
-        return _sha256(self.checkpoint, *([self.prior] if self.prior.exists() else []))
+        return _sha256(self.checkpoint, *([self.prior_file] if self.prior_file.exists() else []))
 
 
 def _sha256(*paths: Path) -> str:

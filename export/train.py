@@ -116,7 +116,7 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
     with one_core_each(shares) as in_parallel:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
             now = schedule(config, step, len(batches))
-            compute = partial(share_of, model, config, now, 1 / len(rows))
+            compute = partial(share_gradient, model, config, now, 1 / len(rows))
             parts = in_parallel(compute, pixels.index_select(0, rows).chunk(shares), draws)
             gradients, terms = zip(*parts, strict=True)
             seen += terms
@@ -125,18 +125,18 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
             )
     likelihood_mean, kl_mean = torch.cat(seen, 1).double().mean(1).tolist()
     seconds = time.perf_counter() - started
-    components = model.prior().log_weights
+    log_weights = model.prior().log_weights
     return {
         "elbo": likelihood_mean - kl_mean,
         "kl": kl_mean,
-        **({"components": _perplexity(components)} if len(components) > 1 else {}),
+        **({"components": _perplexity(log_weights)} if len(log_weights) > 1 else {}),
         "temperature": now.temperature,
         "images_per_second": len(pixels) / seconds,
     }
 
 
 def _perplexity(log_weights: Tensor) -> float:
-    """As many components as, weighing the same, would tell as much."""
+    """exp of the weights' entropy in nats: how many components are in use."""
     return math.exp(-(log_weights.exp() * log_weights).sum().item())
 
 
@@ -156,7 +156,7 @@ def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
     )
 
 
-def share_of(
+def share_gradient(
     model: VAE,
     config: TrainConfig,
     now: Schedule,

@@ -29,13 +29,13 @@ class Mixture(NamedTuple):
     def to(self, device: torch.device) -> "Mixture":
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
-    def joint(self, family: Family, latents: Tensor) -> Tensor:
+    def log_joint(self, family: Family, latents: Tensor) -> Tensor:
         """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
         return self.log_weights + family.pairwise_log_prob(latents, self.parameters)
 
     def log_prob(self, family: Family, latents: Tensor) -> Tensor:
         """In nats, (n, *latent_shape) -> (n,)."""
-        return self.joint(family, latents).logsumexp(1)
+        return self.log_joint(family, latents).logsumexp(1)
 
     def kl(self, family: Family, posterior: tuple[Tensor, ...]) -> Tensor:
         """KL(posterior || self) in nats for one component, and for more its upper bound

@@ -16,7 +16,7 @@ from export.data import load, load_labels
 from export.draws import generator
 from export.errors import DataError, RunError
 from export.prior import fit_prior
-from export.quality import frechet, kernel_distance, near_training, quality, sampled
+from export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sampled
 from models import GaussianVAE, Mixture, VAEConfig
 
 
@@ -106,6 +106,24 @@ def test_quality_is_measured_for_each_prior_and_repeats(
     assert found["training_kernel"] < found["standard_kernel"]
     assert found["training_share"] == pytest.approx(0.9, abs=1e-3)
     assert 0.7 < found["mixture_near_training"] <= 1
+
+
+def test_images_of_any_sampler_are_measured(classifier: Path, tmp_path: Path) -> None:
+    path, images = tmp_path / "images.npy", load("digits").train
+    np.save(path, images[::2])
+    found = quality_of_images(path, data="digits", classifier=classifier, seed=0)
+    assert found["samples_near_training"] == 1
+    assert found["samples_frechet"] < 5
+    np.save(path, 255 - images)
+    assert quality_of_images(path, data="digits", classifier=classifier, seed=0)["samples_frechet"] > 50
+
+
+def test_images_that_cannot_be_compared_are_refused(classifier: Path, tmp_path: Path) -> None:
+    path, images = tmp_path / "images.npy", load("digits").train
+    for wrong in (images.astype(np.float32), images[:99], images[:, 0], np.array([{}])):
+        np.save(path, wrong)
+        with pytest.raises(RunError, match=r"images\.npy (holds .*uint8\[n, 1, 8, 8\]|is no \.npy file)"):
+            quality_of_images(path, data="digits", classifier=classifier, seed=0)
 
 
 def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classifier: Path, tmp_path: Path) -> None:

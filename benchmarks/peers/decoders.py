@@ -11,6 +11,7 @@ from export.run import RunConfig
 from models.bodies import halved
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
+CHANNELS = (512, 512, 256, 128)  # each but the first doubles the image
 GROUPS = 32  # of a normalization
 
 
@@ -20,16 +21,15 @@ def demo(name: str) -> Network:
     return Network.of(RunConfig(train=train, data_name="", data_sha256="", image_shape=(1, 28, 28)).build())
 
 
-def autoencoder(channels: tuple[int, ...] = (512, 512, 256, 128), side: int = 64) -> Network:
+def autoencoder() -> Network:
     """A decoder of the size of Stable Diffusion's (AutoencoderKL; Rombach et al., 2022): latents (4, 64, 64), images
     (3, 512, 512), 49 million random weights in float16. It has no encoder."""
-    image = side * 2 ** (len(channels) - 1)
     return Network(
         "gaussian",
-        latent_shape=(4, side, side),
-        image_shape=(3, image, image),
+        latent_shape=(4, 64, 64),
+        image_shape=(3, 512, 512),
         encoder=nn.Identity(),
-        decoder=halved(nn.Sequential(*_layers(channels))),
+        decoder=halved(nn.Sequential(*_layers(CHANNELS))),
         logits=True,
     )
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
 from export.config import Device, TrainConfig
-from export.errors import ExportError
+from export.errors import ExportError, RunError
 from export.recipes import recipe
 from service.contract import ArtifactError, Precision
 
@@ -119,23 +119,21 @@ class Quality(Command):
     classifier: Path
     """Folder of one that `classifier` has trained on such images."""
     samples: Annotated[int, Field(ge=100)] = 10_000
-    """Images drawn from each prior of a run."""
+    """Images drawn from each prior of a run; of a file all count."""
     data: str | None = None
     """The images that those of an .npy file are compared with; a run knows its own."""
     seed: Seed = 0
     """Of the draws."""
 
-    @model_validator(mode="after")
-    def _knows_what_to_compare_with(self) -> Self:
-        if (self.source.suffix == ".npy") != (self.data is not None):
-            raise ValueError("an .npy file is compared with the images of --data, a run with its own: one or the other")
-        return self
-
     def cli_cmd(self) -> None:
         from export.quality import quality, quality_of_images
 
-        if self.data is None:
+        if self.source.suffix.lower() != ".npy":
+            if self.data is not None:
+                raise RunError(f"{self.source} is no .npy file, and a run knows its images: leave out --data")
             found = quality(self.source, classifier=self.classifier, samples=self.samples, seed=self.seed)
+        elif self.data is None or "samples" in self.model_fields_set:
+            raise RunError(f"all images of {self.source} count: say --data to compare them with, and no --samples")
         else:
             found = quality_of_images(self.source, data=self.data, classifier=self.classifier, seed=self.seed)
         for key, value in found.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
@@ -135,7 +136,11 @@ def _amat(path: Path) -> Pixels:
     try:
         with path.open("rb") as file:
             is_matlab = file.read(10) == b"MATLAB 5.0"
-        images = loadmat(path, variable_names=["X"])["X"] if is_matlab else np.loadtxt(path, np.uint8, ndmin=2)
+        images = (
+            loadmat(path, variable_names=["X"])["X"]
+            if is_matlab
+            else np.loadtxt(path, np.float32, comments=None, ndmin=2)
+        )
         if images.ndim != 2 or images.shape[1] != 784 or not (images.size and np.isin(images, (0, 1)).all()):
             raise ValueError("it should hold rows of 784 zeros and ones")
     except Exception as error:  # scipy raises whatever it comes upon
@@ -160,6 +165,18 @@ def _npz(path: Path) -> Dataset:
     if "images" in arrays:
         return _split(path.stem, _pixels(arrays["images"], f"{path}['images']"))
     raise DataError(f"{path} holds {sorted(arrays)}: it should hold `train` and `test`, or `images`")
+
+
+def load_npy(path: Path) -> Pixels:
+    """The images of an .npy file, in any form that an .npz may hold them. Raises DataError, OSError."""
+    try:
+        with path.open("rb") as file:
+            array = npy.read_array(file, allow_pickle=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # NumPy raises whatever it comes upon
+        raise DataError(f"{path} is not a readable .npy ({error!r})") from error
+    return _pixels(array, str(path))
 
 
 def _pixels(array: npt.NDArray[np.generic], where: str) -> Pixels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export.classifier import Classifier
-from export.data import Dataset, load
+from export.data import Dataset, load, load_npy
 from export.draws import QUALITY, generator
 from export.errors import RunError
 from export.files import write_atomically
@@ -45,17 +45,13 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
 
 @torch.inference_mode()
 def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> dict[str, float]:
-    """The same of an .npy file of images, uint8 (n, C, H, W), wherever they come from; data: what to compare them with,
-    as for a training. Raises RunError, DataError."""
-    try:
-        images = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise RunError(f"{path} is no .npy file: {error}") from error
-    real = load(data)
-    if images.dtype != np.uint8 or images.shape[1:] != real.image_shape or len(images) < FEWEST:
+    """The same of an .npy file of images, wherever they come from; data: what to compare them with, as for a training.
+    Raises RunError, DataError."""
+    images, real = load_npy(path), load(data)
+    if images.shape[1:] != real.image_shape or len(images) < FEWEST:
         raise RunError(
-            f"{path} holds {images.dtype}{list(images.shape)}, not {FEWEST} or more images as those of {data}, "
-            f"uint8[n, {', '.join(map(str, real.image_shape))}]"
+            f"{path} holds {len(images)} images of {images.shape[1:]}: it should hold {FEWEST} or more of "
+            f"{real.image_shape}, as those of {data}"
         )
     return _compare([("samples", torch.from_numpy(images))], real, classifier, len(images), generator(seed, QUALITY))
 
@@ -95,8 +91,9 @@ def kernel_distance(one: Float64, other: Float64) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased: the mean over
     blocks of 1000 (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4), and its standard error if
     there are two or more."""
-    # A file may hold its images in an order, as MNIST's test images by their writers; a block is like the whole.
-    one, other = (np.random.default_rng(0).permutation(features) for features in (one, other))
+    # Images may lie in an order, as MNIST's test images do by their writers, or beside those they were made of.
+    random = np.random.default_rng(0)
+    one, other = random.permutation(one), random.permutation(other)
     n = min(len(one), len(other))
     block = min(KERNEL_BLOCK, n)
     found = []

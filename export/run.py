@@ -136,6 +136,8 @@ class Run:
         try:
             state, about = read_tensors(self.checkpoint)
             epoch = int(about["epoch"])
+            if epoch < 0:
+                raise ValueError(f"its epoch is {epoch}")
             load(state)
         except DAMAGED as error:
             fault = str(error).partition("\n")[0]

@@ -119,7 +119,7 @@ class Engine:
 
     def window(self, model: Model) -> int:
         """Rows of one request that are computed ahead of its reader."""
-        return WINDOW * self._scheduler.limit(model)
+        return WINDOW * model.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
         """Let so many more rows of the job be computed."""
@@ -280,10 +280,12 @@ class Engine:
 
     def out_of_memory(self, model: Model, rows: int) -> None:
         with self._lock:
-            self._scheduler.set_limit(model, max(1, min(self._scheduler.limit(model), rows // 2)))
+            before = self._scheduler.limit(model)
+            self._scheduler.set_limit(model, max(1, min(before, rows // 2)))
         self._metrics.out_of_memory.inc()
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.loop.call_later, RECOVERY, self.serve, model)
+        if before == model.batch_rows > 1:  # else it recovers soon anyway
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(self.loop.call_later, RECOVERY, self.serve, model)
 
     def died(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -172,13 +172,13 @@ def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
     assert "other.png is not a readable picture" in refusal(folder)
 
 
-@pytest.mark.parametrize("as_text", [True, False])
-def test_amat_files(tmp_path: Path, as_text: bool) -> None:
+@pytest.mark.parametrize("as_text", ["%d", "%.1f", "%.18e", None])
+def test_amat_files(tmp_path: Path, as_text: str | None) -> None:
     images = np.random.default_rng(0).integers(0, 2, (7, 784))
     for split in ("train", "test"):
         path = tmp_path / f"binarized_mnist_{split}.amat"
         if as_text:
-            np.savetxt(path, images, "%d")
+            np.savetxt(path, images, as_text)
         else:
             savemat(path, {"X": images}, appendmat=False)
     data = load(str(tmp_path))

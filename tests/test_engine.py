@@ -247,9 +247,25 @@ def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monk
     monkeypatch.setattr("service.engine.RECOVERY", 0.5)
     model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
     before = limit(model)
-    engine.service.engine.out_of_memory(model, 2)
+    for rows in (64, 2):
+        engine.service.engine.out_of_memory(model, rows)
     assert limit(model) == 1 < before
     wait_until(lambda: limit(model) == before)
+
+
+def test_one_recovery_follows_many_failures(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would bring new failures."""
+    monkeypatch.setattr("service.engine.RECOVERY", 0.5)
+    model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
+    before = limit(model)
+    engine.service.engine.out_of_memory(model, 64)
+    time.sleep(0.3)
+    engine.service.engine.out_of_memory(model, 2)
+    wait_until(lambda: limit(model) == before)
+    monkeypatch.setattr("service.engine.RECOVERY", 60.0)
+    engine.service.engine.out_of_memory(model, 2)
+    time.sleep(0.5)
+    assert limit(model) == 1
 
 
 @pytest.mark.parametrize("runners", [1, 2])

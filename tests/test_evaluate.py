@@ -1,5 +1,6 @@
 """Evaluation: the same numbers again, killed or not."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save
 from export.config import TrainConfig
 from export.errors import RunError
 from export.evaluate import PARTIAL, evaluate, read_evaluation
+from export.files import read_tensors, write_tensors
 from export.run import Run
 from export.train import train
 from tests.conftest import small, wait_until
@@ -43,10 +45,16 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[st
     wait_until(lambda: (tmp_path / "killed" / PARTIAL).exists())
     killed.kill()
     killed.communicate()
-    for name in ("whole", "killed"):
+    shutil.copytree(tmp_path / "killed", tmp_path / "marked")
+    done, about = read_tensors(tmp_path / "marked" / PARTIAL)
+    write_tensors(tmp_path / "marked" / PARTIAL, done | {"0": done["0"] - 1000}, **about)
+    for name in ("whole", "killed", "marked"):
         start(name).communicate(timeout=120)
-    whole, resumed = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed"))
+    whole, resumed, marked = (
+        (tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "killed", "marked")
+    )
     assert whole == resumed
+    assert json.loads(marked)["bound"] < json.loads(whole)["bound"] - 500  # what was done is not done again
     assert not (tmp_path / "killed" / PARTIAL).exists()
 
 

@@ -1,6 +1,7 @@
 """Sample quality: distances that are known, copies that are found, a classifier that learns."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import linalg
 
+from export.__main__ import main
 from export.classifier import Classifier, train_classifier
 from export.data import load, load_labels
 from export.draws import generator
-from export.errors import DataError, RunError
+from export.errors import DataError, ExportError, RunError
 from export.prior import fit_prior
 from export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sampled
 from models import GaussianVAE, Mixture, VAEConfig
@@ -120,10 +122,30 @@ def test_images_of_any_sampler_are_measured(classifier: Path, tmp_path: Path) ->
 
 def test_images_that_cannot_be_compared_are_refused(classifier: Path, tmp_path: Path) -> None:
     path, images = tmp_path / "images.npy", load("digits").train
-    for wrong in (images.astype(np.float32), images[:99], images[:, 0], np.array([{}])):
+    for wrong in (images[:99], images[:, :, 1:], images.astype(np.float32), np.array([{}])):
         np.save(path, wrong)
-        with pytest.raises(RunError, match=r"images\.npy (holds .*uint8\[n, 1, 8, 8\]|is no \.npy file)"):
+        with pytest.raises(ExportError, match=r"images\.npy (holds|is)"):
             quality_of_images(path, data="digits", classifier=classifier, seed=0)
+    for damaged in (b"", path.read_bytes()[:60], (tmp_path / classifier / "classifier.safetensors").read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"images\.npy is not a readable \.npy"):
+            quality_of_images(path, data="digits", classifier=classifier, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--data", "digits"], "run is no .npy file, and a run knows its images: leave out --data"),
+        (["x.npy"], "all images of x.npy count: say --data to compare them with, and no --samples"),
+        (["X.NPY", "--data", "digits", "--samples", "200"], "all images of X.NPY count: say --data"),
+    ],
+)
+def test_a_file_is_compared_with_data_and_a_run_with_its_own(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["export", "quality", *arguments, "--classifier", "c"])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main()
 
 
 def test_a_classifier_that_does_not_fit_is_refused(runs: dict[str, Path], classifier: Path, tmp_path: Path) -> None:
@@ -148,7 +170,12 @@ def test_a_classifier_is_not_written_over(classifier: Path) -> None:
 
 
 def test_the_order_of_the_images_is_nothing_to_the_kernel_distance() -> None:
+    """Neither an order by kind, nor one beside those they were made of."""
     random = np.random.default_rng(0)
     one, other = (random.normal(size=(10_000, 3)) + random.integers(0, 2, (10_000, 1)) for _ in range(2))
     value, _ = kernel_distance(one, other[other[:, 0].argsort()])
     assert abs(value) < 0.05
+    value, error = kernel_distance(other + random.normal(size=other.shape) / 100, other)
+    shuffled, _ = kernel_distance(random.permutation(other), other)
+    assert error is not None
+    assert abs(value - shuffled) < 4 * error

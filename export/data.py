@@ -136,11 +136,10 @@ def _amat(path: Path) -> Pixels:
     try:
         with path.open("rb") as file:
             is_matlab = file.read(10) == b"MATLAB 5.0"
-        images = (
-            loadmat(path, variable_names=["X"])["X"]
-            if is_matlab
-            else np.loadtxt(path, np.float32, comments=None, ndmin=2)
-        )
+        if is_matlab:
+            images = loadmat(path, variable_names=["X"])["X"]
+        else:
+            images = np.loadtxt(path, np.float32, comments=None, ndmin=2)
         if images.ndim != 2 or images.shape[1] != 784 or not (images.size and np.isin(images, (0, 1)).all()):
             raise ValueError("it should hold rows of 784 zeros and ones")
     except Exception as error:  # scipy raises whatever it comes upon

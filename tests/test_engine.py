@@ -259,12 +259,12 @@ def test_one_recovery_follows_many_failures(engine: Running, monkeypatch: pytest
     model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
     before = limit(model)
     engine.service.engine.out_of_memory(model, 64)
-    time.sleep(0.3)
+    time.sleep(0.3)  # a recovery from the next failure would come so much after that from the first
     engine.service.engine.out_of_memory(model, 2)
     wait_until(lambda: limit(model) == before)
     monkeypatch.setattr("service.engine.RECOVERY", 60.0)
     engine.service.engine.out_of_memory(model, 2)
-    time.sleep(0.5)
+    time.sleep(0.5)  # until it would have come
     assert limit(model) == 1
 
 

@@ -159,6 +159,11 @@ def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> N
     torch.testing.assert_close(found, torch.autograd.grad(relaxed, weight, at_corner)[0])
 
 
+def learn_prior(model: VAE, loss: Tensor, rate: float) -> None:
+    own = list(model.parameters(recurse=False))
+    model.learn_prior(torch.autograd.grad(loss, own, materialize_grads=True), rate)
+
+
 def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() -> None:
     torch.manual_seed(0)
     model, batch = GumbelVAE(VAEConfig(IMAGE, (5, 3), "mlp", (4,))).double(), images(40)
@@ -166,7 +171,7 @@ def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() ->
         model.prior_logits.normal_()
         last_weight(model.encoder).mul_(9)
     loss = negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss
-    model.learn_prior(torch.autograd.grad(loss, list(model.parameters(recurse=False)), materialize_grads=True), 1 / 0.3)
+    learn_prior(model, loss, 1 / 0.3)
     posterior = model.encode(batch)
     torch.testing.assert_close(model.prior_logits[0].exp(), posterior[0].softmax(-1).mean(0))
     (gradient,) = torch.autograd.grad(model.prior().kl(model, posterior).mean(), model.prior_logits)
@@ -184,7 +189,7 @@ def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | 
         posterior, before = model.encode(batch), model.prior()
         shares = (before.log_weights - model.pairwise_kl(posterior, before.parameters)).softmax(1)
     loss = negative_elbo(model, batch, generator(0, 0), temperature=1.0, kl_weight=0.3).loss
-    model.learn_prior(torch.autograd.grad(loss, list(model.parameters(recurse=False)), materialize_grads=True), 1 / 0.3)
+    learn_prior(model, loss, 1 / 0.3)
     found = model.prior()
     torch.testing.assert_close(found.log_weights.exp(), shares.mean(0))
 
@@ -209,7 +214,7 @@ def test_a_component_that_no_image_is_near_stays_a_density(kind: type[GaussianVA
     model.set_prior(Mixture(torch.zeros(2).log_softmax(0), far))
     for _ in range(3):
         loss = negative_elbo(model, image, generator(0, 0), temperature=1.0).loss
-        model.learn_prior(torch.autograd.grad(loss, list(model.parameters(recurse=False))), 1.0)
+        learn_prior(model, loss, 1.0)
     prior = model.prior()
     assert prior.log_weights.exp().tolist() == pytest.approx([1, 0], abs=1e-5)
     assert all(tensor.isfinite().all() for tensor in (prior.log_weights, *prior.parameters))

@@ -126,7 +126,7 @@ def test_images_that_cannot_be_compared_are_refused(classifier: Path, tmp_path: 
         np.save(path, wrong)
         with pytest.raises(ExportError, match=r"images\.npy (holds|is)"):
             quality_of_images(path, data="digits", classifier=classifier, seed=0)
-    for damaged in (b"", path.read_bytes()[:60], (tmp_path / classifier / "classifier.safetensors").read_bytes()):
+    for damaged in (b"", path.read_bytes()[:60], (classifier / "classifier.safetensors").read_bytes()):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"images\.npy is not a readable \.npy"):
             quality_of_images(path, data="digits", classifier=classifier, seed=0)

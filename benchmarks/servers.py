@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import create_server
@@ -107,8 +107,7 @@ def serving(name: str) -> Iterator[Running]:
     programs = Path(sys.executable).parent
     if server.peer:
         programs = environment(ROOT / "benchmarks" / "peers" / name / "requirements.txt", SCRATCH / name)
-    with create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = _free_port()
     variables = {
         "PORT": str(port),
         "BENTOML_PORT": str(port),
@@ -129,6 +128,15 @@ def serving(name: str) -> Iterator[Running]:
 
 def model_path() -> Path:
     return model(ROOT, SCRATCH)
+
+
+def _free_port() -> int:
+    """One that nothing else takes before the server does: Ray's own processes listen at 10002 to 19999, whatever asks
+    the system for any port gets one from 32768 on."""
+    for port in range(20000, 32768):
+        with suppress(OSError), create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("each port from 20000 to 32767 of 127.0.0.1 is taken: end the programs that listen there")
 
 
 def _wait_until_it_answers(started: Running, log: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import sample
 from socket import create_server
 from subprocess import Popen
 
@@ -133,7 +134,8 @@ def model_path() -> Path:
 def _free_port() -> int:
     """One that nothing else takes before the server does: Ray's own processes listen at 10002 to 19999, whatever asks
     the system for any port gets one from 32768 on."""
-    for port in range(20000, 32768):
+    ports = range(20000, 32768)
+    for port in sample(ports, len(ports)):  # for two benchmarks that start together
         with suppress(OSError), create_server(("127.0.0.1", port)):
             return port
     raise OSError("each port from 20000 to 32767 of 127.0.0.1 is taken: end the programs that listen there")

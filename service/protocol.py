@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.brief import Brief, ShortWay
 from service.edge import refusal
-from service.errors import MalformedRequest, Problem
+from service.errors import MalformedRequest, Problem, clipped
 from service.headers import by_name, to_lines
 from service.patience import PATIENCE
 from service.transport import Cork, Flow
@@ -34,6 +34,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._short: ShortWay = self.app.short  # it is our Application
+        self._answering: Any = None  # the cycle whose answer is made; uvicorn's `cycle` is the last that was read
         self._path = self._short.path.encode()
         self._waiting = False  # for the rest of a request that may go the short way
         self._body = b""
@@ -52,6 +53,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
+        self.cycle = self._answering  # the one that uvicorn tells; those behind it have not begun
         super().connection_lost(exc)
         self._cork.unwatch()
         for timer in (self._keep_alive, self._late):
@@ -95,7 +97,8 @@ class Protocol(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
             except httptools.HttpParserError as error:
-                raise MalformedRequest(f"no HTTP request: {error}") from error
+                reason = error.__context__ or error  # what a callback of ours raised, as for a URL that is none
+                raise MalformedRequest(f"no HTTP request: {clipped(str(reason))}") from error
             else:
                 return
 
@@ -117,7 +120,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Tell why there is no request to answer, unless one that was whole is being answered, and hang up."""
-        cycle = self.cycle
+        cycle = self._answering
         if cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started):
             request_id = self._short.edge.request_id({})
             status, headers, body = refusal(problem, request_id)
@@ -174,7 +177,7 @@ class Protocol(HttpToolsProtocol):
             if brief is not None:
                 self._end_waiting()
                 if not brief.response_complete:
-                    self.cycle = brief  # type: ignore[assignment]  # all that uvicorn uses of one
+                    self.cycle = self._answering = brief  # type: ignore[assignment]  # all that uvicorn uses of one
                 return
             self._go_on()
         super().on_message_complete()
@@ -232,6 +235,7 @@ class Protocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
         cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)
 

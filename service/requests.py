@@ -72,7 +72,7 @@ def _explained(body: bytes) -> InvalidRequest:
     try:
         fields = from_json(body)
     except ValueError as error:
-        return InvalidRequest(f"the body is not JSON in UTF-8: {error}")
+        return InvalidRequest(f"the body cannot be read as JSON in UTF-8: {error}")
     if not isinstance(fields, dict):
         return InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
     known = {name: fields[name] for name in SampleRequest.model_fields if name in fields}

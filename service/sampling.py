@@ -21,6 +21,7 @@ LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that 
 LARGE_ANSWER = 2**13  # raw bytes; from here on PNG, JSON and npz are encoded on a thread
 LARGE_MESSAGE = 2**16  # bytes; from here on arrays are sent as they are, not copied into one message
 STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
+UNCODED = ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked"))
 
 
 class Sampling:
@@ -132,6 +133,8 @@ class Sampling:
                     body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)
             except TimeoutError:
                 raise self.engine.expired("encode", job.timeout) from None
+            if job.error is not None:  # meanwhile the client has left, or the service has to end
+                raise job.error
         lines = self.head(job, media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -165,9 +168,11 @@ def _check_content_type(given: HeaderMap) -> None:
             f"the body is declared as {clipped(content_type.decode('latin-1'))!r}: send JSON with the header "
             "`Content-Type: application/json`"
         )
-    encoding = given.get(b"content-encoding", b"identity")
-    if encoding.lower() != b"identity":
-        raise UnsupportedMediaType(f"the body is encoded as {clipped(encoding.decode('latin-1'))!r}: send it as it is")
+    for name, plain in UNCODED:
+        encoding = given.get(name, plain)
+        if encoding.lower() != plain:
+            got = clipped(encoding.decode("latin-1"))
+            raise UnsupportedMediaType(f"the body is encoded as {got!r}: send it as it is")
 
 
 def _timeout(given: HeaderMap, limit: float) -> float:
@@ -176,7 +181,7 @@ def _timeout(given: HeaderMap, limit: float) -> float:
     if header is None:
         return limit
     try:
-        seconds = float(header)
+        seconds = float(header.replace(b"_", b"?"))  # which Python would take
     except ValueError:
         seconds = math.nan
     if not seconds > 0:

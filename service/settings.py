@@ -91,9 +91,9 @@ class Settings(BaseSettings):
     """Seconds a request may take, or a stream until its first rows; a `Request-Timeout` header can only shorten it."""
     hang_timeout: PositiveFloat = 60.0
     """Seconds after which a batch that does not end makes /livez fail."""
-    drain_delay: NonNegativeFloat = 1.0
+    drain_delay: Annotated[NonNegativeFloat, Field(le=86400, allow_inf_nan=False)] = 1.0
     """Seconds from SIGTERM, when /readyz turns 503, to the closing of the port, so that load balancers see it."""
-    drain_timeout: NonNegativeInt = 7
+    drain_timeout: Annotated[NonNegativeInt, Field(le=86400)] = 7
     """Seconds that requests in flight may take after that."""
     log_format: Literal["json", "text"] = "json"
     """How a log line looks."""

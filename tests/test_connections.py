@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,12 +51,55 @@ def test_what_follows_the_last_request_does_not_hurt_its_answer(service: Running
     assert said.endswith(plain[1])
 
 
+STREAM = {"n": 500_000, "seed": 7}
+BEHIND = [b"", request(BODY), b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n" * 2]
+
+
+@pytest.mark.parametrize("behind", BEHIND, ids=["nothing", "a short one", "two others"])
+def test_a_client_that_leaves_a_stream_with_requests_behind_it_is_noticed(
+    serve: Callable[..., Running], behind: bytes
+) -> None:
+    service = serve()
+    with connect(service, receive_buffer=4096) as hasty:
+        hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        hasty.sendall(request(STREAM))
+        hasty.recv(1000)
+        hasty.sendall(behind)
+        time.sleep(0.1)  # it is read
+    wait_until(lambda: not service.service.engine.jobs)
+    assert sum(metric(service.url, "cancelled_total", stage=stage) for stage in ("queue", "infer")) == 1
+    assert metric(service.url, "requests_total", path="/sample", status="499") == 1
+    assert metric(service.url, "rows_total", model="tiny-gaussian", version="1") < STREAM["n"]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"nonsense\r\n\r\n",
+        request({}).replace(b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n"),
+    ],
+    ids=["head", "chunk"],
+)
+def test_no_refusal_is_written_into_an_answer(service: Running, nonsense: bytes) -> None:
+    """The connection breaks off instead."""
+    whole = ask(service, request(STREAM))[1]
+    with connect(service, receive_buffer=4096) as connection, connection.makefile("rb") as stream:
+        connection.sendall(request(STREAM))
+        while stream.readline() != b"\r\n":
+            pass
+        connection.sendall(nonsense)
+        body = stream.read()
+    assert len(body) < len(whole)
+    assert whole.startswith(body)
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
         b"CONNECT example.com:80 HTTP/1.1\r\nHost: example.com\r\n\r\n",
         b"nonsense\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /%b HTTP/1.1\r\nHost: reparam\r\n\r\n" % (b"a" * 100_000),
         b"POST /sample HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
     ],
 )
@@ -64,6 +108,7 @@ def test_what_is_no_request_is_told_so(service: Running, nonsense: bytes) -> Non
         connection.sendall(nonsense)
         status, body = answer(connection)
     assert (status, json.loads(body)["type"]) == (400, "/problems/malformed-request")
+    assert "callback" not in json.loads(body)["detail"]
 
 
 def test_a_head_without_end_is_refused(service: Running) -> None:

@@ -335,7 +335,7 @@ def test_a_client_cannot_lengthen_the_deadline(serve: Any) -> None:
     problem(service.post(slow, headers={"Request-Timeout": "60"}), "deadline-exceeded")
 
 
-@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", ""])
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", "1_0", ""])
 def test_a_deadline_that_is_no_positive_number_is_refused(service: Running, timeout: str) -> None:
     document = problem(service.post({}, headers={"Request-Timeout": timeout}), "invalid-request")
     assert f"got {timeout!r}" in document["detail"]
@@ -418,6 +418,16 @@ def test_a_buffered_request_whose_client_has_left_is_dropped(service: Running) -
     wait_until(lambda: service.service.metrics.in_flight == 0)
     wait_until(lambda: not service.service.engine.busy)
     assert service.service.engine.queued_rows == 0
+
+
+def test_a_client_that_leaves_while_its_answer_is_encoded_is_counted(serve: Any) -> None:
+    service: Running = serve()
+    with connect(service) as hasty:
+        hasty.sendall(request({"n": 32_000}, accept="application/json"))
+        wait_until(lambda: any(job.stage == "send" for job in list(service.service.engine.jobs)))
+    wait_until(lambda: not service.service.engine.jobs)
+    assert metric(service.url, "cancelled_total", stage="send") == 1
+    assert metric(service.url, "requests_total", path="/sample", status="499") == 1
 
 
 def test_a_body_that_trickles_in_runs_into_the_deadline(service: Running) -> None:

@@ -295,6 +295,8 @@ def test_compose_hands_every_setting_on() -> None:
         ((), {"REPARAM_PORT": "tcp://10.0.0.1:80"}, "give the pod `enableServiceLinks: false`"),
         ((), {"REPARAM_DEVICE": "tpu"}, "REPARAM_DEVICE='tpu': Input should be 'auto', 'cpu' or 'cuda'"),
         ((), {"REPARAM_MAX_BATCH_ROWS": "0"}, "REPARAM_MAX_BATCH_ROWS='0'"),
+        (("--drain-delay", "inf"), {}, "a finite number"),
+        (("--drain-timeout", "2500000"), {}, "less than or equal to 86400"),
         ((), {"REPARAM_API_KEY": "two words"}, "an API key is made of printable ASCII without blanks"),
     ],
 )

@@ -57,6 +57,8 @@ CASES = {
     "negative": numbered({"n": -1}),
     "not acceptable": numbered({"outputs": ["images", "latents"]}, "image/png"),
     "media type": numbered({}, Content_Encoding="gzip"),
+    "coding": numbered({}, Transfer_Encoding="gzip, chunked").replace(b"Content-Length: 2\r\n", b"").replace(
+        b"{}", b"2\r\n{}\r\n0\r\n\r\n"),
     "timeout": numbered({}, Request_Timeout="soon"),
     "expired": numbered({}, Request_Timeout="0.000001"),
     "fails": numbered({"model": "trouble", "temperature": FAILS, "seed": 1}),
@@ -76,6 +78,8 @@ def test_an_answer_does_not_depend_on_the_way(service: Running, case: str) -> No
     else:
         assert short == long
     assert short[1][b"x-request-id"] == b"mine"
+    if case in ("coding", "media type"):
+        assert short[0] == 415
 
 
 def test_an_answer_does_not_depend_on_how_the_request_arrives(service: Running) -> None:

@@ -138,7 +138,7 @@ class Awaited(Job):
     def ask(self, request: Rows) -> None:
         super().ask(request)
         if self._old:
-            self._watch()
+            self.watch()
 
     @property
     def exhausted(self) -> bool:
@@ -182,7 +182,12 @@ class Awaited(Job):
         super().look_after()
         self._old = True
         if not self.reading:
-            self._watch()
+            self.watch()
+
+    def watch(self) -> None:
+        """Notice when the client leaves, which fails the job."""
+        if self._watcher is None:
+            self._watcher = self.host.loop.create_task(self._await_departure())
 
     def expire(self) -> None:
         if self.reading and self._task is not None:
@@ -195,9 +200,6 @@ class Awaited(Job):
         super().close()
         if self._watcher is not None:
             self._watcher.cancel()
-
-    def _watch(self) -> None:
-        self._watcher = self.host.loop.create_task(self._await_departure())
 
     async def _await_departure(self) -> None:
         await self._departure()

@@ -11,20 +11,18 @@ from math import inf
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service.answer import Answer, whole_head
 from service.brief import Brief, ShortWay
 from service.edge import refusal
-from service.errors import MalformedRequest, Problem, clipped
+from service.errors import MalformedRequest, clipped
 from service.headers import by_name, to_lines
 from service.patience import PATIENCE
 from service.transport import Cork, Flow
 
 # Bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them.
 MOST_FRAMING = 2**19
-BODILESS = (204, 304)
-CHUNKED = (b"transfer-encoding", b"chunked")
-CLOSE = b"connection: close\r\n"
 
 
 class Protocol(HttpToolsProtocol):
@@ -35,6 +33,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._short: ShortWay = self.app.short  # it is our Application
         self._answering: Any = None  # the cycle whose answer is made; uvicorn's `cycle` is the last that was read
+        self._refusal: Exception | None = None  # why nothing that follows is read
         self._path = self._short.path.encode()
         self._waiting = False  # for the rest of a request that may go the short way
         self._body = b""
@@ -60,15 +59,20 @@ class Protocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
 
+    def eof_received(self) -> None:
+        self.transport.close()  # the cork, which watches what is not taken yet
+
     def shutdown(self) -> None:
         self._go_on()
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
         try:
             self._feed(data)
-        except Problem as problem:
-            self._refuse(problem)
+        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+            self._refuse(error)
             return
         self._framing_bytes += len(data)
         if self._framing_bytes > MOST_FRAMING:
@@ -97,8 +101,10 @@ class Protocol(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
             except httptools.HttpParserError as error:
-                reason = error.__context__ or error  # what a callback of ours raised, as for a URL that is none
-                raise MalformedRequest(f"no HTTP request: {clipped(str(reason))}") from error
+                cause = error.__context__ or error  # what a callback raised, as for a URL that is none
+                if not isinstance(cause, (httptools.HttpParserError, UnicodeDecodeError)):
+                    raise cause from None
+                raise MalformedRequest(f"no HTTP request: {clipped(str(cause))}") from error
             else:
                 return
 
@@ -113,20 +119,38 @@ class Protocol(HttpToolsProtocol):
         self._late = self.loop.call_later(self._short.sampling.settings.request_timeout, self._give_up)
 
     def _give_up(self) -> None:
-        if self._in_head:
+        if self._is_answering():  # perhaps it is we who do not read on
+            self._await_head()
+        elif self._in_head:
             self._refuse(MalformedRequest("the head of the request did not end in time: send it at once"))
         else:
             self.transport.close()
 
-    def _refuse(self, problem: Problem) -> None:
-        """Tell why there is no request to answer, unless one that was whole is being answered, and hang up."""
-        cycle = self._answering
-        if cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started):
-            request_id = self._short.edge.request_id({})
-            status, headers, body = refusal(problem, request_id)
-            head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
-            self.transport.write(_whole_head(status, head, keep_alive=False) + body)
-            self._short.edge.account("-", "-", "other", status, time.perf_counter(), request_id)
+    def _is_answering(self) -> bool:
+        return self._answering is not None and not self._answering.response_complete
+
+    def _refuse(self, error: Exception) -> None:
+        """Read no further. Tell why, once the requests before are answered, and hang up."""
+        self._refusal = error
+        self._end_waiting()
+        if self._late is not None:
+            self._late.cancel()
+        if self.pipeline and self.pipeline[0][0].more_body:  # the last of them is the one that is refused
+            self.pipeline.popleft()
+        if not self._is_answering():
+            self._hang_up(error)
+        elif self._answering.more_body:  # it is this one
+            if self._answering.response_started:
+                self.transport.close()
+            else:
+                self._hang_up(error)
+
+    def _hang_up(self, error: Exception) -> None:
+        request_id = self._short.edge.request_id({})
+        status, headers, body = refusal(error, request_id)
+        head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
+        self.transport.write(whole_head(status, head, keep_alive=False) + body)
+        self._short.edge.account("-", "-", "other", status, time.perf_counter(), request_id)
         self.transport.close()
 
     def on_message_begin(self) -> None:
@@ -154,7 +178,7 @@ class Protocol(HttpToolsProtocol):
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and not self.expect_100_continue
-            and (self.cycle is None or self.cycle.response_complete)
+            and not self._is_answering()
             and not self.flow.write_paused
         )
         if not self._waiting:
@@ -190,8 +214,12 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
             return
+        if self._refusal is not None:
+            self._hang_up(self._refusal)
+            return
         self.flow.resume_reading()
-        self._idle_since = self.loop.time()
+        if not self._in_head:
+            self._idle_since = self.loop.time()
         if self._keep_alive is None:
             self._keep_alive = self.loop.call_later(self.timeout_keep_alive, self._end_if_idle)
 
@@ -227,7 +255,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         head = to_lines(self.server_state.default_headers) + head
-        self.transport.write(_whole_head(status, head, brief.keep_alive) + body)
+        self.transport.write(whole_head(status, head, brief.keep_alive) + body)
         if not self._short.sampling.engine.jobs:  # no other answer of this turn is still to be made
             self._cork.flush()
         if not brief.keep_alive:
@@ -238,68 +266,3 @@ class Protocol(HttpToolsProtocol):
         self._answering = cycle
         cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)
-
-
-def _whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
-    return b"%b%b%b\r\n" % (STATUS_LINE[status], headers, b"" if keep_alive else CLOSE)
-
-
-class Answer:
-    """The `send` of one request, which keeps the state of uvicorn's cycle as uvicorn would."""
-
-    __slots__ = ("_cycle", "_head", "_left")
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._head = b""
-        self._left: int | None = None  # bytes of the body to come; None if it is sent in chunks
-
-    async def send(self, message: Any) -> None:
-        """As ASGI has it. Raises ValueError for a header that would begin another line, or a body of another length."""
-        cycle = self._cycle
-        if cycle.flow.write_paused and not cycle.disconnected:
-            await cycle.flow.drain()
-        if cycle.disconnected:
-            return
-        if message["type"] == "http.response.start":
-            self._start(message["status"], list(message.get("headers", ())))
-        else:
-            self._continue(message.get("body", b""), message.get("more_body", False))
-
-    def _start(self, status: int, given: list[tuple[bytes, bytes]]) -> None:
-        cycle = self._cycle
-        cycle.response_started = True
-        cycle.waiting_for_100_continue = False
-        headers = cycle.default_headers + given
-        length = dict(given).get(b"content-length")
-        if length is not None:
-            self._left = int(length)
-        elif status in BODILESS or cycle.scope["method"] == "HEAD":
-            self._left = 0
-        else:
-            headers.append(CHUNKED)
-        self._head = _whole_head(status, to_lines(headers), cycle.keep_alive)
-
-    def _continue(self, body: Any, more: bool) -> None:
-        cycle, head = self._cycle, self._head
-        if head:
-            self._head = b""
-            cycle.transport.write(head)
-        if self._left is None:
-            if body:
-                cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-            if not more:
-                cycle.transport.write(b"0\r\n\r\n")
-        elif cycle.scope["method"] != "HEAD":
-            self._left -= len(body)
-            if self._left < 0 or (self._left and not more):
-                raise ValueError(f"{abs(self._left)} bytes too {'few' if self._left > 0 else 'many'} in a body")
-            if body:
-                cycle.transport.write(body)
-        if not more:
-            cycle.response_complete = True
-            cycle.message_event.set()
-            if not cycle.keep_alive:
-                cycle.transport.close()
-            del cycle.send  # which refers to the cycle
-            cycle.on_response()

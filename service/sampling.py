@@ -128,6 +128,7 @@ class Sampling:
             return
         else:
             pieces = await job.all()
+            job.watch()
             try:
                 async with asyncio.timeout_at(job.deadline):
                     body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)

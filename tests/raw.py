@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from io import BufferedReader
 from typing import Any
 
 from tests.conftest import Running
@@ -28,7 +29,11 @@ def send(connection: socket.socket, *pieces: bytes) -> None:
 
 def answer(connection: socket.socket) -> tuple[int, bytes]:
     """The status and the body that come back, which announces its length."""
-    stream = connection.makefile("rb")
+    return next_answer(connection.makefile("rb"))
+
+
+def next_answer(stream: BufferedReader) -> tuple[int, bytes]:
+    """The same of a connection that brings more than one."""
     status, length = int(stream.readline().split()[1]), 0
     while (line := stream.readline()) != b"\r\n":
         if line.lower().startswith(b"content-length:"):

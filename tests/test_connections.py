@@ -14,7 +14,8 @@ import uvloop
 
 from service import protocol, transport
 from tests.conftest import Running, metric, wait_until
-from tests.raw import answer, connect, request, send
+from tests.graphs import SLOW
+from tests.raw import answer, connect, next_answer, request, send
 
 BODY = {"n": 2, "seed": 7}
 
@@ -52,6 +53,7 @@ def test_what_follows_the_last_request_does_not_hurt_its_answer(service: Running
 
 
 STREAM = {"n": 500_000, "seed": 7}
+BROKEN = request({}).replace(b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n")
 BEHIND = [b"", request(BODY), b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n" * 2]
 
 
@@ -72,25 +74,69 @@ def test_a_client_that_leaves_a_stream_with_requests_behind_it_is_noticed(
     assert metric(service.url, "rows_total", model="tiny-gaussian", version="1") < STREAM["n"]
 
 
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b"nonsense\r\n\r\n",
-        request({}).replace(b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n"),
-    ],
-    ids=["head", "chunk"],
-)
-def test_no_refusal_is_written_into_an_answer(service: Running, nonsense: bytes) -> None:
-    """The connection breaks off instead."""
-    whole = ask(service, request(STREAM))[1]
+@pytest.mark.parametrize("pause", [0.0, 0.1], ids=["at once", "later"])
+@pytest.mark.parametrize("first", [BODY, STREAM, {"model": "trouble", "temperature": SLOW + 20}])
+@pytest.mark.parametrize("nonsense", [b"nonsense\r\n\r\n", BROKEN], ids=["head", "chunk"])
+def test_nonsense_is_refused_after_the_answers_before_it(
+    service: Running, first: dict[str, Any], nonsense: bytes, pause: float
+) -> None:
+    asking = request({**first, "seed": 7})
+    whole = ask(service, asking)
     with connect(service, receive_buffer=4096) as connection, connection.makefile("rb") as stream:
+        send(connection, asking, request(BODY)[:20])
+        time.sleep(pause)  # the first may be answered meanwhile
+        connection.sendall(request(BODY)[20:] + nonsense + b"more of it")
+        assert next_answer(stream) == whole
+        assert next_answer(stream)[0] == 200
+        status, body = next_answer(stream)
+        assert (status, json.loads(body)["type"]) == (400, "/problems/malformed-request")
+        assert stream.read() == b""
+    wait_until(lambda: not service.service.metrics.in_flight)
+
+
+def test_a_chunk_that_is_none_counts_as_one_request(serve: Callable[..., Running]) -> None:
+    service = serve()
+    assert ask(service, BROKEN)[0] == 400
+    assert metric(service.url, "requests_total", path="other", status="400") == 1
+    assert metric(service.url, "requests_total", path="/sample", status="499") == 0
+
+
+def test_a_request_that_began_before_the_last_answer_is_not_idle(service: Running) -> None:
+    """Its connection has been kept alive for longer than one that is."""
+    many = request({"n": 300_000, "seed": 7})
+    with connect(service, receive_buffer=4096) as connection, connection.makefile("rb") as stream:
+        connection.sendall(request({"n": 300}) + many[:15])
+        assert next_answer(stream)[0] == 200
+        connection.sendall(many[15:])
+        time.sleep(6)
+        status, body = next_answer(stream)
+    assert (status, len(body)) == (200, 128 + 300_000 * 64)
+
+
+def test_a_head_that_the_service_does_not_read_has_time(serve: Callable[..., Running]) -> None:
+    """Behind a request that waits for a stream, which its reader does not hurry to take."""
+    live = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
+    with connect(serve(request_timeout=0.5), receive_buffer=4096) as connection, connection.makefile("rb") as stream:
         connection.sendall(request(STREAM))
-        while stream.readline() != b"\r\n":
-            pass
-        connection.sendall(nonsense)
-        body = stream.read()
-    assert len(body) < len(whole)
-    assert whole.startswith(body)
+        connection.sendall(live + live[:10])
+        time.sleep(0.1)  # or it is read together
+        connection.sendall(live[10:])
+        time.sleep(1)
+        assert [next_answer(stream)[0] for _ in range(3)] == [200, 200, 200]
+
+
+def test_an_answer_that_is_not_taken_after_half_a_goodbye_is_given_up(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "STALLED", 0.5)
+    service = serve()
+    for listener in service.server.servers[0].sockets:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of the connections too
+    with connect(service, receive_buffer=4096) as connection:
+        connection.sendall(request({"n": 300, "seed": 1}))
+        wait_until(lambda: metric(service.url, "requests_total", path="/sample", status="200"))
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: not service.server.server_state.connections)
 
 
 @pytest.mark.parametrize(

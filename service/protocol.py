@@ -137,6 +137,7 @@ class Protocol(HttpToolsProtocol):
             self._late.cancel()
         if self.pipeline and self.pipeline[0][0].more_body:  # the last of them is the one that is refused
             self.pipeline.popleft()
+        self.flow.read_on()  # for nothing: what is not read when the connection ends, ends it before its answers arrive
         if not self._is_answering():
             self._hang_up(error)
         elif self._answering.more_body:  # it is this one
@@ -246,6 +247,8 @@ class Protocol(HttpToolsProtocol):
 
     def _take_the_long_way(self) -> None:
         url, headers, expected = self.url, self.headers, self.expect_100_continue
+        if httptools.parse_url(url).path is None:
+            raise MalformedRequest(f"no path in {clipped(url.decode('latin-1'))!r}: add one, as in http://host/sample")
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expected
         self.headers += headers  # the list that is in the scope

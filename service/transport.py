@@ -76,7 +76,10 @@ class Flow(FlowControl):
 
     def resume_reading(self) -> None:
         if not self._pipeline:
-            super().resume_reading()
+            self.read_on()
+
+    def read_on(self) -> None:
+        super().resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -94,6 +94,18 @@ def test_nonsense_is_refused_after_the_answers_before_it(
     wait_until(lambda: not service.service.metrics.in_flight)
 
 
+def test_what_follows_nonsense_does_not_reset_the_connection(service: Running) -> None:
+    """A socket that is closed before all is read takes with it what its client has not fetched."""
+    many = request({"n": 50_000, "seed": 7})
+    live = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
+    with connect(service, receive_buffer=4096) as connection, connection.makefile("rb") as stream:
+        send(connection, many, live + b"nonsense\r\n\r\n" + b"x" * 100_000)
+        time.sleep(0.5)  # all is written
+        status, body = next_answer(stream)
+        assert (status, len(body)) == (200, 128 + 50_000 * 64)
+        assert [next_answer(stream)[0] for _ in range(2)] == [200, 400]
+
+
 def test_a_chunk_that_is_none_counts_as_one_request(serve: Callable[..., Running]) -> None:
     service = serve()
     assert ask(service, BROKEN)[0] == 400
@@ -146,6 +158,8 @@ def test_an_answer_that_is_not_taken_after_half_a_goodbye_is_given_up(
         b"nonsense\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET /%b HTTP/1.1\r\nHost: reparam\r\n\r\n" % (b"a" * 100_000),
+        b"GET http://reparam HTTP/1.1\r\nHost: reparam\r\n\r\n",
+        b"GET http://reparam?n=1 HTTP/1.1\r\nHost: reparam\r\n\r\n",
         b"POST /sample HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
     ],
 )

@@ -29,6 +29,8 @@ class Protocol(HttpToolsProtocol):
     """Takes requests for the application's `short` way as soon as they are whole; all others go the way that uvicorn
     sends them, and so do those that are too large or too slow to wait for."""
 
+    flow: Flow
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._short: ShortWay = self.app.short  # it is our Application

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 # Temperatures at which the `trouble` model misbehaves.
-NAN, FAILS, SLOW = 3.0, 11.0, 20.0  # above SLOW: about (temperature - SLOW) * 10 ms on one core
+NAN, FAILS, SLOW = 3.0, 11.0, 20.0  # above SLOW: (temperature - SLOW) * 3 to 10 ms on one core
 POISON = 666.0  # a row with this mu fails as well
 WILD = 5.0  # a row with noise above this is NaN at any temperature
 GREEDY, MODEST = 7.0, 4  # at GREEDY more than MODEST rows together need more memory than any machine has

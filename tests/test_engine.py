@@ -99,7 +99,7 @@ def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
 
 def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine: Running) -> None:
     with bystanders(engine), ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 150})
+        slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 600})
         wait_until(lambda: trouble_runs(engine))
         with connect(engine) as hasty:
             content = request({"n": 500})

@@ -35,7 +35,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._short: ShortWay = self.app.short  # it is our Application
         self._answering: Any = None  # the cycle whose answer is made; uvicorn's `cycle` is the last that was read
-        self._refusal: Exception | None = None  # why nothing that follows is read
+        self._refusal: Exception | None = None  # why no further request is taken
         self._path = self._short.path.encode()
         self._waiting = False  # for the rest of a request that may go the short way
         self._body = b""
@@ -94,7 +94,9 @@ class Protocol(HttpToolsProtocol):
 
     def _feed(self, data: bytes) -> None:
         """An upgrade that is asked for is ignored (RFC 9110, 7.8). The parser would take what follows for another
-        protocol, so a fresh one goes on from a head that asks for none. Raises MalformedRequest."""
+        protocol, so a fresh one goes on from a head that asks for none.
+
+        Raises MalformedRequest, and whatever else a callback raised."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -132,7 +134,7 @@ class Protocol(HttpToolsProtocol):
         return self._answering is not None and not self._answering.response_complete
 
     def _refuse(self, error: Exception) -> None:
-        """Read no further. Tell why, once the requests before are answered, and hang up."""
+        """Take no further request. Tell why, once those before are answered, and hang up."""
         self._refusal = error
         self._end_waiting()
         if self._late is not None:
@@ -140,13 +142,11 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline and self.pipeline[0][0].more_body:  # the last of them is the one that is refused
             self.pipeline.popleft()
         self.flow.read_on()  # for nothing: what is not read when the connection ends, ends it before its answers arrive
-        if not self._is_answering():
+        cycle = self._answering
+        if not self._is_answering() or (cycle.more_body and not cycle.response_started):
             self._hang_up(error)
-        elif self._answering.more_body:  # it is this one
-            if self._answering.response_started:
-                self.transport.close()
-            else:
-                self._hang_up(error)
+        elif cycle.more_body:  # it is this one that is refused
+            self.transport.close()
 
     def _hang_up(self, error: Exception) -> None:
         request_id = self._short.edge.request_id({})
@@ -249,7 +249,7 @@ class Protocol(HttpToolsProtocol):
 
     def _take_the_long_way(self) -> None:
         url, headers, expected = self.url, self.headers, self.expect_100_continue
-        if httptools.parse_url(url).path is None:
+        if not url.startswith(b"/") and httptools.parse_url(url).path is None:
             raise MalformedRequest(f"no path in {clipped(url.decode('latin-1'))!r}: add one, as in http://host/sample")
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expected

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,10 @@ import uvloop
 from service import protocol, transport
 from tests.conftest import Running, metric, wait_until
 from tests.graphs import SLOW
-from tests.raw import answer, connect, next_answer, request, send
+from tests.raw import answer, connect, leave_by_reset, next_answer, request, send
 
 BODY = {"n": 2, "seed": 7}
+LIVE = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
 
 
 def ask(service: Running, *pieces: bytes) -> tuple[int, bytes]:
@@ -54,7 +54,7 @@ def test_what_follows_the_last_request_does_not_hurt_its_answer(service: Running
 
 STREAM = {"n": 500_000, "seed": 7}
 BROKEN = request({}).replace(b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n")
-BEHIND = [b"", request(BODY), b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n" * 2]
+BEHIND = [b"", request(BODY), LIVE * 2]
 
 
 @pytest.mark.parametrize("behind", BEHIND, ids=["nothing", "a short one", "two others"])
@@ -63,7 +63,7 @@ def test_a_client_that_leaves_a_stream_with_requests_behind_it_is_noticed(
 ) -> None:
     service = serve()
     with connect(service, receive_buffer=4096) as hasty:
-        hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leave_by_reset(hasty)
         hasty.sendall(request(STREAM))
         hasty.recv(1000)
         hasty.sendall(behind)
@@ -97,9 +97,8 @@ def test_nonsense_is_refused_after_the_answers_before_it(
 def test_what_follows_nonsense_does_not_reset_the_connection(service: Running) -> None:
     """A socket that is closed before all is read takes with it what its client has not fetched."""
     many = request({"n": 50_000, "seed": 7})
-    live = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
     with connect(service, receive_buffer=4096) as connection, connection.makefile("rb") as stream:
-        send(connection, many, live + b"nonsense\r\n\r\n" + b"x" * 100_000)
+        send(connection, many, LIVE + b"nonsense\r\n\r\n" + b"x" * 100_000)
         time.sleep(0.5)  # all is written
         status, body = next_answer(stream)
         assert (status, len(body)) == (200, 128 + 50_000 * 64)
@@ -120,20 +119,19 @@ def test_a_request_that_began_before_the_last_answer_is_not_idle(service: Runnin
         connection.sendall(request({"n": 300}) + many[:15])
         assert next_answer(stream)[0] == 200
         connection.sendall(many[15:])
-        time.sleep(6)
+        time.sleep(6)  # an idle connection would end after 5
         status, body = next_answer(stream)
     assert (status, len(body)) == (200, 128 + 300_000 * 64)
 
 
 def test_a_head_that_the_service_does_not_read_has_time(serve: Callable[..., Running]) -> None:
     """Behind a request that waits for a stream, which its reader does not hurry to take."""
-    live = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
     with connect(serve(request_timeout=0.5), receive_buffer=4096) as connection, connection.makefile("rb") as stream:
         connection.sendall(request(STREAM))
-        connection.sendall(live + live[:10])
+        connection.sendall(LIVE + LIVE[:10])
         time.sleep(0.1)  # or it is read together
-        connection.sendall(live[10:])
-        time.sleep(1)
+        connection.sendall(LIVE[10:])
+        time.sleep(1)  # twice the time that a head has
         assert [next_answer(stream)[0] for _ in range(3)] == [200, 200, 200]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import random
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from service.artifact import load
 from service.buckets import Buckets
 from tests.conftest import TINY, Running, metric, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
-from tests.raw import answer, connect, request
+from tests.raw import answer, connect, leave_by_reset, request
 
 NPY = {"Accept": "application/x-npy"}
 
@@ -135,7 +134,7 @@ def test_a_thousand_clients_that_leave_together(engine: Running) -> None:
     with bystanders(engine), contextlib.ExitStack() as crowd:
         for _ in range(1000):
             connection = crowd.enter_context(connect(engine))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leave_by_reset(connection)
             connection.sendall(request({"model": "trouble", "temperature": SLOW + 400, "n": 10}))
         wait_until(lambda: len(engine.service.engine.jobs) == 1000 + 3)  # and the bystanders, while the first run
         crowd.close()

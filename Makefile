@@ -6,7 +6,7 @@ COMPILE := $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --py
 .PHONY: serve test check fix train export bench gpu-check lock clean
 
 serve: .venv/service ## serve the models in artifacts/ on port 8000
-	$(BIN)/python -m service
+	$(BIN)/python -m reparam serve
 
 test: .venv/all ## run every test
 	$(BIN)/pytest --cov --cov-report=term
@@ -21,10 +21,10 @@ fix: .venv/all ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 train: .venv/all ## train a VAE: make train ARGS="gaussian --data digits --out runs/digits"
-	$(BIN)/python -m export train $(ARGS)
+	$(BIN)/python -m reparam train $(ARGS)
 
 export: .venv/all ## evaluate, publish, inspect, verify: make export ARGS="publish runs/digits --name digits"
-	$(BIN)/python -m export $(ARGS)
+	$(BIN)/python -m reparam $(ARGS)
 
 bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="throughput --seconds 5"
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
@@ -33,7 +33,7 @@ bench: .venv/all ## measure beside other servers; needs wrk: make bench ARGS="th
 # onnx, safetensors, scikit-learn, tqdm and pytest.
 gpu-check: export REPARAM_DEVICE = cuda
 gpu-check: ## test, then time, what runs on a GPU; fails where there is none
-	@$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_buckets.py; tested=$$?; \
+	@$(PYTHON) -m pytest -q --noconftest -p no:cacheprovider tests/test_graphs.py; tested=$$?; \
 	$(PYTHON) -m benchmarks device --seconds 3 && exit $$tested
 
 lock: .venv/all ## pin what the service runs on, with hashes, after a change of the dependency groups

@@ -22,4 +22,4 @@ def model(root: Path, scratch: Path) -> Path:
 
 
 def _export(root: Path, *arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "export", *arguments], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "reparam", *arguments], cwd=root, check=True)

@@ -48,7 +48,7 @@ TRITON = (
 SERVERS = {
     server.name: server
     for server in (
-        Server("reparam", ("python", "-m", "service"), "/sample", OURS, accept="application/x-npy", peer=False),
+        Server("reparam", ("reparam", "serve"), "/sample", OURS, accept="application/x-npy", peer=False),
         _peer("triton", "/v2/models/decoder/infer", TRITON),
         _peer("litserve", "/predict", PLAIN),
         _peer("bentoml", "/sample", '{"requests":[[SEED,ROWS]]}', BENTOML),

@@ -1,16 +1,17 @@
-"""python -m export train|fit-prior|evaluate|classifier|quality|publish|inspect|verify [--help]"""
+"""reparam train|fit-prior|evaluate|classifier|quality|publish|inspect|verify [--help]"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 
-from export.config import Device, TrainConfig
-from export.errors import ExportError, RunError
-from export.recipes import recipe
-from service.contract import ArtifactError, Precision
+from reparam.export.config import Device, TrainConfig
+from reparam.export.errors import ExportError, RunError
+from reparam.export.recipes import recipe
+from reparam.service.artifact.contract import ArtifactError, Precision
 
 # torch is imported by the commands that train, so that `inspect` and `verify` run without it.
 
@@ -48,17 +49,17 @@ class Train(TrainConfig):
         fields |= {key: value for key, value in self if key in TrainConfig.model_fields.keys() & self.model_fields_set}
         config = TrainConfig(**fields)
 
-        from export.train import train
+        from reparam.export.train import train
 
         train(config, self.out, resume=self.resume, sheet_every=self.sheet_every)
-        print(f"{self.out} is trained; next: python -m export evaluate {self.out}")
+        print(f"{self.out} is trained; next: reparam evaluate {self.out}")
 
     def _begun(self) -> dict[str, Any]:
         """How a run that goes on was started. Raises RunError if there is none, nor anything to start one by."""
         if not self.resume or (not (self.out / "config.json").exists() and (self.kind or self.recipe)):
             return {}
 
-        from export.run import Run
+        from reparam.export.run import Run
 
         return Run(self.out).config().train.model_dump()
 
@@ -74,14 +75,14 @@ class FitPrior(Command):
     """Of the draws and of where the fit begins."""
 
     def cli_cmd(self) -> None:
-        from export.prior import fit_prior
+        from reparam.export.prior import fit_prior
 
         densities = fit_prior(self.run, components=self.components, seed=self.seed)
         for name, value in densities.items():
             print(f"log p(z) of held-out latents, {name} prior: {value:.3f} nats")
         gain = densities["mixture"] - densities["standard"]
         if gain > 0:
-            print(f"the mixture gains {gain:.3f} nats; next: python -m export evaluate {self.run}")
+            print(f"the mixture gains {gain:.3f} nats; next: reparam evaluate {self.run}")
         else:
             print("the mixture gains nothing and is not kept; fewer --components, or more training, may help")
 
@@ -101,8 +102,8 @@ class Evaluate(Command):
     """Where it computes, each with draws of its own. Default: on a GPU if torch finds one."""
 
     def cli_cmd(self) -> None:
-        from export.evaluate import evaluate, read_evaluation
-        from export.run import Run
+        from reparam.export.evaluate import evaluate, read_evaluation
+        from reparam.export.run import Run
 
         found = evaluate(self.run, samples=self.samples, rows=self.images, seed=self.seed, device=self.device)
         for key, value in found.items():
@@ -126,7 +127,7 @@ class Quality(Command):
     """Of the draws."""
 
     def cli_cmd(self) -> None:
-        from export.quality import quality, quality_of_images
+        from reparam.export.quality import quality, quality_of_images
 
         if self.source.suffix.lower() != ".npy":
             if self.data is not None:
@@ -153,7 +154,7 @@ class Classifier(Command):
     """Of the initial weights and of every draw."""
 
     def cli_cmd(self) -> None:
-        from export.classifier import train_classifier
+        from reparam.export.classifier import train_classifier
 
         accuracy = train_classifier(self.data, self.out, epochs=self.epochs, seed=self.seed)
         print(f"{self.out}: {accuracy:.2%} of the held-out images are put right")
@@ -173,7 +174,7 @@ class Publish(Command):
     0.02. Latents are float32."""
 
     def cli_cmd(self) -> None:
-        from export.publish import publish_run
+        from reparam.export.publish import publish_run
 
         print("exporting both graphs, then comparing them with the network ...", flush=True)
         print(f"published {publish_run(self.run, self.name, self.artifacts, self.precision)}")
@@ -186,7 +187,7 @@ class Inspect(Command):
     """Folder of one version, as artifacts/NAME/1."""
 
     def cli_cmd(self) -> None:
-        from export.inspect import inspect
+        from reparam.export.inspect import inspect
 
         print(inspect(self.artifact))
 
@@ -198,7 +199,7 @@ class Verify(Command):
     """Folder of one version, as artifacts/NAME/1."""
 
     def cli_cmd(self) -> None:
-        from export.verify import verify
+        from reparam.export.verify import verify
 
         for line in verify(self.artifact):
             print(f"ok: {line}")
@@ -208,7 +209,7 @@ class Export(BaseSettings):
     """Train, evaluate, publish and inspect VAE samplers."""
 
     model_config = SettingsConfigDict(
-        cli_prog_name="python -m export",
+        cli_prog_name="reparam",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -231,9 +232,15 @@ class Export(BaseSettings):
         CliApp.run_subcommand(self)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command of `reparam` that trains or publishes.
+
+    argv: the command and its options; default: those of the process.
+
+    Returns the exit status 0; a failure ends the process with a message.
+    """
     try:
-        CliApp.run(Export)
+        CliApp.run(Export, cli_args=sys.argv[1:] if argv is None else list(argv))
     except ValidationError as error:
         sys.exit("\n".join(_explain(item["type"], item["loc"], item["input"], item["msg"]) for item in error.errors()))
     except (ExportError, ArtifactError, SettingsError, OSError) as error:
@@ -244,6 +251,7 @@ def main() -> None:
         sys.exit(f"not enough memory: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         sys.exit("interrupted; `train --resume` with the same --out, or the same `evaluate`, goes on where it was")
+    return 0
 
 
 def _explain(kind: str, location: tuple[int | str, ...], given: object, says: str) -> str:
@@ -256,5 +264,5 @@ def _explain(kind: str, location: tuple[int | str, ...], given: object, says: st
     return f"{name} is missing: --help says what it is" if kind == "missing" else f"--{name} {given!r}: {says}"
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as `python -m export` in a checkout
+    sys.exit("the commands are those of `reparam`, as in `reparam train --help`")

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from export.data import load, load_labels
-from export.draws import CLASSIFIER, generator
-from export.errors import DataError, RunError
-from export.files import DAMAGED, read_tensors, write_tensors
-from export.objectives import cosine_decay
-from models import VAEConfig
-from models.bodies import encoder
+from reparam.export.data import load, load_labels
+from reparam.export.draws import CLASSIFIER, generator
+from reparam.export.errors import DataError, RunError
+from reparam.export.files import DAMAGED, read_tensors, write_tensors
+from reparam.export.objectives import cosine_decay
+from reparam.models import VAEConfig
+from reparam.models.bodies import encoder
 
 FILE = "classifier.safetensors"
 WIDTH, FEATURES = (32, 64), 64
@@ -49,9 +49,7 @@ class Classifier:
             classifier = cls(tuple(about["image_shape"]), about["classes"])
             classifier.network.load_state_dict(tensors)
         except DAMAGED as error:
-            raise RunError(
-                f"{folder} holds no classifier ({error}): `python -m export classifier` trains one"
-            ) from error
+            raise RunError(f"{folder} holds no classifier ({error}): `reparam classifier` trains one") from error
         return classifier
 
 

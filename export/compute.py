@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from export.config import Device
-from export.errors import RunError
+from reparam.export.config import Device
+from reparam.export.errors import RunError
 
 Map = Callable[..., Iterable[Any]]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
-from export.errors import DataError
+from reparam.export.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]  # (n, C, H, W)
 Labels = npt.NDArray[np.int64]  # (n,), 0 .. classes - 1

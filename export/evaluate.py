@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from export.compute import one_core_each, use_device
-from export.config import Device
-from export.draws import EVALUATION, as_images, generator, is_binary
-from export.errors import RunError
-from export.files import DAMAGED, read_tensors, write_atomically, write_tensors
-from export.objectives import Count, elbo_terms, importance_weighted_bound
-from export.run import Run
-from models import VAE, Mixture
+from reparam.export.compute import one_core_each, use_device
+from reparam.export.config import Device
+from reparam.export.draws import EVALUATION, as_images, generator, is_binary
+from reparam.export.errors import RunError
+from reparam.export.files import DAMAGED, read_tensors, write_atomically, write_tensors
+from reparam.export.objectives import Count, elbo_terms, importance_weighted_bound
+from reparam.export.run import Run
+from reparam.models import VAE, Mixture
 
 IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
 DECODED = 1000  # rows of a run of the decoder
@@ -166,7 +166,7 @@ def read_evaluation(run: Run) -> dict[str, str | int | float]:
         stamped = {}
     if stamped.pop("fingerprint", None) != run.fingerprint():
         raise RunError(
-            f"{run.folder} has no evaluation of its last checkpoint and prior: `python -m export evaluate {run.folder}`"
+            f"{run.folder} has no evaluation of its last checkpoint and prior: `reparam evaluate {run.folder}`"
         )
     return stamped
 

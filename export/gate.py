@@ -8,10 +8,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.errors import GateError
-from export.graph import Encoder, Sampler
-from export.network import Network
-from export.verify import (
+from reparam.export.errors import GateError
+from reparam.export.graph import Encoder, Sampler
+from reparam.export.network import Network
+from reparam.export.verify import (
     TOLERANCE,
     batches,
     compare,
@@ -24,9 +24,9 @@ from export.verify import (
     varied_feeds,
     verify,
 )
-from models.bodies import halved
-from service.artifact import ENCODER_FILE, MODEL_FILE, load
-from service.contract import Precision
+from reparam.models.bodies import halved
+from reparam.service.artifact.contract import Precision
+from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, load
 
 
 def gate(network: Network, folder: Path, *, exact: bool) -> None:

@@ -10,9 +10,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.errors import GateError
-from export.network import Network
-from service.contract import IMAGE_OUTPUTS, KINDS
+from reparam.export.errors import GateError
+from reparam.export.network import Network
+from reparam.service.artifact.contract import IMAGE_OUTPUTS, KINDS
 
 OPSET = 18
 EXAMPLE_ROWS = 2  # a batch of 1 would be traced as a constant

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from service.artifact import ENCODER_FILE, MODEL_FILE, load
+from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, load
 
 
 def inspect(folder: Path) -> str:

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from models import VAE
+from reparam.models import VAE
 
 PRIOR_RATE = 0.02  # share of a batch in a learned prior
 

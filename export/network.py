@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from export.errors import GateError
-from models import MODELS, VAE, Mixture
+from reparam.export.errors import GateError
+from reparam.models import MODELS, VAE, Mixture
 
 ROWS = (2, 3)  # to try a network on
 CHANNELS = (1, 3)

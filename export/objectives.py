@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from models import VAE, Mixture
+from reparam.models import VAE, Mixture
 
 Count = Callable[[int], None]
 

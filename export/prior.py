@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from export.draws import PRIOR, as_images, generator
-from export.errors import RunError
-from export.run import Run
-from models import VAE, Mixture
+from reparam.export.draws import PRIOR, as_images, generator
+from reparam.export.errors import RunError
+from reparam.export.run import Run
+from reparam.models import VAE, Mixture
 
 CONVERGED = 1e-4  # nats a latent, that the likelihood rises by in one round
 MOST_ROUNDS = 300

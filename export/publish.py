@@ -15,19 +15,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from export.errors import GateError
-from export.evaluate import read_evaluation
-from export.files import write_atomically
-from export.gate import answer, gate, in_precision
-from export.graph import Sampler, export_encoder, export_sampler
-from export.network import Network
-from export.run import Run
-from export.verify import reference, reference_feeds
-from models import Mixture
-from service import __version__
-from service.artifact import ENCODER_FILE, MODEL_FILE, NAME, VERSION
-from service.contract import ArtifactError, Contract, Precision
-from service.noise import NOISE_VERSION
+from reparam._version import __version__
+from reparam.export.errors import GateError
+from reparam.export.evaluate import read_evaluation
+from reparam.export.files import write_atomically
+from reparam.export.gate import answer, gate, in_precision
+from reparam.export.graph import Sampler, export_encoder, export_sampler
+from reparam.export.network import Network
+from reparam.export.run import Run
+from reparam.export.verify import reference, reference_feeds
+from reparam.models import Mixture
+from reparam.service.artifact.contract import ArtifactError, Contract, Precision
+from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, NAME, VERSION
+from reparam.service.artifact.noise import NOISE_VERSION
 
 Facts = Mapping[str, str | int | float]
 

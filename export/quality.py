@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.classifier import Classifier
-from export.data import Dataset, load, load_npy
-from export.draws import QUALITY, generator
-from export.errors import RunError
-from export.files import write_atomically
-from export.run import Run
-from models import VAE, Mixture
+from reparam.export.classifier import Classifier
+from reparam.export.data import Dataset, load, load_npy
+from reparam.export.draws import QUALITY, generator
+from reparam.export.errors import RunError
+from reparam.export.files import write_atomically
+from reparam.export.run import Run
+from reparam.models import VAE, Mixture
 
 Float64 = npt.NDArray[np.float64]
 

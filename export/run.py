@@ -21,12 +21,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from export.config import WIDTHS, TrainConfig
-from export.data import Dataset, load
-from export.errors import RunError
-from export.files import DAMAGED, read_tensors, write_atomically, write_tensors
-from export.learner import under
-from models import MODELS, VAE, Mixture, VAEConfig
+from reparam.export.config import WIDTHS, TrainConfig
+from reparam.export.data import Dataset, load
+from reparam.export.errors import RunError
+from reparam.export.files import DAMAGED, read_tensors, write_atomically, write_tensors
+from reparam.export.learner import under
+from reparam.models import MODELS, VAE, Mixture, VAEConfig
 
 if sys.platform != "win32":
     import fcntl
@@ -111,7 +111,7 @@ class Run:
         try:
             return RunConfig.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise RunError(f"{self.folder} holds no run: `python -m export train` makes one") from error
+            raise RunError(f"{self.folder} holds no run: `reparam train` makes one") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = "".join(f"{part}: " for part in first["loc"])
@@ -187,16 +187,12 @@ class Run:
         try:
             tensors, about = read_tensors(self.prior_file)
             if about["checkpoint_sha256"] != _sha256(self.checkpoint):
-                raise RunError(
-                    f"{self.prior_file} was fitted to other weights: `python -m export fit-prior {self.folder}`"
-                )
+                raise RunError(f"{self.prior_file} was fitted to other weights: `reparam fit-prior {self.folder}`")
             names = MODELS[self.config().train.kind].parameter_names
             mixture = Mixture(tensors["log_weights"], tuple(tensors[name] for name in names))
             self._check(mixture)
         except DAMAGED as error:
-            raise RunError(
-                f"{self.prior_file} is damaged ({error}): `python -m export fit-prior {self.folder}`"
-            ) from error
+            raise RunError(f"{self.prior_file} is damaged ({error}): `reparam fit-prior {self.folder}`") from error
         return mixture
 
     def _check(self, mixture: Mixture) -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from export.compute import one_core_each, use_device
-from export.config import TrainConfig
-from export.data import Dataset, anywhere, load
-from export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
-from export.errors import RunError
-from export.files import all_finite, write_atomically
-from export.learner import Learner, gradient_of
-from export.objectives import (
+from reparam.export.compute import one_core_each, use_device
+from reparam.export.config import TrainConfig
+from reparam.export.data import Dataset, anywhere, load
+from reparam.export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
+from reparam.export.errors import RunError
+from reparam.export.files import all_finite, write_atomically
+from reparam.export.learner import Learner, gradient_of
+from reparam.export.objectives import (
     Terms,
     cosine_decay,
     elbo_terms,
@@ -28,11 +28,11 @@ from export.objectives import (
     negative_vimco,
     warm_up,
 )
-from export.prior import encoded, fit_mixture
-from export.run import Run, RunConfig
-from models import VAE
-from models.bodies import start_at
-from service.pictures import png, sheet
+from reparam.export.prior import encoded, fit_mixture
+from reparam.export.run import Run, RunConfig
+from reparam.models import VAE
+from reparam.models.bodies import start_at
+from reparam.service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500

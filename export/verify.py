@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from export.errors import GateError
-from service import noise
-from service.artifact import ENCODER_FILE, MODEL_FILE, Artifact, load, open_session
-from service.contract import Arrays, ArtifactError, Contract, Precision
+from reparam.export.errors import GateError
+from reparam.service.artifact import noise
+from reparam.service.artifact.contract import Arrays, ArtifactError, Contract, Precision
+from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, Artifact, load, open_session
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

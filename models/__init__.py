@@ -1,9 +1,9 @@
 """The variational autoencoders: networks and their distributions, in PyTorch."""
 
-from models.bodies import VAEConfig
-from models.gaussian import GaussianVAE
-from models.gumbel import GumbelVAE
-from models.mixture import Mixture
+from reparam.models.bodies import VAEConfig
+from reparam.models.gaussian import GaussianVAE
+from reparam.models.gumbel import GumbelVAE
+from reparam.models.mixture import Mixture
 
 VAE = GaussianVAE | GumbelVAE
 MODELS: dict[str, type[VAE]] = {model.kind: model for model in (GaussianVAE, GumbelVAE)}

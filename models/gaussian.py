@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.bodies import VAEConfig, decoder, encoder
-from models.mixture import Mixture, learn_weights
+from reparam.models.bodies import VAEConfig, decoder, encoder
+from reparam.models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
 LEAST_VARIANCE = 1e-4  # of a component that few latents are near

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.bodies import VAEConfig, decoder, encoder
-from models.mixture import Mixture, learn_weights
+from reparam.models.bodies import VAEConfig, decoder, encoder
+from reparam.models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # that relaxes codes

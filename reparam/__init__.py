@@ -9,9 +9,8 @@
 Everything public is named here; the modules below this one may change.
 """
 
-from reparam.__version__ import __version__
-from reparam.client import AsyncClient, Client
-from reparam.errors import (
+from reparam._client import AsyncClient, Client
+from reparam._errors import (
     BadRequest,
     ConnectionFailed,
     DeadlineExceeded,
@@ -29,8 +28,9 @@ from reparam.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from reparam.model import Model
-from reparam.samples import Samples
+from reparam._model import Model
+from reparam._samples import Samples
+from reparam._version import __version__
 
 __all__ = [
     "AsyncClient",

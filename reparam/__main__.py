@@ -2,7 +2,7 @@
 
 import sys
 
-from reparam.cli import main
+from reparam._commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

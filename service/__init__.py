@@ -2,7 +2,5 @@
 
 import os
 
-__version__ = "0.1.0"
-
 # Unless told otherwise onnxruntime reports what it loads and runs to its makers; read when it is first imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,25 +1,33 @@
-"""python -m service [--help]"""
+"""reparam serve [--help]"""
 
 import logging.config
 import os
 import sys
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from service.devices import DeviceError, device_of
-from service.logs import log_config
-from service.settings import Settings
-from service.workers import run
+from reparam.service.process.workers import run
+from reparam.service.runtime.devices import DeviceError, device_of
+from reparam.service.settings import Settings
+from reparam.service.telemetry.logs import log_config
 
 log = logging.getLogger(__name__)
 
 FOR_CLIENTS = {"REPARAM_URL"}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends the process.
+
+    argv: `serve` and its options; default: those of the process.
+
+    Returns the exit status.
+    """
+    options = (sys.argv[1:] if argv is None else list(argv))[1:]
     try:
-        settings = CliApp.run(Settings)
+        settings = CliApp.run(Settings, cli_args=options)
     except (ValidationError, SettingsError) as error:
         sys.exit(_explain(error))
     try:
@@ -28,10 +36,8 @@ def main() -> None:
         sys.exit(str(error))
     logging.config.dictConfig(log_config(settings))
     if unknown := _unknown_in_the_environment():
-        log.warning(
-            "no settings, and ignored: `python -m service --help` lists those there are", extra={"names": unknown}
-        )
-    sys.exit(run(settings, workers))
+        log.warning("no settings, and ignored: `reparam serve --help` lists those there are", extra={"names": unknown})
+    return run(settings, workers)
 
 
 def _unknown_in_the_environment() -> list[str]:
@@ -43,7 +49,7 @@ def _unknown_in_the_environment() -> list[str]:
 
 def _explain(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
-        return f"{error}\n`python -m service --help` lists every setting"
+        return f"{error}\n`reparam serve --help` lists every setting"
     lines = []
     for item in error.errors():
         name = "_".join(str(part) for part in item["loc"])
@@ -51,8 +57,8 @@ def _explain(error: ValidationError | SettingsError) -> str:
         lines.append(
             f"--{name.replace('_', '-')} or REPARAM_{name.upper()}={shown}: {item['msg'].removeprefix('Value error, ')}"
         )
-    return "\n".join([*lines, "`python -m service --help` lists every setting"])
+    return "\n".join([*lines, "`reparam serve --help` lists every setting"])
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as `python -m service` in a checkout
+    sys.exit("the service is started by `reparam serve`, or `python -m reparam serve`")

@@ -10,17 +10,18 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service import __version__, schema
-from service.artifact import VERSION
-from service.brief import ShortWay
-from service.edge import OPEN, Edge, refused_by_router
-from service.errors import PROBLEMS, Unavailable, UnknownPath, clipped
-from service.life import STATES, Service
-from service.metrics import text
-from service.repository import Model
-from service.sampling import Sampling
-from service.settings import Settings
-from service.siblings import Siblings
+from reparam._version import __version__
+from reparam.service.artifact.file import VERSION
+from reparam.service.errors import PROBLEMS, Unavailable, UnknownPath, clipped
+from reparam.service.http import openapi as schema
+from reparam.service.http.endpoint import Sampling
+from reparam.service.http.middleware import OPEN, Edge, refused_by_router
+from reparam.service.lifespan import STATES, Service
+from reparam.service.runtime.repository import Model
+from reparam.service.settings import Settings
+from reparam.service.telemetry.metrics import text
+from reparam.service.telemetry.reports import Siblings
+from reparam.service.wire.fast_path import ShortWay
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 

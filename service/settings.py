@@ -1,4 +1,4 @@
-"""Every setting: a field here, a flag of `python -m service`, an environment variable REPARAM_<FIELD>."""
+"""Every setting: a field here, a flag of `reparam serve`, an environment variable REPARAM_<FIELD>."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
-        cli_prog_name="python -m service",
+        cli_prog_name="reparam serve",
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,

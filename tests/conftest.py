@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from export.config import TrainConfig
-from export.evaluate import evaluate
-from export.prior import fit_prior
-from export.publish import publish_run
-from export.train import train
-from service.app import create_app
-from service.life import Service
-from service.server import Server
-from service.settings import Settings
+from reparam.export.config import TrainConfig
+from reparam.export.evaluate import evaluate
+from reparam.export.prior import fit_prior
+from reparam.export.publish import publish_run
+from reparam.export.train import train
+from reparam.service.app import create_app
+from reparam.service.lifespan import Service
+from reparam.service.process.server import Server
+from reparam.service.settings import Settings
 from tests.graphs import make_trouble
 
 TINY: dict[str, dict[str, Any]] = {
@@ -123,7 +123,7 @@ def service(serve: Callable[..., Running]) -> Running:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The SDK waits a millisecond before it asks again."""
-    monkeypatch.setattr("reparam.calls.FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("reparam._calls.FIRST_BACKOFF", 0.001)
 
 
 def small(**options: Any) -> TrainConfig:

@@ -11,10 +11,10 @@ from typing import Any
 import onnx
 import pytest
 
-from service.artifact import load
-from service.contract import ArtifactError
-from service.devices import Device, DeviceError, cuda_fault
-from service.repository import Repository, open_model
+from reparam.service.artifact.contract import ArtifactError
+from reparam.service.artifact.file import load
+from reparam.service.runtime.devices import Device, DeviceError, cuda_fault
+from reparam.service.runtime.repository import Repository, open_model
 from tests.conftest import Running
 from tests.graphs import draw_noise, fix_batch, keep_weights_in, operate, rename_input, set_metadata
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from reparam import Client
-from reparam.cli import main
+from reparam._cli import main
 from tests.conftest import Running
 from tests.peer import Asked, Peer, as_json, problem, rows, silence
 

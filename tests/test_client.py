@@ -10,8 +10,8 @@ import pytest
 
 import reparam
 from reparam import Client
-from reparam.errors import CLASSES
-from service.errors import PROBLEMS
+from reparam._errors import CLASSES
+from reparam.service.errors import PROBLEMS
 from tests.clients import Connect, both
 from tests.conftest import Running
 from tests.graphs import FAILS

@@ -11,7 +11,7 @@ import pytest
 
 import reparam
 from reparam import Client
-from reparam.errors import LONGEST
+from reparam._errors import LONGEST
 from tests.clients import Connect, both
 from tests.peer import (
     HEADERS,

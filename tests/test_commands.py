@@ -1,4 +1,4 @@
-"""`python -m export`: recipes and options, and what it says of those that cannot be."""
+"""`reparam`: recipes and options, and what it says of those that cannot be."""
 
 import os
 import subprocess
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from export import recipes
-from export.__main__ import main
-from export.config import TrainConfig
-from export.run import Run
+from reparam.export import recipes
+from reparam.export.__main__ import main
+from reparam.export.config import TrainConfig
+from reparam.export.run import Run
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -20,7 +20,7 @@ def test_a_recipe_is_a_whole_configuration(name: str) -> None:
 
 def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
     small = ["--data", "digits", "--epochs", "1", "--elbo-epochs", "0", "--out", str(tmp_path / "r")]
-    command = [sys.executable, "-m", "export", "train", "--recipe", "dreg-50", *small]
+    command = [sys.executable, "-m", "reparam", "train", "--recipe", "dreg-50", *small]
     subprocess.run(command, check=True, timeout=120)
     config = Run(tmp_path / "r").config().train
     assert (config.objective, config.samples, config.data, config.epochs) == ("dreg", 50, "digits", 1)
@@ -93,7 +93,7 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(
 
 
 def test_a_fault_ends_the_command_with_a_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "export", "evaluate", "nowhere"]
+    command = [sys.executable, "-m", "reparam", "evaluate", "nowhere"]
     result = subprocess.run(
         command,
         cwd=tmp_path,

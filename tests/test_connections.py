@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from service import protocol, transport
+from reparam.service.wire import protocol, transport
 from tests.conftest import Running, metric, wait_until
 from tests.graphs import SLOW
 from tests.raw import answer, connect, leave_by_reset, next_answer, request, send

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from export.data import load
-from export.draws import as_images, generator
-from export.errors import DataError
+from reparam.export.data import load
+from reparam.export.draws import as_images, generator
+from reparam.export.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 

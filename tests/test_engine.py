@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service import noise
-from service.artifact import load
-from service.buckets import Buckets
+from reparam.service.artifact import noise
+from reparam.service.artifact.file import load
+from reparam.service.runtime.graphs import Buckets
 from tests.conftest import TINY, Running, metric, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, leave_by_reset, request
@@ -243,7 +243,7 @@ def test_rows_are_answered_when_a_batch_has_room_for_fewer(engine: Running) -> N
 
 
 def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine.RECOVERY", 0.5)
+    monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
     model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
     before = limit(model)
     for rows in (64, 2):
@@ -254,14 +254,14 @@ def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monk
 
 def test_one_recovery_follows_many_failures(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would bring new failures."""
-    monkeypatch.setattr("service.engine.RECOVERY", 0.5)
+    monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
     model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
     before = limit(model)
     engine.service.engine.out_of_memory(model, 64)
     time.sleep(0.3)  # a recovery from the next failure would come so much after that from the first
     engine.service.engine.out_of_memory(model, 2)
     wait_until(lambda: limit(model) == before)
-    monkeypatch.setattr("service.engine.RECOVERY", 60.0)
+    monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 60.0)
     engine.service.engine.out_of_memory(model, 2)
     time.sleep(0.5)  # until it would have come
     assert limit(model) == 1

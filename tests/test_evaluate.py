@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from export.config import TrainConfig
-from export.errors import RunError
-from export.evaluate import PARTIAL, evaluate, read_evaluation
-from export.files import read_tensors, write_tensors
-from export.run import Run
-from export.train import train
+from reparam.export.config import TrainConfig
+from reparam.export.errors import RunError
+from reparam.export.evaluate import PARTIAL, evaluate, read_evaluation
+from reparam.export.files import read_tensors, write_tensors
+from reparam.export.run import Run
+from reparam.export.train import train
 from tests.conftest import small, wait_until
 
 
@@ -36,7 +36,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(runs: dict[st
     arguments = ["--samples", "3000", "--images", "180", "--seed", "4"]
 
     def start(name: str, **environment: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "export", "evaluate", str(tmp_path / name), *arguments]
+        command = [sys.executable, "-m", "reparam", "evaluate", str(tmp_path / name), *arguments]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}
         )
@@ -108,7 +108,7 @@ def test_the_standard_error_falls_with_the_root_of_the_images(runs: dict[str, Pa
 
 def test_a_short_evaluation_does_not_replace_a_long_one(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(runs["tiny-gaussian"], tmp_path / "r"))
-    command = [sys.executable, "-m", "export", "evaluate", str(folder), "--samples", "2", "--images"]
+    command = [sys.executable, "-m", "reparam", "evaluate", str(folder), "--samples", "2", "--images"]
     said = {
         images: subprocess.run([*command, images], capture_output=True, text=True, check=True)
         for images in ("100", "20")

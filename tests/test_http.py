@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import __version__
-from service.errors import PROBLEMS
-from service.metrics import Histogram
+from reparam import __version__
+from reparam.service.errors import PROBLEMS
+from reparam.service.telemetry.metrics import Histogram
 from tests.conftest import Running
 from tests.graphs import SLOW
 

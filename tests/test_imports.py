@@ -1,4 +1,4 @@
-"""Who may import whom: docs/architecture.md, held."""
+"""The layout of docs/architecture.md: who may import whom."""
 
 import ast
 import os
@@ -12,34 +12,51 @@ import pytest
 
 PEERS = "benchmarks/peers"
 PACKAGES = ("models", "export", "service", "reparam", "benchmarks", PEERS)
+# Packages from elsewhere, and the parts of this one, that each may import.
 MAY_IMPORT = {
-    "models": {"torch"},
+    "models": {"torch", "reparam.models"},
     "export": {
-        "models", "service", "torch", "onnx", "onnxruntime", "safetensors",
+        "torch", "onnx", "onnxruntime", "safetensors",
         "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "threadpoolctl", "tqdm",
+        "reparam.export", "reparam.models", "reparam.service.artifact", "reparam.service.pictures", "reparam._version",
     },
     "service": {
         "fastapi", "starlette", "uvicorn", "httptools", "pydantic", "pydantic_settings", "numpy", "scipy",
         "onnxruntime", "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
+        "reparam.service", "reparam._version",
     },
-    "reparam": {"httpx", "numpy", "PIL"},
-    "benchmarks": {"reparam", "numpy"},
+    "reparam": {"httpx", "httpx2", "numpy", "PIL"},
+    "benchmarks": {"numpy", "benchmarks"},
     PEERS: {
-        "benchmarks", "export", "models", "service", "torch", "onnx", "onnxruntime", "numpy", "PIL", "uvicorn",
-        "fastapi", "pydantic",
+        "benchmarks", "torch", "onnx", "onnxruntime", "numpy", "PIL", "uvicorn", "fastapi", "pydantic",
+        "reparam.export", "reparam.models", "reparam.service",
     },
 }  # fmt: skip
-# Of the service, export shares what the artifact is made of, and the contact sheet.
-SHARED_WITH_EXPORT = {"service", "service.artifact", "service.contract", "service.noise", "service.pictures"}
+# The rooms of the service. Each imports only rooms of a lower rank, and itself.
+RANKS = [
+    {"__main__"},
+    {"process"},
+    {"app"},
+    {"wire"},
+    {"http"},
+    {"lifespan"},
+    {"engine", "operations"},
+    {"runtime"},
+    {"artifact", "telemetry"},
+    {"errors", "settings", "pictures"},
+]
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 
 
 def modules(package: str) -> dict[str, Path]:
-    """Those in the folders of PEERS are programs for environments of their own."""
+    """The modules of a folder by import name. Those in folders of PEERS belong to environments of their own."""
     found = Path(package).glob("*.py") if package == PEERS else Path(package).rglob("*.py")
+    prefix = "" if package in ("reparam", "benchmarks", PEERS) else "reparam."
     return {
-        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
+        prefix + ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted(found)
-        if package == PEERS or Path(PEERS) not in path.parents
+        if (package == PEERS or Path(PEERS) not in path.parents)
+        and not (package == "reparam" and len(path.parts) > 2)  # the links to the other packages
     }
 
 
@@ -54,43 +71,66 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def is_below(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_imports_only_what_it_may(package: str) -> None:
-    allowed = MAY_IMPORT[package] | {package} | set(sys.stdlib_module_names)
+    allowed = MAY_IMPORT[package] | set(sys.stdlib_module_names)
+    parts = set(modules("reparam")) - {"reparam"}
     for path in modules(package).values():
-        foreign = {name for name in imports(path) if name.split(".")[0] not in allowed}
+        foreign = {name for name in imports(path) if not is_below(name, allowed) and name != "reparam"}
+        if package in ("reparam", "benchmarks"):
+            foreign = {name for name in foreign if name.rpartition(".")[0] != "reparam" and not is_below(name, parts)}
+        named = {f"reparam.{name}" for name in ("service", "export", "models")} - allowed
+        foreign |= {name for name in imports(path) if is_below(name, named)}
         assert not foreign, f"{path} imports {foreign}"
 
 
-def test_export_uses_of_the_service_only_the_artifact() -> None:
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+def test_no_module_is_imported_by_its_folder(package: str) -> None:
+    """`service.app` and `reparam.service.app` would be two modules of one file."""
+    for path in modules(package).values():
+        short = {name for name in imports(path) if is_below(name, {"service", "export", "models"})}
+        assert not short, f"{path} imports {short}: write reparam.service, reparam.export, reparam.models"
+
+
+def test_each_room_of_the_service_imports_only_rooms_below_it() -> None:
     known = modules("service")
-    for path in modules("export").values():
-        used = {name for name in imports(path) if name in known}
-        assert used <= SHARED_WITH_EXPORT, f"{path} imports {used}"
+    assert {name.split(".")[2] for name in known if name.count(".") >= 2} == RANK.keys()
+    for name, path in known.items():
+        if name == "reparam.service":
+            continue
+        room = name.split(".")[2]
+        for used in imports(path):
+            if used in known and used.count(".") >= 2 and (other := used.split(".")[2]) != room:
+                assert RANK[other] > RANK[room], f"{path}: {room} may not import {other}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_there_are_no_import_cycles(package: str) -> None:
     known = modules(package)
     # A package's __init__ names its parts; that they import the package's name for other parts is no cycle.
+    packages = {name for name, path in known.items() if path.name == "__init__.py"}
     graph = {
-        name: {used for used in imports(path) if used in known and used not in (name, package)}
+        name: {used for used in imports(path) if used in known and used != name and used not in packages}
         for name, path in known.items()
     }
     tuple(TopologicalSorter(graph).static_order())
 
 
 def test_the_service_runs_without_torch() -> None:
-    program = "import sys; sys.modules['torch'] = None; import service.__main__"
+    program = "import sys; sys.modules['torch'] = None; import reparam.service.__main__"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_sdk_imports_neither_torch_nor_onnxruntime() -> None:
-    program = "import sys, reparam; assert not {'torch', 'onnxruntime', 'PIL', 'service'} & sys.modules.keys()"
+    program = "import sys, reparam; assert not {'torch', 'onnxruntime', 'PIL', 'reparam.service'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("module", ["service.artifact", "export.verify"])
+@pytest.mark.parametrize("module", ["reparam.service.artifact.file", "reparam.export.verify"])
 def test_onnxruntime_reports_nothing_to_its_makers(module: str, tmp_path: Path) -> None:
     """As it does from 1.29 on, unless it takes itself to be tested. An identifier and what is still to be sent lie then
     in the home folder."""

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.data import load
-from export.draws import HELD_OUT, as_images, generator
-from export.learner import PRIOR_RATE, Learner, gradient_of
-from export.objectives import elbo_terms, negative_elbo
-from export.train import contact_sheet, train, train_epoch
-from models import MODELS, GaussianVAE, VAEConfig
-from models.bodies import start_at
+from reparam.export.data import load
+from reparam.export.draws import HELD_OUT, as_images, generator
+from reparam.export.learner import PRIOR_RATE, Learner, gradient_of
+from reparam.export.objectives import elbo_terms, negative_elbo
+from reparam.export.train import contact_sheet, train, train_epoch
+from reparam.models import MODELS, GaussianVAE, VAEConfig
+from reparam.models.bodies import start_at
 from tests.conftest import small
 
 

@@ -13,8 +13,8 @@ import pytest
 from scipy import special, stats
 
 import reparam
-from service.artifact import load
-from service.contract import ArtifactError
+from reparam.service.artifact.contract import ArtifactError
+from reparam.service.artifact.file import load
 from tests.conftest import KINDS, Running
 from tests.graphs import operate, set_metadata
 

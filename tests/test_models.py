@@ -9,9 +9,9 @@ import torch
 from scipy import integrate, stats
 from torch.nn.functional import conv_transpose2d
 
-from export.draws import generator
-from export.objectives import elbo_terms, importance_weighted_bound, log_likelihood
-from models import MODELS, GaussianVAE, GumbelVAE, Mixture, VAEConfig
+from reparam.export.draws import generator
+from reparam.export.objectives import elbo_terms, importance_weighted_bound, log_likelihood
+from reparam.models import MODELS, GaussianVAE, GumbelVAE, Mixture, VAEConfig
 
 SHAPES = [(1, 28, 28), (1, 8, 8), (3, 7, 10), (1, 5, 1)]
 

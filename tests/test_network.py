@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.errors import GateError
-from export.network import Method, Network
-from export.prior import fit_mixture
-from export.publish import publish
-from export.verify import verify
-from models import GaussianVAE, Mixture
 from reparam import Client
-from service import noise
-from service.artifact import load
+from reparam.export.errors import GateError
+from reparam.export.network import Method, Network
+from reparam.export.prior import fit_mixture
+from reparam.export.publish import publish
+from reparam.export.verify import verify
+from reparam.models import GaussianVAE, Mixture
+from reparam.service.artifact import noise
+from reparam.service.artifact.file import load
 from tests.conftest import Running
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from service import noise
+from reparam.service.artifact import noise
 
 Float32 = npt.NDArray[np.float32]
 Draw = Callable[[noise.Words], Float32]

@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from export.draws import generator
-from export.objectives import (
+from reparam.export.draws import generator
+from reparam.export.objectives import (
     cosine_decay,
     elbo_terms,
     gains,
@@ -24,8 +24,8 @@ from export.objectives import (
     systematic,
     warm_up,
 )
-from models import VAE, GaussianVAE, GumbelVAE, Mixture, VAEConfig
-from models.bodies import start_at
+from reparam.models import VAE, GaussianVAE, GumbelVAE, Mixture, VAEConfig
+from reparam.models.bodies import start_at
 
 IMAGE = (1, 2, 2)
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from scipy import stats
 
-from export.__main__ import main
-from export.config import TrainConfig
-from export.draws import generator
-from export.errors import RunError
-from export.evaluate import evaluate
-from export.objectives import importance_weighted_bound, log_likelihood
-from export.prior import default_components, fit_mixture, fit_prior
-from export.publish import publish_run
-from export.run import Run
-from export.train import train
-from models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
-from service.artifact import load
+from reparam.export.__main__ import main
+from reparam.export.config import TrainConfig
+from reparam.export.draws import generator
+from reparam.export.errors import RunError
+from reparam.export.evaluate import evaluate
+from reparam.export.objectives import importance_weighted_bound, log_likelihood
+from reparam.export.prior import default_components, fit_mixture, fit_prior
+from reparam.export.publish import publish_run
+from reparam.export.run import Run
+from reparam.export.train import train
+from reparam.models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
+from reparam.service.artifact.file import load
 from tests.conftest import COMPONENTS, KINDS
 
 
@@ -153,7 +153,7 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
     folder = tmp_path / "run"
     shutil.copytree(fitted["gaussian"], folder)
     shutil.copy(fitted["gumbel"] / "checkpoint.safetensors", folder)
-    with pytest.raises(RunError, match="fitted to other weights: `python -m export fit-prior"):
+    with pytest.raises(RunError, match="fitted to other weights: `reparam fit-prior"):
         Run(folder).mixture()
     shutil.copy(fitted["gaussian"] / "checkpoint.safetensors", folder)
     mixture = Run(folder).mixture()

@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
-from service import noise
-from service.engine import FORGETTING
-from service.errors import PROBLEMS
+from reparam.service.artifact import noise
+from reparam.service.engine.engine import FORGETTING
+from reparam.service.errors import PROBLEMS
 from tests.conftest import Running, metric, wait_until
 from tests.graphs import FAILS, NAN, POISON, SLOW, WILD
 from tests.raw import connect, request

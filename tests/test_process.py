@@ -1,4 +1,4 @@
-"""`python -m service` as a process: settings, device, logs, and the way it ends."""
+"""`reparam serve` as a process: settings, device, logs, and the way it ends."""
 
 import contextlib
 import itertools
@@ -24,8 +24,8 @@ import pytest
 
 from benchmarks.processes import resident_bytes
 from reparam import Client
-from service import devices
-from service.settings import Settings
+from reparam.service.runtime import devices
+from reparam.service.settings import Settings
 from tests.conftest import Running, metric, wait_until
 from tests.graphs import SLOW
 from tests.raw import request
@@ -33,7 +33,7 @@ from tests.raw import request
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "service", *arguments],
+        [sys.executable, "-m", "reparam", "serve", *arguments],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -12,21 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from export import publish as publication
-from export.config import TrainConfig
-from export.errors import GateError, RunError
-from export.evaluate import evaluate
-from export.gate import gate
-from export.graph import export_sampler
-from export.inspect import inspect
-from export.network import Network
-from export.publish import network_of, publish_run, write
-from export.run import Run
-from export.train import train
-from export.verify import varied_feeds, verify
-from models import MODELS
-from service.artifact import load
-from service.contract import ArtifactError
+from reparam.export import publish as publication
+from reparam.export.config import TrainConfig
+from reparam.export.errors import GateError, RunError
+from reparam.export.evaluate import evaluate
+from reparam.export.gate import gate
+from reparam.export.graph import export_sampler
+from reparam.export.inspect import inspect
+from reparam.export.network import Network
+from reparam.export.publish import network_of, publish_run, write
+from reparam.export.run import Run
+from reparam.export.train import train
+from reparam.export.verify import varied_feeds, verify
+from reparam.models import MODELS
+from reparam.service.artifact.contract import ArtifactError
+from reparam.service.artifact.file import load
 from tests.conftest import TINY
 from tests.graphs import fix_batch, fix_batch_inside, flip_a_bit_of_pixels, nudge_weight, operate, set_metadata
 
@@ -196,7 +196,7 @@ def test_a_run_is_published_with_the_evaluation_of_its_own_weights(runs: dict[st
     copy.mkdir()
     for name in ("config.json", "checkpoint.safetensors"):
         (copy / name).write_bytes((runs["tiny-gaussian"] / name).read_bytes())
-    with pytest.raises(RunError, match="python -m export evaluate"):
+    with pytest.raises(RunError, match="reparam evaluate"):
         publish_run(copy, "m", tmp_path / "artifacts")
     assert not (tmp_path / "artifacts" / "m").exists()
 

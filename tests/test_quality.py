@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import linalg
 
-from export.__main__ import main
-from export.classifier import Classifier, train_classifier
-from export.data import load, load_labels
-from export.draws import generator
-from export.errors import DataError, ExportError, RunError
-from export.prior import fit_prior
-from export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sampled
-from models import GaussianVAE, Mixture, VAEConfig
+from reparam.export.__main__ import main
+from reparam.export.classifier import Classifier, train_classifier
+from reparam.export.data import load, load_labels
+from reparam.export.draws import generator
+from reparam.export.errors import DataError, ExportError, RunError
+from reparam.export.prior import fit_prior
+from reparam.export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sampled
+from reparam.models import GaussianVAE, Mixture, VAEConfig
 
 
 @pytest.fixture(scope="module")

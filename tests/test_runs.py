@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from export.__main__ import main
-from export.errors import RunError
-from export.evaluate import evaluate
-from export.files import write_atomically
-from export.prior import fit_prior
-from export.run import Run
-from export.train import train
+from reparam.export.__main__ import main
+from reparam.export.errors import RunError
+from reparam.export.evaluate import evaluate
+from reparam.export.files import write_atomically
+from reparam.export.prior import fit_prior
+from reparam.export.run import Run
+from reparam.export.train import train
 from tests.conftest import small
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
@@ -150,7 +150,7 @@ def test_a_run_goes_on_by_what_it_was_started_with(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_that_is_not_there_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="holds no run: `python -m export train` makes one"):
+    with pytest.raises(SystemExit, match="holds no run: `reparam train` makes one"):
         run_command(monkeypatch, "train", "--resume", "--out", str(tmp_path / "none"))
 
 

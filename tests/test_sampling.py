@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from service import noise
+from reparam.service.artifact import noise
 from tests.conftest import Running, wait_until
 from tests.graphs import SLOW
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.scheduler import Batch, Scheduler, Ticket
+from reparam.service.engine.scheduler import Batch, Scheduler, Ticket
 
 LIMIT = 8
 

@@ -15,22 +15,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from export.compute import use_device
-from export.data import load
-from export.errors import RunError
-from export.evaluate import evaluate
-from export.learner import Learner
-from export.prior import fit_prior
-from export.run import Run
-from export.train import train, train_epoch
-from models import GumbelVAE, VAEConfig
+from reparam.export.compute import use_device
+from reparam.export.data import load
+from reparam.export.errors import RunError
+from reparam.export.evaluate import evaluate
+from reparam.export.learner import Learner
+from reparam.export.prior import fit_prior
+from reparam.export.run import Run
+from reparam.export.train import train, train_epoch
+from reparam.models import GumbelVAE, VAEConfig
 from tests.conftest import small, wait_until
 
 OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
 
 
 def command(kind: str, out: Path, *more: str) -> "subprocess.Popen[bytes]":
-    arguments = [sys.executable, "-m", "export", "train", kind, *OPTIONS, "--out", str(out), *more]
+    arguments = [sys.executable, "-m", "reparam", "train", kind, *OPTIONS, "--out", str(out), *more]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -56,7 +56,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
         Run(tmp_path / "killed").trained()
     with (tmp_path / "killed" / "metrics.jsonl").open("ab") as metrics:
         metrics.write(b'{"epoch": 6, "elbo"\n\xff\n[]\n{"epoch": 99}')
-    resume = [sys.executable, "-m", "export", "train", "--out", str(tmp_path / "killed"), "--resume"]
+    resume = [sys.executable, "-m", "reparam", "train", "--out", str(tmp_path / "killed"), "--resume"]
     finished(subprocess.Popen(resume, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()

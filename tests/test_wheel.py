@@ -6,7 +6,6 @@ import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
-import service
 from reparam import __version__
 
 
@@ -21,7 +20,3 @@ def test_the_wheel_holds_the_sdk_alone_and_needs_httpx_and_numpy(tmp_path: Path)
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split("<")[0].split(">")[0] for line in needed) == ["httpx", "numpy"]
     assert metadata["Version"] == __version__
-
-
-def test_service_and_sdk_have_one_version() -> None:
-    assert service.__version__ == __version__

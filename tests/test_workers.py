@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from benchmarks.processes import below
-from service import devices
-from service.devices import DeviceError
-from service.settings import Settings
+from reparam.service.runtime import devices
+from reparam.service.runtime.devices import DeviceError
+from reparam.service.settings import Settings
 from tests.conftest import metric, wait_until
 from tests.graphs import SLOW
 from tests.test_process import process, refused, start

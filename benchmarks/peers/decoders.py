@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from export import recipes
-from export.config import TrainConfig
-from export.network import Network
-from export.run import RunConfig
-from models.bodies import halved
+from reparam.export import recipes
+from reparam.export.config import TrainConfig
+from reparam.export.network import Network
+from reparam.export.run import RunConfig
+from reparam.models.bodies import halved
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
 CHANNELS = (512, 512, 256, 128)  # each but the first doubles the image

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.decoders import DEMOS, autoencoder, demo
-from export.graph import Sampler, export_sampler, sampler_inputs
-from export.network import Network
-from service.contract import Contract, Precision
-from service.devices import choose
-from service.repository import Model, open_model
-from service.settings import Settings
+from reparam.export.graph import Sampler, export_sampler, sampler_inputs
+from reparam.export.network import Network
+from reparam.service.artifact.contract import Contract, Precision
+from reparam.service.runtime.devices import choose
+from reparam.service.runtime.repository import Model, open_model
+from reparam.service.settings import Settings
 
 LARGE = "autoencoder-kl"
 ROWS, LARGE_ROWS = (1, 64, 1024), (1, 8)

@@ -18,12 +18,12 @@ from torch.distributions import Normal
 from torch.nn.functional import binary_cross_entropy, gumbel_softmax
 from torch.utils.data import DataLoader, Dataset
 
-from export.config import TrainConfig
-from export.data import load
-from export.draws import is_binary
-from export.recipes import recipe
-from export.run import RunConfig
-from models import VAE
+from reparam.export.config import TrainConfig
+from reparam.export.data import load
+from reparam.export.draws import is_binary
+from reparam.export.recipes import recipe
+from reparam.export.run import RunConfig
+from reparam.models import VAE
 
 
 class Images(Dataset[Tensor]):

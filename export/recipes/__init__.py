@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from export.errors import RunError
+from reparam.export.errors import RunError
 
 _FOLDER = Path(__file__).parent
 

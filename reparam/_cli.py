@@ -1,0 +1,140 @@
+"""reparam: sample a served VAE from the command line."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.lib import format as npy
+
+from reparam._client import LOCAL, Client
+from reparam._errors import ReparamError
+from reparam._samples import DTYPES, SUFFIXES, Samples, check_place, replacing
+from reparam._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 for a failure, told in one line on stderr. A wrong option exits with 2."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with Client(options.url, options.api_key, timeout=options.timeout) as client:
+            options.command(client, options)
+    except ValueError as error:
+        parser.error(str(error))
+    except (ReparamError, OSError) as error:
+        print(f"reparam: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # what a shell reports for an interrupted command
+    return 0
+
+
+def _end(number: int, frame: object) -> None:
+    """Takes away on the way out what is not whole, as an interrupt does."""
+    sys.exit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reparam", description="Sample a served VAE.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    sample = commands.add_parser("sample", help="write samples to a file", description="Write samples to a file.")
+    sample.set_defaults(command=_sample)
+    sample.add_argument("-n", type=int, default=1, help="number of rows (default: %(default)s)")
+    sample.add_argument(
+        "-o", dest="path", type=Path, required=True, metavar="FILE",
+        help="*.png a contact sheet, *.npy an array, streamed, so it may be larger than memory, *.npz several arrays",
+    )  # fmt: skip
+    sample.add_argument("--model", help="default: the service's default model")
+    sample.add_argument("--version", type=int, help="version of the model (default: the latest)")
+    sample.add_argument("--temperature", type=float, help="default: the model's")
+    sample.add_argument("--hard", action="store_true", default=None, help="one-hot codes at any temperature (Gumbel)")
+    sample.add_argument("--prior", choices=("mixture", "standard"), help="default: the mixture where the model has one")
+    sample.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
+    sample.add_argument("--start", type=int, default=0, help="first row of the seed (default: %(default)s)")
+    sample.add_argument(
+        "--output",
+        dest="outputs",
+        action="append",
+        choices=DTYPES,
+        help="what to write; may be repeated for .npz (default: images)",
+    )
+    models = commands.add_parser(
+        "models", help="list the models", description="List the models, the default one first."
+    )
+    models.set_defaults(command=_models)
+
+    for command in (sample, models):
+        command.add_argument("--url", default=_default_url(), help="default: REPARAM_URL, or " + LOCAL)
+        command.add_argument("--api-key", default=os.environ.get("REPARAM_API_KEY"), help="default: REPARAM_API_KEY")
+        command.add_argument(
+            "--timeout", type=float, default=60.0, help="seconds; for .npy of each wait (default: %(default)s)"
+        )
+    return parser
+
+
+def _default_url() -> str:
+    return os.environ.get("REPARAM_URL", LOCAL)
+
+
+def _sample(client: Client, options: argparse.Namespace) -> None:
+    path, outputs = options.path, options.outputs or ["images"]
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"-o must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
+    check_place(path)
+    if path.suffix != ".npz" and len(outputs) > 1:
+        raise ValueError(f"{path.suffix} holds one output, got {', '.join(outputs)}; write a .npz")
+    if path.suffix == ".png" and outputs != ["images"]:
+        raise ValueError(f".png holds images, got {outputs[0]}; write a .npy")
+    names = ("n", "model", "version", "temperature", "hard", "prior", "seed", "start")
+    drawn = {name: getattr(options, name) for name in names}
+    if path.suffix == ".npy":
+        samples = _stream(client, path, outputs[0], drawn)
+    else:
+        samples = client.sample(**drawn, outputs=outputs)
+        samples.save(path)
+    settled = {**drawn, "model": samples.model, "version": samples.version, "seed": samples.seed}
+    elsewhere = None if options.url == _default_url() else options.url
+    again = _as_options({**settled, "output": options.outputs, "url": elsewhere, "o": str(path)})
+    print(f"{path}: {options.n:,} rows of {samples.model}; the same again:\nreparam sample {again}")
+
+
+def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> Samples:
+    """Write the rows as they arrive, behind a header that knows how many there will be. Returns the last batch."""
+    with replacing(path) as file:
+        for batch in client.iter_samples(**drawn, output=output):
+            rows = batch.outputs[output]
+            if not file.tell():
+                shape = (drawn["n"], *rows.shape[1:])
+                header = {"descr": npy.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
+                npy.write_array_header_1_0(file, header)
+            file.write(rows.data)
+    return batch
+
+
+def _as_options(drawn: dict[str, Any]) -> str:
+    """As they would be typed, but for what was left to the service."""
+    words: list[str] = []
+    for name, value in drawn.items():
+        option = f"--{name}" if len(name) > 1 else f"-{name}"
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None:
+                words += [option] if each is True else [option, str(each)]
+    return shlex.join(words)
+
+
+def _models(client: Client, options: argparse.Namespace) -> None:
+    table = [("name", "version", "kind", "latent", "image", "temperature")]
+    for model in client.models():
+        latent, image = ("x".join(map(str, shape)) for shape in (model.latent_shape, model.image_shape))
+        table.append((model.name, str(model.version), model.kind, latent, image, f"{model.default_temperature:g}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,82 @@
+"""The command line: `reparam COMMAND`, each command with the packages of its extra."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command of `reparam`.
+
+    module: has `main(argv)`, called with the command and its options.
+    extra: optional dependencies of this distribution that the command imports; "" for none.
+    """
+
+    module: str
+    extra: str
+    help: str
+
+
+_SDK, _SERVICE, _EXPORT = "reparam._cli", "reparam.service.__main__", "reparam.export.__main__"
+COMMANDS = {
+    "sample": Command(_SDK, "", "write samples of a served model to a file"),
+    "models": Command(_SDK, "", "list the models of a service"),
+    "serve": Command(_SERVICE, "serve", "serve a folder of models over HTTP"),
+    "train": Command(_EXPORT, "export", "train a VAE on images"),
+    "fit-prior": Command(_EXPORT, "export", "fit a mixture to the latents, as the prior to sample from"),
+    "evaluate": Command(_EXPORT, "export", "bounds on log p(x) of the held-out images"),
+    "classifier": Command(_EXPORT, "export", "train the classifier that quality is measured with"),
+    "quality": Command(_EXPORT, "export", "how far samples are from held-out images"),
+    "publish": Command(_EXPORT, "export", "export a run to ONNX and add it to a folder of models"),
+    "inspect": Command(_EXPORT, "export", "print the contract, sizes and evaluation of an artifact"),
+    "verify": Command(_EXPORT, "export", "check an artifact, without torch"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    argv: the words after `reparam`; default: those of the process.
+
+    Returns the exit status: 0, 1 for a failure, 2 for wrong usage.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        from reparam._version import __version__
+
+        print(__version__)
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        print(f"reparam: unknown command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        status: int = import_module(command.module).main(words)
+    except ModuleNotFoundError as error:
+        if not command.extra or (error.name or "").startswith("reparam"):
+            raise
+        print(f"reparam {name} needs the package {error.name}: pip install 'reparam[{command.extra}]'", file=sys.stderr)
+        return 1
+    return status
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: reparam COMMAND [--help] [options]",
+            "",
+            "Train, publish, serve and sample variational autoencoders.",
+            "",
+            *lines,
+            "",
+            "For example: reparam serve",
+            "             reparam sample -n 64 -o grid.png",
+        ]
+    )

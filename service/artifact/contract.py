@@ -1,0 +1,198 @@
+"""What an artifact says of itself: its contract, and the only code that reads and writes it.
+
+A file carries it in ONNX metadata properties, one `reparam.<field of Contract>` each, in JSON.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from reparam.service.artifact import noise
+from reparam.service.errors import clipped
+
+Arrays = dict[str, npt.NDArray[Any]]
+Prior = Literal["standard", "mixture"]
+Precision = Literal["float32", "float16"]
+Output = Literal["images", "latents", "codes", "indices"]
+
+KEY_PREFIX = "reparam."
+IMAGE_OUTPUTS = ("images", "pixels")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+WEIGHTS_TOLERANCE = 1e-6  # of the sum of a mixture's weights
+
+
+class ArtifactError(Exception):
+    """The file breaks the contract; the message names the file and the fault."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes the kinds of model: their parameters, the latent output of their graph, their noise, and of a
+    request the outputs that it may ask for and the flags that only they have."""
+
+    parameters: tuple[str, ...]
+    latents: str
+    noise: Callable[[noise.Words], noise.Float32]
+    outputs: tuple[Output, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of a request, those that only this kind has."""
+        return (*self.parameters, *self.flags)
+
+
+KINDS = {
+    "gaussian": Kind(
+        parameters=("mu", "log_var"),
+        latents="latents",
+        noise=noise.normal,
+        outputs=("images", "latents"),
+    ),
+    "gumbel": Kind(
+        parameters=("logits",),
+        latents="codes",
+        noise=noise.gumbel,
+        outputs=("images", "codes", "indices"),
+        flags=("hard",),
+    ),
+}
+
+
+class Contract(BaseModel):
+    """What an artifact says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    kind: Literal["gaussian", "gumbel"]
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
+    image_shape: tuple[Literal[1, 3], PositiveInt, PositiveInt]
+    prior: dict[str, Any]  # each parameter: nested lists of latent_shape, or one number for every element
+    mixture: dict[str, Any] | None = None  # a prior of C components: weights (C), each parameter (C, *latent_shape)
+    precision: Precision = "float32"  # that the decoder computes in; latents are always float32
+    default_temperature: Annotated[float, Field(ge=0, le=FLOAT32_MAX)]
+    noise_version: Literal[1]
+    trained_on: dict[str, str | int | float]
+    evaluation: dict[str, str | int | float]
+    tools: dict[str, str]
+    reference: dict[str, Any]  # what the network that was exported answered, for `verify`
+
+    def to_metadata(self) -> dict[str, str]:
+        return {KEY_PREFIX + key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "Contract":
+        """Raises ArtifactError naming the key."""
+        fields: dict[str, Any] = {}
+        for key, value in metadata.items():
+            if not key.startswith(KEY_PREFIX):
+                continue
+            try:
+                fields[key.removeprefix(KEY_PREFIX)] = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise ArtifactError(f"metadata key {key!r} is not JSON: {error}") from error
+        try:
+            contract = cls.model_validate(fields)
+            contract.prior_arrays()
+            contract.mixture_arrays()
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = KEY_PREFIX + ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                raise ArtifactError(f"the metadata has no key {key!r}") from error
+            if first["type"] == "extra_forbidden":
+                raise ArtifactError(
+                    f"metadata key {key!r} is unknown; {KEY_PREFIX}* are: {', '.join(cls.model_fields)}"
+                ) from error
+            raise ArtifactError(
+                f"metadata key {key!r} is {clipped(repr(first['input']))}: {first['msg'].lower()}"
+            ) from error
+        return contract
+
+    @property
+    def elements(self) -> int:
+        """Numbers of one row's latent."""
+        return prod(self.latent_shape)
+
+    @property
+    def priors(self) -> tuple[Prior, ...]:
+        """What rows can be drawn from without parameters; the first is the default."""
+        return ("standard",) if self.mixture is None else ("mixture", "standard")
+
+    @property
+    def traits(self) -> Kind:
+        return KINDS[self.kind]
+
+    def prior_arrays(self) -> Arrays:
+        """The parameters of the prior, float32 (*latent_shape) each. Raises ArtifactError."""
+        return self._parameter_arrays("prior", self.prior, self.latent_shape)
+
+    def mixture_arrays(self) -> tuple[noise.Float64, Arrays]:
+        """The weights of the mixture's components, float64 (C,), and their parameters, float32 (C, *latent_shape)
+        each; without a mixture C is 0. Raises ArtifactError."""
+        if self.mixture is None:
+            return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.traits.parameters}
+        parameters = dict(self.mixture)
+        try:
+            weights = _numbers(parameters.pop("weights", ()), np.float64)
+        except ValueError as error:
+            raise ArtifactError(f"the weights of reparam.mixture are no numbers: {error}") from error
+        if weights.ndim != 1 or not (weights > 0).all() or not abs(weights.sum() - 1) < WEIGHTS_TOLERANCE:
+            raise ArtifactError("the weights of reparam.mixture must be a list of positive numbers that sum to 1")
+        return weights, self._parameter_arrays("mixture", parameters, (len(weights), *self.latent_shape))
+
+    def _parameter_arrays(self, what: str, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Arrays:
+        if parameters.keys() != set(self.traits.parameters):
+            raise ArtifactError(
+                f"reparam.{what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
+            )
+        try:
+            stored = {name: _numbers(values, np.float32) for name, values in parameters.items()}
+            arrays = {name: np.broadcast_to(array, shape) for name, array in stored.items()}
+        except ValueError as error:
+            raise ArtifactError(f"reparam.{what} does not fit the shape {list(shape)}: {error}") from error
+        if not all(np.isfinite(array).all() for array in stored.values()):
+            raise ArtifactError(f"reparam.{what} holds NaN or infinity")
+        return arrays
+
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Names of the sampler's inputs, in order, and their shapes after the batch axis; all float32."""
+        latent_shaped = dict.fromkeys(("noise", *self.traits.parameters), self.latent_shape)
+        return {**latent_shaped, "temperature": ()}
+
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names of the sampler's outputs, in order, their types and their shapes after the batch axis."""
+        return {
+            self.traits.latents: ("tensor(float)", self.latent_shape),
+            "images": ("tensor(float)", self.image_shape),
+            "pixels": ("tensor(uint8)", self.image_shape),
+        }
+
+    def feeds(self, words: noise.Words, temperature: float, parameters: Arrays | None = None) -> Arrays:
+        """The sampler's inputs for rows with this noise, float32.
+
+        words: (n, *latent_shape). parameters: by name, of the latent shape for all rows or (n, *latent_shape); by
+        default those of the prior.
+        """
+        shape = (len(words), *self.latent_shape)
+        parameters = self.prior_arrays() if parameters is None else parameters
+        return {
+            "noise": self.traits.noise(words),
+            **{name: np.ascontiguousarray(np.broadcast_to(array, shape)) for name, array in parameters.items()},
+            "temperature": np.full(len(words), temperature, np.float32),
+        }
+
+
+def _numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Nested lists as JSON has them -> an array. Raises ValueError."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf":  # what does not fit into 64 bits is an object
+        raise ValueError(f"it holds {array.dtype}")
+    with np.errstate(over="ignore"):  # infinity is refused later
+        return array.astype(dtype)

@@ -1,0 +1,155 @@
+"""Several processes that serve one port.
+
+Only one thread of a process runs Python at a time: what a small model computes in a millisecond, one process cannot
+parse, check and answer in one. Each worker is a whole service, with models, queue and runners of its own; no request
+passes from one to another. The kernel gives each connection to one of them (SO_REUSEPORT).
+"""
+
+import contextlib
+import logging.config
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from math import inf
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+
+from reparam.service.process.server import serve
+from reparam.service.settings import Settings
+from reparam.service.telemetry.logs import log_config
+from reparam.service.telemetry.reports import Siblings
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
+MARGIN = 5  # seconds that a worker has besides those that the settings give it to end
+
+
+def run(settings: Settings, count: int) -> int:
+    """Serve with so many workers until a signal ends them; one is this process. Ends it if there is no such port.
+
+    Returns the exit status, 0 if the end was asked for and orderly.
+    """
+    try:
+        held = _listener(settings) if count == 1 else _reserved(settings)
+    except OSError as error:
+        sys.exit(f"REPARAM_HOST={settings.host} REPARAM_PORT={settings.port}: {error}")
+    with held:
+        host, port = held.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if held.family == socket.AF_INET6 else f"http://{host}:{port}"
+        log.info("starting", extra={"url": url, "workers": count})
+        if count == 1:
+            serve(settings, held)
+            return 0
+        return _supervise(settings.model_copy(update={"port": port}), count)
+
+
+def _supervise(settings: Settings, count: int) -> int:
+    """A worker that ends by itself ends all, after they have answered what they have: whatever restarts the service
+    sees it, as it would see a single process die."""
+    with _signals() as inbox:
+        shared = {
+            "max_queue_rows": -(-settings.max_queue_rows // count),
+            "max_held_bytes": -(-settings.max_held_bytes // count),
+        }
+        name = secrets.token_hex(8)
+        context = get_context("spawn")  # fork would copy the locks of threads that it does not copy
+        workers = [
+            context.Process(
+                target=_work, args=(settings.model_copy(update=shared), Siblings(name, number, count)), daemon=True
+            )
+            for number in range(count)
+        ]
+        with _without_interrupts():
+            for worker in workers:
+                worker.start()
+        return _watch(workers, inbox, settings.drain_delay + settings.drain_timeout + MARGIN)
+
+
+def _watch(workers: list[SpawnProcess], inbox: socket.socket, patience: float) -> int:
+    """Wait for the end of all. patience: seconds from when it is asked for until they are killed."""
+    stopping = failed = False
+    deadline = inf
+    while workers:
+        left = None if deadline == inf else max(0.0, deadline - time.monotonic())
+        ready = wait([inbox, *(worker.sentinel for worker in workers)], left)
+        asked = len(inbox.recv(64)) if inbox in ready else 0
+        for worker in [worker for worker in workers if worker.sentinel in ready]:
+            worker.join()
+            workers.remove(worker)
+            status = {"pid": worker.pid, "status": worker.exitcode}
+            if not (stopping or asked):
+                log.error("a worker ended, and with it the service", extra=status)
+                asked, failed = 1, True
+            elif worker.exitcode not in (0, -signal.SIGTERM):  # the latter before it was ready
+                log.error("a worker failed", extra=status)
+                failed = True
+        for _ in range(asked):
+            number = signal.SIGINT if stopping else signal.SIGTERM  # two of one might arrive as one; the second hurries
+            for pid in [worker.pid for worker in workers if worker.pid is not None]:
+                os.kill(pid, number)
+            deadline = min(deadline, time.monotonic() + patience)
+            stopping = True
+        if time.monotonic() > deadline:
+            for worker in workers:
+                log.error("a worker did not end and is killed", extra={"pid": worker.pid})
+                worker.kill()
+            failed, deadline = True, inf
+    return int(failed)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that receives a byte for each SIGTERM and SIGINT."""
+    inbox, outbox = socket.socketpair()
+    with inbox, outbox:
+        outbox.setblocking(False)
+        signal.set_wakeup_fd(outbox.fileno())
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        yield inbox
+        signal.set_wakeup_fd(-1)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile ignore a terminal's Ctrl-C until they can handle it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def _work(settings: Settings, siblings: Siblings) -> None:
+    logging.config.dictConfig(log_config(settings))
+    os.setpgrp()  # from here on a terminal's Ctrl-C reaches the parent alone, which passes it on
+    serve(settings, _listener(settings, shared=True), siblings)
+
+
+def _listener(settings: Settings, shared: bool = False) -> socket.socket:
+    """shared: with the other workers. Raises OSError."""
+    host, port = settings.host, settings.port
+    return socket.create_server((host, port), family=_family(host), backlog=BACKLOG, reuse_port=shared)
+
+
+def _reserved(settings: Settings) -> socket.socket:
+    """A port that the workers can share and nobody else has. Raises OSError."""
+    with _listener(settings) as probe:  # fails if another service has it
+        address = probe.getsockname()
+    reserved = socket.socket(_family(settings.host))
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a service before may linger
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if reserved.family == socket.AF_INET6:
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server has it
+    reserved.bind(address)  # without listening: connections go to the workers
+    return reserved
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """IPv4 where it has both. Raises OSError."""
+    families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6

@@ -9,6 +9,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
+from reparam.service.artifact.noise import NOISE_VERSION
 from reparam.service.engine.engine import BATCH_SECONDS, Engine
 from reparam.service.errors import Unavailable
 from reparam.service.runtime.devices import device_of
@@ -38,6 +39,7 @@ class Service:
         self.state = "starting"
         self._loaded = False
         self._loading: asyncio.Task[None] | None = None  # and what follows from it
+        self.metrics.noise_version.labels(str(NOISE_VERSION)).set(1)
         self.metrics.queue_rows.set_function(lambda: self.engine.queued_rows)
         self.metrics.queue_oldest.set_function(self.engine.oldest)
         self.metrics.held_bytes.set_function(lambda: self.engine.held_bytes)

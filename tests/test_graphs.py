@@ -12,7 +12,8 @@ import pytest
 import torch  # noqa: F401  # brings the libraries of CUDA, wherever they lie
 
 from reparam.service.artifact import noise
-from reparam.service.artifact.file import CPU, CUDA, choose, cuda_attempts, load, with_tensor_cores
+from reparam.service.artifact.file import CPU, load
+from reparam.service.runtime.devices import CUDA, choose, cuda_attempts, with_tensor_cores
 from reparam.service.runtime.graphs import Buckets
 from reparam.service.settings import Settings
 

@@ -10,9 +10,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 
-from reparam.service.artifact.noise import NOISE_VERSION
-from reparam.service.engine.scheduler import Batch
-
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TOGETHER = 256  # requests, or batches, that are counted
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -66,7 +63,7 @@ class Metrics:
         self.model_refused = gauge(
             "models_refused", "What the repository lacks or holds that cannot be served; /readyz lists it."
         )
-        gauge("noise_version_info", "Version of the noise contract.", "noise_version").labels(str(NOISE_VERSION)).set(1)
+        self.noise_version = gauge("noise_version_info", "Version of the noise contract.", "noise_version")
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Note a request."""
@@ -74,7 +71,7 @@ class Metrics:
         if len(self._answers) >= TOGETHER:
             self._count()
 
-    def batch(self, batch: Batch[Any], infer: float, queue: Sequence[float]) -> None:
+    def batch(self, batch: Any, infer: float, queue: Sequence[float]) -> None:
         """Note a batch. infer: seconds it ran; queue: seconds each of its pieces had waited."""
         self._batches.append((batch.model, batch.closed, batch.rows, infer, queue))
         if len(self._batches) >= TOGETHER:

@@ -52,7 +52,7 @@ def verify(folder: Path) -> list[str]:
         f"{contract.traits.latents} follow the formula within {TOLERANCE}",
         f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, images within "
         f"{tolerance_of('images', contract.precision)}",
-        f"the encoder answers {_list(contract.traits.parameters)} for batches of {_list(sizes)}",
+        f"the encoder answers {_list(list(contract.traits.parameters))} for batches of {_list(sizes)}",
     ]
 
 
@@ -170,7 +170,8 @@ def _check_encoder(folder: Path, contract: Contract) -> None:
     names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
     if names != (["images"], list(contract.traits.parameters)):
         raise ArtifactError(
-            f"{folder / ENCODER_FILE}: an encoder maps images to {_list(contract.traits.parameters)}, this one {names}"
+            f"{folder / ENCODER_FILE}: an encoder maps images to "
+            f"{_list([*contract.traits.parameters])}, this one {names}"
         )
     *_, large = batches(contract)
     images = encoder_images(contract, large)

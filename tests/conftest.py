@@ -18,7 +18,7 @@ from reparam.export.prior import fit_prior
 from reparam.export.publish import publish_run
 from reparam.export.train import train
 from reparam.service.app import create_app
-from reparam.service.lifespan import Service
+from reparam.service.lifespan import Lifespan
 from reparam.service.process.server import Server
 from reparam.service.settings import Settings
 from tests.graphs import make_trouble
@@ -36,7 +36,7 @@ class Running:
     """A server on a port of 127.0.0.1."""
 
     url: str
-    service: Service
+    lifespan: Lifespan
     server: Server
 
     def post(self, body: Any = None, **arguments: Any) -> httpx.Response:
@@ -101,9 +101,9 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
         server = Server(app, chosen)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service, server)
+        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.reparam, server)
         started.append((running, thread))
-        wait_until(lambda: server.started and running.service.state != "starting")
+        wait_until(lambda: server.started and running.lifespan.state != "starting")
         return running
 
     yield start

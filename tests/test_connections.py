@@ -68,7 +68,7 @@ def test_a_client_that_leaves_a_stream_with_requests_behind_it_is_noticed(
         hasty.recv(1000)
         hasty.sendall(behind)
         time.sleep(0.1)  # it is read
-    wait_until(lambda: not service.service.engine.jobs)
+    wait_until(lambda: not service.lifespan.engine.jobs)
     assert sum(metric(service.url, "cancelled_total", stage=stage) for stage in ("queue", "infer")) == 1
     assert metric(service.url, "requests_total", path="/sample", status="499") == 1
     assert metric(service.url, "rows_total", model="tiny-gaussian", version="1") < STREAM["n"]
@@ -91,7 +91,7 @@ def test_nonsense_is_refused_after_the_answers_before_it(
         status, body = next_answer(stream)
         assert (status, json.loads(body)["type"]) == (400, "/problems/malformed-request")
         assert stream.read() == b""
-    wait_until(lambda: not service.service.metrics.in_flight)
+    wait_until(lambda: not service.lifespan.recorder.in_flight)
 
 
 def test_what_follows_nonsense_does_not_reset_the_connection(service: Running) -> None:
@@ -174,8 +174,8 @@ def test_a_head_without_end_is_refused(service: Running) -> None:
     with connect(service) as connection:
         connection.sendall(b"POST /sample HTTP/1.1\r\n")
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            connection.sendall(line * (40 * protocol.MOST_FRAMING // len(line)))
-    many = request(BODY).replace(b"Host:", line * (protocol.MOST_FRAMING // len(line) // 4) + b"Host:")
+            connection.sendall(line * (40 * protocol.MAX_FRAMING // len(line)))
+    many = request(BODY).replace(b"Host:", line * (protocol.MAX_FRAMING // len(line) // 4) + b"Host:")
     assert ask(service, many)[0] == 200
 
 
@@ -186,7 +186,7 @@ def test_a_trailer_or_the_size_of_a_chunk_without_end_is_refused(service: Runnin
     with connect(service) as connection:
         connection.sendall(head + begun)
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            connection.sendall(b"X-More: ".ljust(40 * protocol.MOST_FRAMING, b"a"))
+            connection.sendall(b"X-More: ".ljust(40 * protocol.MAX_FRAMING, b"a"))
 
 
 @pytest.mark.parametrize("path", [b"/sample", b"/models"])
@@ -195,8 +195,8 @@ def test_a_trailer_that_is_too_long_is_told_so(service: Running, path: bytes) ->
     with connect(service) as connection:
         connection.sendall(b"POST %b HTTP/1.1\r\nHost: reparam\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" % path)
         if path == b"/sample":
-            wait_until(lambda: any(job.reading for job in service.service.engine.jobs))
-            connection.sendall(b"X-More: ".ljust(protocol.MOST_FRAMING + 1, b"a"))
+            wait_until(lambda: any(not job.has_started for job in service.lifespan.engine.jobs))
+            connection.sendall(b"X-More: ".ljust(protocol.MAX_FRAMING + 1, b"a"))
             assert answer(connection)[0] == 400
         else:
             assert answer(connection)[0] == 405
@@ -204,12 +204,12 @@ def test_a_trailer_that_is_too_long_is_told_so(service: Running, path: bytes) ->
 
 def test_bodies_that_never_end_leave_room_for_others(serve: Callable[..., Running]) -> None:
     service = serve(max_held_bytes=600_000)
-    engine = service.service.engine
+    engine = service.lifespan.engine
     begun = request({}).replace(b"Content-Length: 2", b"Content-Length: 100000")[:-2] + b"{".ljust(80_000)
     with contextlib.ExitStack() as uploads:
         for _ in range(3):
             uploads.enter_context(connect(service)).sendall(begun)
-        wait_until(lambda: engine.held_bytes == 3 * 80_000)
+        wait_until(lambda: engine.admission.reserved_bytes == 3 * 80_000)
         one_more = uploads.enter_context(connect(service))
         one_more.sendall(begun)
         status, body = answer(one_more)
@@ -217,7 +217,7 @@ def test_bodies_that_never_end_leave_room_for_others(serve: Callable[..., Runnin
         assert "bytes and the limit is 300000: try again" in json.loads(body)["detail"]
         assert metric(service.url, "rejected_total", reason="incoming") == 1
         assert service.post({"n": 10}).status_code == 200
-    wait_until(lambda: engine.held_bytes == engine._incoming_bytes == 0)
+    wait_until(lambda: engine.admission.reserved_bytes == engine.admission.incoming_bytes == 0)
 
 
 def test_a_body_counts_as_held_while_it_comes(serve: Callable[..., Running]) -> None:
@@ -226,11 +226,11 @@ def test_a_body_counts_as_held_while_it_comes(serve: Callable[..., Running]) -> 
     whole = whole.replace(b"Content-Length: ", b"Content-Length: 700000\r\nX-Before: ")
     with connect(service) as connection:
         connection.sendall(whole[:650_000])
-        wait_until(lambda: service.service.engine.held_bytes > 600_000)  # alone it may
+        wait_until(lambda: service.lifespan.engine.admission.reserved_bytes > 600_000)  # alone it may
         refused = service.post({})
         assert (refused.status_code, refused.json()["type"]) == (429, "/problems/queue-full")
         assert "the requests being answered hold 6" in refused.json()["detail"]
-    wait_until(lambda: service.service.engine.held_bytes == 0)
+    wait_until(lambda: service.lifespan.engine.admission.reserved_bytes == 0)
     assert service.post({}).status_code == 200
 
 
@@ -286,12 +286,12 @@ def test_a_client_that_takes_nothing_of_its_answer_holds_it_for_a_while(
 ) -> None:
     monkeypatch.setattr(transport, "STALLED", 0.5)
     service = serve(request_timeout=0.4)
-    engine = service.service.engine
+    engine = service.lifespan.engine
     body: dict[str, Any] = {"n": 30_000, "seed": 1, "outputs": ["images", "latents"]}
     with connect(service, receive_buffer=4096) as connection:
         connection.sendall(request(body, accept="application/x-npz"))
-        wait_until(lambda: engine.held_bytes > 10**7)
-        wait_until(lambda: not engine.held_bytes)
+        wait_until(lambda: engine.admission.reserved_bytes > 10**7)
+        wait_until(lambda: not engine.admission.reserved_bytes)
     assert 'expired_total{stage="send"' not in service.get("/metrics").text
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from reparam.service.artifact import noise
 from reparam.service.artifact.file import load
-from reparam.service.runtime.graphs import Buckets
+from reparam.service.runtime.sampler import bind_sampler
 from tests.conftest import TINY, Running, metric, wait_until
 from tests.graphs import FAILS, GREEDY, MODEST, NAN, SLOW
 from tests.raw import answer, connect, leave_by_reset, request
@@ -58,13 +58,13 @@ def bystanders(service: Running, clients: int = 3) -> Iterator[None]:
 
 
 def at_rest(service: Running) -> bool:
-    engine = service.service.engine
-    return not (engine.jobs or engine.queued_rows or engine.held_bytes or engine.busy)
+    engine = service.lifespan.engine
+    return not (engine.jobs or engine.queued_rows or engine.admission.reserved_bytes or engine.busy)
 
 
 def trouble_runs(service: Running) -> bool:
-    jobs = list(service.service.engine.jobs)
-    return any(job.model.name == "trouble" and job.stage == "infer" for job in jobs if job.model is not None)
+    jobs = list(service.lifespan.engine.jobs)
+    return any(job.work.graph.model == "trouble" for job in jobs if job.stage == "infer")
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def test_a_client_that_leaves_before_its_batch(engine: Running) -> None:
         wait_until(lambda: trouble_runs(engine))
         with connect(engine) as hasty:
             hasty.sendall(request({"n": 500}))
-            wait_until(lambda: engine.service.engine.queued_rows >= 500)
-        wait_until(lambda: engine.service.engine.queued_rows < 500)
+            wait_until(lambda: engine.lifespan.engine.queued_rows >= 500)
+        wait_until(lambda: engine.lifespan.engine.queued_rows < 500)
         assert not slow.done()
         assert slow.result().status_code == 200
     assert metric(engine.url, "cancelled_total", stage="queue") == 1
@@ -105,8 +105,8 @@ def test_a_client_whose_body_came_slowly_and_that_leaves_before_its_batch(engine
             hasty.sendall(content[:-5])
             time.sleep(0.5)
             hasty.sendall(content[-5:])
-            wait_until(lambda: engine.service.engine.queued_rows >= 500)
-        wait_until(lambda: engine.service.engine.queued_rows < 500)
+            wait_until(lambda: engine.lifespan.engine.queued_rows >= 500)
+        wait_until(lambda: engine.lifespan.engine.queued_rows < 500)
         assert not slow.done()
         assert slow.result().status_code == 200
     assert metric(engine.url, "cancelled_total", stage="queue") == 1
@@ -136,9 +136,9 @@ def test_a_thousand_clients_that_leave_together(engine: Running) -> None:
             connection = crowd.enter_context(connect(engine))
             leave_by_reset(connection)
             connection.sendall(request({"model": "trouble", "temperature": SLOW + 400, "n": 10}))
-        wait_until(lambda: len(engine.service.engine.jobs) == 1000 + 3)  # and the bystanders, while the first run
+        wait_until(lambda: len(engine.lifespan.engine.jobs) == 1000 + 3)  # and the bystanders, while the first run
         crowd.close()
-        wait_until(lambda: not engine.service.engine.queued_rows)
+        wait_until(lambda: not engine.lifespan.engine.queued_rows)
     wait_until(lambda: at_rest(engine))
     left = sum(metric(engine.url, "cancelled_total", stage=stage) for stage in ("queue", "infer", "send"))
     answered = metric(engine.url, "requests_total", path="/sample", status="499")
@@ -151,10 +151,11 @@ def test_a_client_that_reads_slowly_holds_back_the_computing(engine: Running) ->
         for _ in range(5):
             slow.recv(200)  # 1 KB a second
             time.sleep(0.2)
-        service = engine.service
+        lifespan = engine.lifespan
         computed = metric(engine.url, "rows_total", model="tiny-gaussian", version="1")
-        window = service.engine.window(service.repository.find("tiny-gaussian", None))
-        assert max(job.taken for job in service.engine.jobs) < 3 * window + 4 * 2**20 / 64  # and what the sockets hold
+        window = lifespan.engine.window(lifespan.repository.find("tiny-gaussian", None).sampler)
+        taken = max(job.ticket.taken for job in lifespan.engine.jobs if job.ticket)
+        assert taken < 3 * window + 4 * 2**20 / 64  # and what the sockets hold
         assert computed < 500_000
         assert metric(engine.url, "held_bytes") > 0
 
@@ -204,10 +205,10 @@ def test_a_poisonous_row_fails_alone_in_a_full_batch(engine: Running) -> None:
     """And in no more runs than halving takes."""
     with ThreadPoolExecutor(40) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 100})
-        wait_until(lambda: engine.service.engine.busy)
+        wait_until(lambda: engine.lifespan.engine.busy)
         temperatures = [FAILS if index == 17 else 1.0 for index in range(32)]
         asked = [pool.submit(engine.post, {"model": "trouble", "temperature": t, "seed": 2}) for t in temperatures]
-        wait_until(lambda: engine.service.engine.queued_rows == 32)
+        wait_until(lambda: engine.lifespan.engine.queued_rows == 32)
         assert [future.result().status_code for future in asked] == [500 if t == FAILS else 200 for t in temperatures]
         images = {future.result().json()["images"][0] for future in asked if future.result().status_code == 200}
         assert len(images) == 1
@@ -215,9 +216,9 @@ def test_a_poisonous_row_fails_alone_in_a_full_batch(engine: Running) -> None:
 
 
 def test_a_model_is_warmed_up_as_far_as_there_is_memory(repository: Path) -> None:
-    buckets = Buckets(load(repository / "trouble" / "1" / "model.onnx"), max_rows=64)
-    buckets.inputs["temperature"][:] = GREEDY
-    assert buckets.warm_up(seconds=60) == MODEST
+    graph = bind_sampler(load(repository / "trouble" / "1" / "model.onnx"), max_rows=64)
+    graph.arrays["temperature"][:] = GREEDY
+    assert graph.warm_up(seconds=60) == MODEST
 
 
 def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
@@ -227,44 +228,46 @@ def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
     assert response.status_code == 200
     assert len(response.json()["latents"]) == 50
     assert metric(engine.url, "out_of_memory_total") >= 1
-    model = engine.service.repository.find("trouble", None)
-    assert engine.service.engine._scheduler.limit(model) <= MODEST
+    graph = engine.lifespan.repository.find("trouble", None).sampler
+    assert engine.lifespan.engine._scheduler.limit(graph) <= MODEST
     again = rows_of(engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": 1.0}, headers=NPY))
     assert np.array_equal(again, expected)
 
 
 def test_rows_are_answered_when_a_batch_has_room_for_fewer(engine: Running) -> None:
     """Of a lone request for a few rows, which does not wait for a runner while memory suffices."""
-    model = engine.service.repository.find("tiny-gaussian", None)
+    graph = engine.lifespan.repository.find("tiny-gaussian", None).sampler
     expected = rows_of(engine.post({"seed": 3, "n": 2}, headers=NPY))
-    engine.service.engine.out_of_memory(model, 2)
+    engine.lifespan.engine._thread_out_of_memory(graph, 2)
     for _ in range(3):
         assert np.array_equal(rows_of(engine.post({"seed": 3, "n": 2}, headers=NPY)), expected)
 
 
 def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
-    model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
-    before = limit(model)
+    graph = engine.lifespan.repository.find("tiny-gaussian", None).sampler
+    limit = engine.lifespan.engine._scheduler.limit
+    before = limit(graph)
     for rows in (64, 2):
-        engine.service.engine.out_of_memory(model, rows)
-    assert limit(model) == 1 < before
-    wait_until(lambda: limit(model) == before)
+        engine.lifespan.engine._thread_out_of_memory(graph, rows)
+    assert limit(graph) == 1 < before
+    wait_until(lambda: limit(graph) == before)
 
 
 def test_one_recovery_follows_many_failures(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would bring new failures."""
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
-    model, limit = engine.service.repository.find("tiny-gaussian", None), engine.service.engine._scheduler.limit
-    before = limit(model)
-    engine.service.engine.out_of_memory(model, 64)
+    graph = engine.lifespan.repository.find("tiny-gaussian", None).sampler
+    limit = engine.lifespan.engine._scheduler.limit
+    before = limit(graph)
+    engine.lifespan.engine._thread_out_of_memory(graph, 64)
     time.sleep(0.3)  # a recovery from the next failure would come so much after that from the first
-    engine.service.engine.out_of_memory(model, 2)
-    wait_until(lambda: limit(model) == before)
+    engine.lifespan.engine._thread_out_of_memory(graph, 2)
+    wait_until(lambda: limit(graph) == before)
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 60.0)
-    engine.service.engine.out_of_memory(model, 2)
+    engine.lifespan.engine._thread_out_of_memory(graph, 2)
     time.sleep(0.5)  # until it would have come
-    assert limit(model) == 1
+    assert limit(graph) == 1
 
 
 @pytest.mark.parametrize("runners", [1, 2])
@@ -330,7 +333,7 @@ def test_metrics_tell_what_the_engine_does(engine: Running) -> None:
     assert rows_of(engine.post({"n": 3000}, headers=NPY)).shape[0] == 3000
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(engine.post, {"model": "trouble", "temperature": SLOW + 50})
-        wait_until(lambda: engine.service.engine.busy)
+        wait_until(lambda: engine.lifespan.engine.busy)
         assert metric(engine.url, "queue_oldest_seconds") == 0  # what runs does not wait
         waiting = connect(engine)
         waiting.sendall(request({"n": 7}))

@@ -203,7 +203,7 @@ def test_the_api_is_documented(service: Running) -> None:
     assert all(field["description"] for field in fields.values())
     assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(api)))
-    assert named == schemas.keys() >= {"SampleAnswer", "ProblemDocument", "ModelList", "Liveness", "Readiness"}
+    assert named == schemas.keys() >= {"SampleResponse", "ProblemDocument", "ModelList", "Liveness", "Readiness"}
     answer = service.post({})
     assert answer.headers.keys() >= {name.lower() for name in sample["responses"]["200"]["headers"]}
     assert [parameter["name"] for parameter in sample["parameters"]] == ["Request-Timeout", "X-Request-ID"]

@@ -238,7 +238,7 @@ def test_one_failing_request_fails_alone(service: Running) -> None:
     expected = service.post(body).json()["images"]
     with ThreadPoolExecutor(10) as pool:
         slow = pool.submit(service.post, {"model": "trouble", "temperature": SLOW + 50})
-        wait_until(lambda: service.service.metrics.in_flight >= 1)
+        wait_until(lambda: service.lifespan.recorder.in_flight >= 1)
         bad = [pool.submit(service.post, {**body, "temperature": value}) for value in (FAILS, NAN)]
         good = [pool.submit(service.post, body) for _ in range(6)]
         assert slow.result().status_code == 200
@@ -272,11 +272,11 @@ def test_a_full_queue_says_when_to_come_back(serve: Any) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 100}
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(service.post, slow)
-        wait_until(lambda: service.service.engine.busy)
+        wait_until(lambda: service.lifespan.engine.busy)
         waiting = [pool.submit(service.post, {"n": 3})]
-        wait_until(lambda: service.service.engine.queued_rows == 3)
+        wait_until(lambda: service.lifespan.engine.queued_rows == 3)
         waiting.append(pool.submit(service.post, {}))  # exactly as many as may
-        wait_until(lambda: service.service.engine.queued_rows == 4)
+        wait_until(lambda: service.lifespan.engine.queued_rows == 4)
         response = service.post({"n": 1})
         document = problem(response, "queue-full")
         assert int(response.headers["Retry-After"]) == document["retry_after"] == 1
@@ -293,9 +293,9 @@ def test_the_slower_rows_were_the_later_one_shall_come_back(serve: Any) -> None:
     ahead = 100 * FORGETTING * float(milliseconds) / 1000  # the one batch so far had a single row
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(service.post, slow)
-        wait_until(lambda: service.service.engine.busy)
+        wait_until(lambda: service.lifespan.engine.busy)
         waiting = pool.submit(service.post, {"n": 100})
-        wait_until(lambda: service.service.engine.queued_rows == 100)
+        wait_until(lambda: service.lifespan.engine.queued_rows == 100)
         document = problem(service.post({}), "queue-full")
         assert document["retry_after"] == pytest.approx(ahead, abs=1)
         assert [future.result().status_code for future in (running, waiting)] == [200, 200]
@@ -311,7 +311,7 @@ def test_a_deadline_in_the_model_and_one_in_the_queue(serve: Any) -> None:
     slow = {"model": "trouble", "temperature": SLOW + 150}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(service.post, slow, headers={"Request-Timeout": "0.3"})
-        wait_until(lambda: service.service.engine.busy)
+        wait_until(lambda: service.lifespan.engine.busy)
         waiting = service.post({}, headers={"Request-Timeout": "0.05"})
         document = problem(waiting, "deadline-exceeded")
         assert document["stage"] == "queue"
@@ -366,7 +366,7 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
     with connect(service) as hasty:
         hasty.sendall(request({"n": 1_000_000}))
         hasty.recv(1000)
-    wait_until(lambda: service.service.metrics.in_flight == 0)
+    wait_until(lambda: service.lifespan.recorder.in_flight == 0)
     assert service.post({}).status_code == 200
     assert 'status="499"' in service.get("/metrics").text
 
@@ -374,7 +374,7 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
 def test_a_runner_that_died_is_no_life(serve: Any) -> None:
     service: Running = serve()
     assert service.get("/livez").status_code == 200
-    service.service.engine._scheduler.take = None  # type: ignore[method-assign,assignment]  # so that the thread dies
+    service.lifespan.engine._scheduler.take = None  # type: ignore[method-assign,assignment]  # so that the thread dies
     problem(service.post({"n": 500}), "unavailable")  # more than are computed without a runner
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
@@ -414,18 +414,18 @@ def test_a_buffered_request_whose_client_has_left_is_dropped(service: Running) -
     minutes_of_work = {"model": "trouble", "temperature": SLOW + 30, "n": 32_000}
     with connect(service) as hasty:
         hasty.sendall(request(minutes_of_work, accept="application/json"))
-        wait_until(lambda: service.service.engine.busy)
-    wait_until(lambda: service.service.metrics.in_flight == 0)
-    wait_until(lambda: not service.service.engine.busy)
-    assert service.service.engine.queued_rows == 0
+        wait_until(lambda: service.lifespan.engine.busy)
+    wait_until(lambda: service.lifespan.recorder.in_flight == 0)
+    wait_until(lambda: not service.lifespan.engine.busy)
+    assert service.lifespan.engine.queued_rows == 0
 
 
 def test_a_client_that_leaves_while_its_answer_is_encoded_is_counted(serve: Any) -> None:
     service: Running = serve()
     with connect(service) as hasty:
         hasty.sendall(request({"n": 32_000}, accept="application/json"))
-        wait_until(lambda: any(job.stage == "send" for job in list(service.service.engine.jobs)))
-    wait_until(lambda: not service.service.engine.jobs)
+        wait_until(lambda: any(job.stage == "send" for job in list(service.lifespan.engine.jobs)))
+    wait_until(lambda: not service.lifespan.engine.jobs)
     assert metric(service.url, "cancelled_total", stage="send") == 1
     assert metric(service.url, "requests_total", path="/sample", status="499") == 1
 
@@ -449,7 +449,7 @@ def test_a_compressed_body_is_refused(service: Running) -> None:
 
 def test_what_nobody_foresaw_is_told_without_its_inside(serve: Any) -> None:
     service: Running = serve()
-    service.service.repository.find = None  # type: ignore[method-assign,assignment]  # a fault of ours
+    service.lifespan.repository.find = None  # type: ignore[method-assign,assignment]  # a fault of ours
     document = problem(service.post({}), "internal")
     assert "None" not in document["detail"]
     assert document["instance"].removeprefix("urn:request:") in document["detail"]

@@ -225,7 +225,7 @@ def test_a_second_signal_hurries(repository: Path) -> None:
 
 def test_signals_that_interrupt_the_engine_do_not_wait_for_its_lock(serve: Callable[..., Running]) -> None:
     service = serve(drain_delay=3600)
-    engine, server = service.service.engine, service.server
+    engine, server = service.lifespan.engine, service.server
 
     def interrupted() -> None:
         with engine._lock:

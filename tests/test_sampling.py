@@ -175,7 +175,7 @@ def test_models_that_wait_together_do_not_mix(service: Running) -> None:
     alone = [draw(service, **body)["images"] for body in bodies]
     with ThreadPoolExecutor(9) as pool:
         slow = pool.submit(draw, service, model="trouble", temperature=SLOW + 50)
-        wait_until(lambda: service.service.engine.busy)
+        wait_until(lambda: service.lifespan.engine.busy)
         together = [pool.submit(draw, service, **body) for body in bodies]
         assert all(
             np.array_equal(rows, future.result()["images"]) for rows, future in zip(alone, together, strict=True)

@@ -1,5 +1,7 @@
 """The order in which rows run, without threads and clocks."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,23 +12,24 @@ from reparam.service.engine.scheduler import Batch, Scheduler, Ticket
 LIMIT = 8
 
 
-def new_scheduler() -> Scheduler[Ticket]:
-    scheduler = Scheduler[Ticket]()
+def new_scheduler() -> Scheduler[Any]:
+    scheduler = Scheduler[Any]()
     for model in "abm":
         scheduler.set_limit(model, LIMIT)
     return scheduler
 
 
-def added(scheduler: Scheduler[Ticket], rows: int, granted: int | None = None, model: str = "m") -> Ticket:
-    ticket = Ticket(model, rows)
+def added(scheduler: Scheduler[Any], rows: int, granted: int | None = None, model: str = "m") -> Ticket[Any]:
+    ticket: Ticket[Any] = Ticket(None, model, rows)
+    ticket.owner = ticket  # a batch names owners
     scheduler.grant(ticket, rows if granted is None else granted)
     return ticket
 
 
-def taken(scheduler: Scheduler[Ticket]) -> dict[Ticket, int]:
+def taken(scheduler: Scheduler[Any]) -> dict[Ticket[Any], int]:
     """Rows of each ticket in the next batch."""
     batch = scheduler.take()
-    return {piece.ticket: piece.hi - piece.lo for piece in batch.pieces} if batch else {}
+    return {piece.owner: piece.hi - piece.lo for piece in batch.pieces} if batch else {}
 
 
 def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
@@ -35,7 +38,7 @@ def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
     first, second = added(scheduler, 2), added(scheduler, 3)
     batch = scheduler.take()
     assert batch is not None
-    assert [(piece.ticket, piece.lo, piece.hi) for piece in batch.pieces] == [(first, 0, 2), (second, 0, 3)]
+    assert [(piece.owner, piece.lo, piece.hi) for piece in batch.pieces] == [(first, 0, 2), (second, 0, 3)]
     assert (batch.rows, batch.closed) == (5, "drained")
     added(scheduler, LIMIT)
     full = scheduler.take()
@@ -140,7 +143,7 @@ def test_models_take_turns_and_never_mix() -> None:
     for model in "ab":
         added(scheduler, 20, model=model)
     batches = [scheduler.take() for _ in range(6)]
-    assert [batch.model for batch in batches if batch] == list("ababab")
+    assert [batch.graph for batch in batches if batch] == list("ababab")
 
 
 def test_no_more_rows_are_taken_than_granted() -> None:
@@ -193,9 +196,9 @@ class Rows(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = new_scheduler()
-        self.tickets: list[Ticket] = []
-        self.dropped: set[Ticket] = set()
-        self.seen: dict[Ticket, int] = {}
+        self.tickets: list[Ticket[Any]] = []
+        self.dropped: set[Ticket[Any]] = set()
+        self.seen: dict[Ticket[Any], int] = {}
 
     @rule(rows=st.integers(1, 30), granted=st.integers(0, 30), model=st.sampled_from("ab"))
     def submit(self, rows: int, granted: int, model: str) -> None:
@@ -219,13 +222,13 @@ class Rows(RuleBasedStateMachine):
 
     @rule(runners=st.integers(1, 3))
     def take(self, runners: int) -> None:
-        batch: Batch[Ticket] | None = self.scheduler.take(runners)
+        batch: Batch[Any] | None = self.scheduler.take(runners)
         if batch is None:
             assert self.scheduler.waiting == 0
             return
-        assert 0 < batch.rows == sum(hi - lo for _, lo, hi in batch.pieces) <= self.scheduler.limit(batch.model)
+        assert 0 < batch.rows == sum(hi - lo for _, lo, hi in batch.pieces) <= self.scheduler.limit(batch.graph)
         for ticket, lo, hi in batch.pieces:
-            assert ticket.model == batch.model
+            assert ticket.graph == batch.graph
             assert ticket not in self.dropped
             assert self.seen.get(ticket, 0) == lo < hi <= ticket.granted <= ticket.rows
             self.seen[ticket] = hi

@@ -118,7 +118,7 @@ def test_a_lone_request_is_answered_as_one_that_comes_with_others(service: Runni
             connection.sendall(message * together + refused)
             assert [read(stream) for _ in range(together)] == [whole] * together
             assert read(stream)[0] == 422
-    assert not service.service.engine.jobs
+    assert not service.lifespan.engine.jobs
 
 
 def test_a_connection_that_is_not_kept_ends(service: Running) -> None:
@@ -165,7 +165,7 @@ def test_answers_that_nobody_reads_take_little_memory(serve: Any) -> None:
             connection.sendall(message * 100_000)
         counted = metric(service.url, "requests_total", path="/sample", status="200")
         assert counted * 64 * 64 < 16 * 2**20  # what the sockets hold, and a little more
-    wait_until(lambda: not service.service.engine.jobs)
+    wait_until(lambda: not service.lifespan.engine.jobs)
 
 
 @pytest.mark.parametrize("second", [numbered({"seed": 1, "n": 64}), CASES["large"]], ids=["short", "long"])

@@ -57,7 +57,7 @@ def main(seconds: float, rounds: int) -> None:
         }
         for name, most in cases:
             served = open_model(name, 1, artifacts[name], device, most, seconds=inf)
-            rows = served.buckets[0].max_rows
+            rows = served.sampler.replicas[0].max_rows
             ways = dict(_ways(networks[name], served, rows, device.name))
             if most not in COMPILED:
                 del ways["torch.compile"]
@@ -95,10 +95,10 @@ def _artifact(model: Network, path: Path, precision: Precision) -> Path:
 
 def _ways(model: Network, served: Model, rows: int, device: str) -> Iterator[tuple[str, Way]]:
     where = torch.device(device)
-    buckets, inputs = served.buckets[0], _inputs(model, rows)
+    graph, inputs = served.sampler.replicas[0], _inputs(model, rows)
     for name, array in inputs.items():
-        buckets.inputs[name][:rows] = array
-    yield "reparam", lambda: buckets.run(rows)["pixels"]
+        graph.arrays[name][:rows] = array
+    yield "reparam", lambda: graph.run(rows)["pixels"]
     asked = (served.contract.traits.latents, "pixels")
     yield "onnxruntime", lambda: served.artifact.run(inputs, asked)["pixels"]
     sampler = Sampler(model).to(where).eval()

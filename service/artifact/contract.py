@@ -1,6 +1,6 @@
-"""What an artifact says of itself: its contract, and the only code that reads and writes it.
+"""The contract of an artifact, and the only code that reads and writes it.
 
-A file carries it in ONNX metadata properties, one `reparam.<field of Contract>` each, in JSON.
+A file carries the contract in ONNX metadata properties, one `reparam.<field of Contract>` each, in JSON.
 """
 
 import json
@@ -14,17 +14,18 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from reparam.service.artifact import noise
+from reparam.service.artifact.outputs import OUTPUTS, OutputName
 from reparam.service.errors import clipped
 
 Arrays = dict[str, npt.NDArray[Any]]
 Prior = Literal["standard", "mixture"]
 Precision = Literal["float32", "float16"]
-Output = Literal["images", "latents", "codes", "indices"]
 
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-WEIGHTS_TOLERANCE = 1e-6  # of the sum of a mixture's weights
+LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
+WEIGHTS_TOLERANCE = 1e-6  # how far the sum of a mixture's weights may be from 1
 
 
 class ArtifactError(Exception):
@@ -33,30 +34,36 @@ class ArtifactError(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes the kinds of model: their parameters, the latent output of their graph, their noise, and of a
-    request the outputs that it may ask for and the flags that only they have."""
+    """A kind of model: what distinguishes Gaussian from Gumbel.
 
-    parameters: tuple[str, ...]
+    parameters: names of the distribution's parameters, each with the largest value that a request may give.
+    latents: name of the graph's latent output.
+    noise: maps random words, uint64 (...), to the noise of the reparameterization, float32 of the same shape.
+    outputs: what a request may ask for.
+    flags: fields of a request that only this kind has, besides its parameters.
+    """
+
+    parameters: Mapping[str, float]
     latents: str
     noise: Callable[[noise.Words], noise.Float32]
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputName, ...]
     flags: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Of a request, those that only this kind has."""
+        """The fields of a request that only this kind has."""
         return (*self.parameters, *self.flags)
 
 
 KINDS = {
     "gaussian": Kind(
-        parameters=("mu", "log_var"),
+        parameters={"mu": FLOAT32_MAX, "log_var": LOG_VAR_MAX},
         latents="latents",
         noise=noise.normal,
         outputs=("images", "latents"),
     ),
     "gumbel": Kind(
-        parameters=("logits",),
+        parameters={"logits": FLOAT32_MAX},
         latents="codes",
         noise=noise.gumbel,
         outputs=("images", "codes", "indices"),
@@ -66,7 +73,7 @@ KINDS = {
 
 
 class Contract(BaseModel):
-    """What an artifact says of itself."""
+    """The contract of an artifact, a field for each metadata key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -117,25 +124,39 @@ class Contract(BaseModel):
 
     @property
     def elements(self) -> int:
-        """Numbers of one row's latent."""
+        """Count the elements of one row's latent."""
         return prod(self.latent_shape)
 
     @property
     def priors(self) -> tuple[Prior, ...]:
-        """What rows can be drawn from without parameters; the first is the default."""
+        """Names of the priors that rows without parameters can be drawn from; the first is the default."""
         return ("standard",) if self.mixture is None else ("mixture", "standard")
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of a row of each output that a request can ask for."""
+        return {name: OUTPUTS[name].row_shape(self.latent_shape, self.image_shape) for name in self.traits.outputs}
 
     @property
     def traits(self) -> Kind:
         return KINDS[self.kind]
 
     def prior_arrays(self) -> Arrays:
-        """The parameters of the prior, float32 (*latent_shape) each. Raises ArtifactError."""
+        """Read the parameters of the standard prior.
+
+        Returns: by name, float32 (*latent_shape)
+
+        Raises: ArtifactError
+        """
         return self._parameter_arrays("prior", self.prior, self.latent_shape)
 
     def mixture_arrays(self) -> tuple[noise.Float64, Arrays]:
-        """The weights of the mixture's components, float64 (C,), and their parameters, float32 (C, *latent_shape)
-        each; without a mixture C is 0. Raises ArtifactError."""
+        """Read the mixture's weights and the parameters of its components.
+
+        Returns: weights, float64 (C,), and by name, float32 (C, *latent_shape); C is 0 without a mixture
+
+        Raises: ArtifactError
+        """
         if self.mixture is None:
             return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.traits.parameters}
         parameters = dict(self.mixture)
@@ -162,12 +183,12 @@ class Contract(BaseModel):
         return arrays
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Names of the sampler's inputs, in order, and their shapes after the batch axis; all float32."""
+        """Name the sampler's inputs, in order, with their shapes after the batch axis. All are float32."""
         latent_shaped = dict.fromkeys(("noise", *self.traits.parameters), self.latent_shape)
         return {**latent_shaped, "temperature": ()}
 
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Names of the sampler's outputs, in order, their types and their shapes after the batch axis."""
+        """Name the sampler's outputs, in order, with their types and their shapes after the batch axis."""
         return {
             self.traits.latents: ("tensor(float)", self.latent_shape),
             "images": ("tensor(float)", self.image_shape),
@@ -175,10 +196,13 @@ class Contract(BaseModel):
         }
 
     def feeds(self, words: noise.Words, temperature: float, parameters: Arrays | None = None) -> Arrays:
-        """The sampler's inputs for rows with this noise, float32.
+        """Make the sampler's inputs.
 
-        words: (n, *latent_shape). parameters: by name, of the latent shape for all rows or (n, *latent_shape); by
-        default those of the prior.
+        words: uint64 (n, *latent_shape)
+        temperature: of every row
+        parameters: by name, (*latent_shape) for every row or (n, *latent_shape); default: those of the standard prior
+
+        Returns: by name, float32 (n, ...)
         """
         shape = (len(words), *self.latent_shape)
         parameters = self.prior_arrays() if parameters is None else parameters
@@ -190,9 +214,9 @@ class Contract(BaseModel):
 
 
 def _numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Nested lists as JSON has them -> an array. Raises ValueError."""
+    """Convert nested lists of JSON to an array. Raises ValueError."""
     array = np.asarray(values)
-    if array.dtype.kind not in "iuf":  # what does not fit into 64 bits is an object
+    if array.dtype.kind not in "iuf":  # a number of more than 64 bits makes an array of objects
         raise ValueError(f"it holds {array.dtype}")
-    with np.errstate(over="ignore"):  # infinity is refused later
+    with np.errstate(over="ignore"):  # infinity is refused by the caller
         return array.astype(dtype)

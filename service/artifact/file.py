@@ -1,4 +1,4 @@
-"""The artifact: one ONNX file that says what it is, and the only code that opens it."""
+"""The artifact: one ONNX file that carries its contract, and the only code that opens the file."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ Providers = Sequence[Any]  # each a name, or a name and options
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
-TRIED = 64  # components that are run at a time when a file is loaded
-ROUNDING = 0.01  # by which two runs on a GPU may differ, for it may add up in another order; noise is more
+COMPONENTS_PER_RUN = 64  # of a mixture, when a file is checked
+ROUNDING = 0.01  # difference of two runs on a GPU, which may add up in another order; random operators differ by more
 
-# How the operators that run another graph, as often as the data says, are named in a file: field 4 of a NodeProto and
-# the length of the name come before it. Where weights happen to look like that, a graph counts as not steady.
+# The operators that run a subgraph as often as the data decides, as a file spells them: field 4 of a NodeProto, the
+# length of the name, the name. A graph whose weights happen to hold these bytes counts as not steady.
 _BRANCHES = tuple(b'"%c%b' % (len(name), name) for name in (b"If", b"Loop", b"Scan", b"SequenceMap"))
 
 
@@ -31,7 +31,8 @@ _BRANCHES = tuple(b'"%c%b' % (len(name), name) for name in (b"If", b"Loop", b"Sc
 class Artifact:
     """A sampler that is loaded and keeps its contract.
 
-    size: bytes of the file. steady: how long a run takes depends on its rows alone, not on what is in them.
+    size: bytes of the file.
+    steady: the time of a run depends on the number of rows alone, not on their values.
     """
 
     contract: Contract
@@ -44,19 +45,27 @@ class Artifact:
         return str(self.session.get_providers()[0])
 
     def run(self, feeds: Mapping[str, npt.NDArray[np.float32]], names: Sequence[str] = ()) -> Arrays:
-        """Run the graph on the inputs of `contract.inputs()`, each (n, ...). Returns these outputs, or all, by name."""
+        """Run the graph.
+
+        feeds: the inputs of `contract.inputs()`, float32 (n, ...)
+        names: of outputs; default: all
+
+        Returns: the outputs by name, (n, ...)
+        """
         names = list(names or self.contract.outputs())
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")  # no CUDA graph: these arrays do not stay
+        options.add_run_config_entry("gpu_graph_id", "-1")  # no CUDA graph, which would need arrays that stay
         return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))
 
 
 def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifact:
-    """Load a sampler and check that it keeps the contract.
+    """Load a sampler and check that it keeps its contract.
 
-    providers: for onnxruntime, the first preferred. threads: for one run on the CPU, 0 for one a core.
+    path: of model.onnx
+    providers: of onnxruntime, the preferred one first
+    threads: of one run on the CPU; 0 for one a core
 
-    Raises ArtifactError naming the file and the fault.
+    Raises: ArtifactError, which names the file and the fault
     """
     try:
         content = path.read_bytes()
@@ -69,23 +78,23 @@ def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifac
         raise ArtifactError(f"{path}: {error}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # a broken file may break its reader in ways that nobody foresaw
+    except Exception as error:  # a broken file can make any of its readers raise anything
         raise ArtifactError(f"{path}: {error!r}") from error
     return artifact
 
 
 def open_session(content: bytes, providers: Providers = (CPU,), threads: int = 0) -> ort.InferenceSession:
-    """An onnxruntime session for a self-contained file. Raises ArtifactError."""
+    """Open a self-contained file as an onnxruntime session. Raises ArtifactError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what matters is raised
+    options.log_severity_level = 4  # faults are raised instead
     # An idle server leaves the cores to others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # No folder at all: whatever other file the graph wants to read as weights, it may not.
+    # No folder: the graph must not read weights from other files.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     try:
         return ort.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
-    except Exception as error:  # onnxruntime's errors have no common base but this
+    except Exception as error:  # onnxruntime's errors have no narrower common base
         fault = str(error).split(" : ")[-1].strip()
         if "xternal" in fault:
             raise ArtifactError(f"it keeps weights in another file; an artifact is one file ({fault})") from error
@@ -114,12 +123,12 @@ def _check_signature(session: ort.InferenceSession, contract: Contract) -> None:
 
 
 def _check_run(artifact: Artifact) -> None:
-    """Run it twice on the same two rows: it must run, stay finite, and draw no noise of its own."""
+    """Run the sampler twice on the same two rows: outputs must be finite, and equal, or the graph draws noise."""
     contract = artifact.contract
     feeds = contract.feeds(noise.words(0, 0, 2, contract.latent_shape), contract.default_temperature)
     try:
         first, second = artifact.run(feeds), artifact.run(feeds)
-    except Exception as error:  # onnxruntime's errors have no common base but this
+    except Exception as error:  # onnxruntime's errors have no narrower common base
         raise ArtifactError(f"it does not run on two rows of its prior: {error}") from error
     tolerance = 0.0 if artifact.provider == CPU else ROUNDING
     for name, array in first.items():
@@ -128,9 +137,9 @@ def _check_run(artifact: Artifact) -> None:
             raise ArtifactError(f"output {name!r} differs between two runs on the same input: the graph draws noise")
 
     weights, components = contract.mixture_arrays()
-    for begin in range(0, len(weights), TRIED):
-        parameters = {name: array[begin : begin + TRIED] for name, array in components.items()}
-        words = noise.words(0, begin, min(TRIED, len(weights) - begin), contract.latent_shape)
+    for begin in range(0, len(weights), COMPONENTS_PER_RUN):
+        parameters = {name: array[begin : begin + COMPONENTS_PER_RUN] for name, array in components.items()}
+        words = noise.words(0, begin, min(COMPONENTS_PER_RUN, len(weights) - begin), contract.latent_shape)
         for name, array in artifact.run(contract.feeds(words, contract.default_temperature, parameters)).items():
             _check_finite(name, array, "the mixture")
 

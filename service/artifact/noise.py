@@ -1,8 +1,8 @@
 """Noise as a pure function of seed and row (`noise_version` 1).
 
-Each row owns its own counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
-2, 3"), so a row is the same whatever batch, request or replica draws it. Only raw words are used, the one output that
-NumPy promises never to change (NEP 19); docs/architecture.md specifies every step.
+Each row owns counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+So a row is the same in every batch, request and replica. Only raw words are used, the one output that NumPy promises
+never to change (NEP 19). docs/architecture.md specifies every step.
 """
 
 from math import prod
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 NOISE_VERSION = 1
-LATENT_STREAM, COMPONENT_STREAM = 0, 1  # the other streams of a seed are kept for later uses
+LATENT_STREAM, COMPONENT_STREAM = 0, 1  # the other streams of a seed are reserved
 
 Words = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
@@ -26,19 +26,25 @@ _BELOW_ONE = 1 - 2.0**-53
 
 
 class Source:
-    """Draws random words; for one thread. It has one generator, whose state it sets anew each time: to make a NumPy
-    generator takes ten times as long."""
+    """Draws random words. Used by one thread.
+
+    Each draw sets the state of one generator: making a generator takes ten times as long.
+    """
 
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)
         self._at: dict[str, Any] = {"counter": (0, 0, 0, 0), "key": (0, 0)}
-        nothing_left = {"buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-        self._state: Any = {"bit_generator": "Philox", "state": self._at, **nothing_left}
+        empty_buffer = {"buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        self._state: Any = {"bit_generator": "Philox", "state": self._at, **empty_buffer}
 
     def draw(self, seed: int, start: int, n: int, blocks: int, stream: int = LATENT_STREAM) -> Words:
-        """The random words of rows start .. start + n - 1 of a seed, uint64 (n * 4 * blocks,).
+        """Draw the random words of rows start .. start + n - 1 of a seed.
 
-        seed and stream: 0 .. 2**64 - 1. Row r begins at counter r * blocks.
+        seed: 0 .. 2**64 - 1
+        blocks: blocks of four words that a row owns; row r begins at counter r * blocks
+        stream: 0 .. 2**64 - 1
+
+        Returns: uint64 (n * 4 * blocks,)
         """
         counter = start * blocks
         self._at["counter"] = (counter & _WORD, counter >> 64, 0, 0)
@@ -49,42 +55,63 @@ class Source:
 
 
 def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = LATENT_STREAM) -> Words:
-    """The random words of rows start .. start + n - 1, uint64 (n, *shape): of a row's blocks as many as it needs."""
+    """Draw the random words of rows start .. start + n - 1, without the unused words of each row's last block.
+
+    Returns: uint64 (n, *shape)
+    """
     elements = prod(shape)
     drawn = Source().draw(seed, start, n, blocks_of(elements), stream)
     return drawn.reshape(n, -1)[:, :elements].reshape(n, *shape)
 
 
 def blocks_of(elements: int) -> int:
-    """Blocks of four words that a row of so many elements owns."""
+    """Count the blocks of four words that a row of so many elements owns."""
     return -(-elements // WORDS_PER_BLOCK)
 
 
-def component(words: Words, weights: Float64) -> Int64:
-    """The component of a mixture that each row is drawn from, 0 .. C - 1, by inversion of its distribution function.
+def component(words: Words, cumulative_weights: Float64) -> Int64:
+    """Draw a component of a mixture for each row, by inversion of the cumulative distribution function.
 
-    words: (n,), the first of each row in COMPONENT_STREAM. weights: (C,), positive.
+    words: uint64 (n,), the first word of each row in COMPONENT_STREAM
+    cumulative_weights: float64 (C,), the weights added up; the weights are positive
+
+    Returns: int64 (n,), 0 .. C - 1
     """
-    sums = weights.cumsum()
-    components: Int64 = np.searchsorted(sums[:-1], uniform(words) * sums[-1], side="right")
+    thresholds = uniform(words) * cumulative_weights[-1]
+    components: Int64 = np.searchsorted(cumulative_weights[:-1], thresholds, side="right")
     return components
 
 
 def uniform(words: Words) -> Float64:
-    """(word + 0.5) * 2**-64 in float64, in [2**-65, 1 - 2**-53]: never 0, never 1, and small values keep all digits."""
-    uniform: Float64 = np.minimum((words + 0.5) * 2.0**-64, _BELOW_ONE)
-    return uniform
+    """Map words to (word + 0.5) * 2**-64, at least 2**-65 and at most 1 - 2**-53. Small values keep all digits.
+
+    words: uint64, any shape
+
+    Returns: float64 of the same shape
+    """
+    uniform: Float64 = np.add(words, 0.5, dtype=np.float64)
+    uniform *= 2.0**-64
+    return np.minimum(uniform, _BELOW_ONE, out=uniform)
 
 
 def normal(words: Words) -> Float32:
-    """Standard normal draws by inversion of the distribution function, computed in float64."""
+    """Map words to standard normal draws by inversion of the distribution function, computed in float64.
+
+    words: uint64, any shape
+
+    Returns: float32 of the same shape
+    """
     return ndtri(uniform(words)).astype(np.float32)
 
 
 def gumbel(words: Words) -> Float32:
-    """Standard Gumbel draws, -log(-log(1 - u)) computed in float64.
+    """Map words to standard Gumbel draws, -log(-log(1 - u)) computed in float64.
 
-    Large draws come from small u, where log1p loses nothing: no epsilon is needed, and argmax(logits + g) selects
+    Large draws come from small u, where log1p is exact. So no epsilon is needed, and argmax(logits + g) selects
     categories of probability 1e-15 as often as it should.
+
+    words: uint64, any shape
+
+    Returns: float32 of the same shape
     """
     return -np.log(-np.log1p(-uniform(words))).astype(np.float32)

@@ -1,150 +1,163 @@
-"""The engine: rows of requests wait in one queue, and threads run them in batches: one on a GPU, one a core on the CPU.
-A few rows of a lone request are run on the event loop's thread.
+"""The engine: rows of requests wait in one queue, and runner threads run them in batches.
 
-Whatever waits when a thread becomes free runs together. There is no batching timer: a lone request never waits, and
-batches grow by themselves while the threads are busy. onnxruntime releases the GIL: the event loop goes on meanwhile.
+There is one runner on a GPU, and one a core on the CPU. All rows that wait when a runner becomes free run together.
+There is no batching timer: a lone request never waits, and batches grow while the runners are busy. onnxruntime
+releases the GIL, so the event loop goes on meanwhile. A few rows of a lone request run on the event loop's thread.
 """
 
 import asyncio
 import contextlib
-import math
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from reparam.service.artifact.contract import Arrays
-from reparam.service.engine.deadlines import Patience
+from reparam.service.engine.admission import Admission
+from reparam.service.engine.deadlines import SHORT, Deadlines
 from reparam.service.engine.job import Job
-from reparam.service.engine.runner import Runner
-from reparam.service.engine.scheduler import Batch, Scheduler
-from reparam.service.errors import DeadlineExceeded, Problem, QueueFull, Unavailable, cut_off
-from reparam.service.runtime.repository import Model
-from reparam.service.runtime.sampler import Rows
+from reparam.service.engine.runner import Result, Runner
+from reparam.service.engine.scheduler import Batch, Closed, Piece, Scheduler, Ticket
+from reparam.service.errors import DeadlineExceeded, Problem, Unavailable, cut_off
+from reparam.service.runtime.graphs import Graph, Work
 from reparam.service.telemetry.metrics import Metrics
+from reparam.service.telemetry.recorder import Recorder
 
-BATCH_SECONDS = 0.0025  # a batch has as many rows as take about that long: what a row may have to wait for others
-WINDOW = 4  # batches of one request that wait or lie computed at a time, so that no thread need wait for a reader
-GATHERING = 3  # turns of the loop that a runner waits for more rows, while each brings some
-PROMPT = 64  # a batch, which takes milliseconds, has as many times the rows that run while another thread wakes up
+BATCH_SECONDS = 0.0025  # time of a full batch, about: what a row may have to wait for others
+WINDOW = 4  # batches of one request that wait or are computed ahead of its reader, so that no runner waits for it
+GATHER_TURNS = 3  # keep collecting for at most so many loop iterations, as long as each adds rows
+LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs them
 RECOVERY = 60.0  # seconds after which batches are as large again as before the device had no memory
-FORGETTING = 0.1  # what the latest batch counts for in the measured rate
+FORGETTING = 0.1  # weight of the latest batch in the measured time of a row
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs rows in batches, while at most `max_queue_rows` rows wait, and the requests being answered hold at most
-    `max_held_bytes`, their answers included.
+    """Runs rows in batches, within the limits of admission.
 
-    All methods are for the event loop's thread, but for the five that the runners call.
+    The event loop's thread calls all methods, except for those that begin with `_thread`.
+
+    jobs: requests that have begun and not left.
     """
 
-    def __init__(self, runners: int, max_queue_rows: int, max_held_bytes: int, metrics: Metrics) -> None:
-        self.max_queue_rows = max_queue_rows
-        self.max_held_bytes = max_held_bytes
-        self.held_bytes = 0
-        self._incoming_bytes = 0  # of these, of bodies that are not read yet
+    def __init__(
+        self, runners: int, max_queue_rows: int, max_reserved_bytes: int, metrics: Metrics, recorder: Recorder
+    ) -> None:
         self.jobs: set[Job] = set()
-        self.runners = [Runner(self, number) for number in range(runners)]
+        self.admission = Admission(max_queue_rows, max_reserved_bytes, metrics)
         self.loop: asyncio.AbstractEventLoop
-        self._load: Callable[[], None]
+        self.deadlines: Deadlines
+        self._runners = [Runner(number, self._thread_out_of_memory) for number in range(runners)]
         self._loaded = Future[None]()
-        self.patience: Patience
         self._metrics = metrics
+        self._recorder = recorder
         self._scheduler = Scheduler[Job]()
-        self._lock = threading.Lock()  # of what all threads use: the scheduler, and these two
-        self._gate = threading.Lock()  # open while there may be something to run
+        self._lock = threading.Lock()  # held to use the scheduler, the gate and _free
+        self._gate = threading.Lock()  # released while there may be work for a runner; a runner takes it to pass
         self._gate.acquire()
         self._free = 0  # runners that wait at the gate
-        self._turns = 0  # of the loop, since rows wait that no runner was told of
-        self._one_by_one = False  # is how requests come: the latest was alone in its turn
-        self._closed = ""
-        self._seconds_per_row = 0.0
+        self._turns = 0  # loop iterations since rows wait that no runner was woken for
+        self._arrives_singly = False  # the latest request was the only one of its loop iteration
+        self._closed = ""  # why no rows are taken any more
 
     def start(self, loop: asyncio.AbstractEventLoop, load: Callable[[], None]) -> asyncio.Future[None]:
-        """load: is called on the first runner's thread, the only one on a GPU, and may take long. What is returned ends
-        when it has ended, and raises what it raised."""
+        """Start the runners' threads.
+
+        load: called on the first runner's thread, which is the only one on a GPU; may take long
+
+        Returns: a future that ends when `load` has ended, with its error if it raised
+        """
         self.loop = loop
-        self.patience = Patience(loop, self.jobs)
-        self._load = load
-        for runner in self.runners:
-            runner.start()
+        self.deadlines = Deadlines(loop, self.jobs, self._expire)
+        for runner in self._runners:
+            # A daemon, because a run that hangs must not keep the process from ending.
+            name = f"runner {runner.number}"
+            threading.Thread(target=self._thread, args=(runner, load), name=name, daemon=True).start()
         return asyncio.wrap_future(self._loaded, loop=loop)
 
-    def serve(self, model: Model) -> None:
-        """From now on rows of the model may be submitted."""
+    def serve(self, graph: Graph) -> None:
+        """Take rows of this graph from now on."""
         with self._lock:
-            self._scheduler.set_limit(model, model.batch_rows)
+            self._scheduler.set_limit(graph, graph.batch_rows)
 
     @property
     def busy(self) -> bool:
         """A batch is running, or models are being loaded."""
-        return not self._loaded.done() or any(runner.busy_since is not None for runner in self.runners)
+        return not self._loaded.done() or any(runner.busy_since is not None for runner in self._runners)
 
     @property
     def queued_rows(self) -> int:
+        """Rows that wait."""
         return self._scheduler.waiting
 
     def join(self, job: Job) -> None:
-        """A request begins. Whoever has the job closes it. Raises Unavailable."""
+        """Begin a request. The caller calls `leave` in the end. Raises Unavailable."""
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
         job.deadline = self.loop.time() + job.timeout
         self.jobs.add(job)
-        self.patience.begin(job)
+        if not self.deadlines.is_running or job.timeout < SHORT:
+            self.deadlines.watch(job)
 
-    def submit(self, job: Job, rows: Rows, size: int, first: int) -> None:
-        """Let these rows be computed, the first of them now. size: bytes that the answer holds at a time, besides those
-        that the job holds already.
+    def reserve_body(self, job: Job, size: int) -> None:
+        """Reserve room for so many more bytes of the job's body. Raises QueueFull."""
+        self.admission.admit_body(job, self._scheduler.waiting, size)
 
-        Raises Unavailable, and QueueFull with the seconds after which the rows ahead should be done.
+    def submit(self, job: Job, work: Work, size: int, first: int) -> None:
+        """Compute the work of a job that has joined.
+
+        size: bytes that the response reserves at a time
+        first: rows that may run now; `grant` lets more rows run
+
+        Raises: Unavailable; QueueFull with the seconds after which the rows ahead should be done
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
-        body = job.size
-        self._admit(job, first, size)
-        self._incoming_bytes -= body
-        job.ask(rows)
-        self.grant(job, first)
+        self.admission.admit(job, self._scheduler.waiting, first, size)
+        job.start(work)
+        if self._arrives_singly and first == work.n and self._is_lone(job, first):
+            self._arrives_singly = False  # until this loop iteration has ended without another request
+            self.loop.call_soon(self._end_turn)
+            self._run_lone(job, 0, first, "drained")
+        else:
+            job.ticket = Ticket(job, work.graph, work.n)
+            self.grant(job, first)
 
-    def hold(self, job: Job, size: int) -> None:
-        """So many more bytes of the job's body have come. Bodies that are not whole yet may be half of what is held, so
-        that clients who never end leave room for others. Raises QueueFull."""
-        limit = self.max_held_bytes // 2
-        if self._incoming_bytes > job.size and self._incoming_bytes + size > limit:
-            raise self._full(
-                "incoming", f"the bodies that come hold {self._incoming_bytes} bytes and the limit is {limit}"
-            )
-        self._admit(job, 0, size)
-        self._incoming_bytes += size
-
-    def window(self, model: Model) -> int:
-        """Rows of one request that are computed ahead of its reader."""
-        return WINDOW * model.batch_rows
+    def window(self, graph: Graph) -> int:
+        """Return the rows of one request that may run ahead of its reader."""
+        return WINDOW * graph.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
-        """Let so many more rows of the job be computed."""
+        """Let so many more rows of the job run."""
         if self._closed:
-            job.fail(Unavailable(self._closed, retry_after=1))
-            return
-        with self._lock:
-            self._scheduler.grant(job, rows)
-        self._open_gate_soon()
+            self.fail(job, Unavailable(self._closed, retry_after=1))
+        elif job.ticket is not None:
+            with self._lock:
+                self._scheduler.grant(job.ticket, rows)
+            if not self._turns and self._gate.locked():
+                self._gather(0)
 
-    def withdraw(self, job: Job) -> None:
-        """Compute no more rows of the job."""
-        with self._lock:
-            self._scheduler.drop(job)
+    def fail(self, job: Job, error: Exception) -> None:
+        """Compute no more rows of the job, and tell it why. Does nothing if the job has failed or left."""
+        if job.error is None and job.is_open:
+            job.error = error
+            self._withdraw(job)
+            job.on_change()
 
-    def forget(self, job: Job) -> None:
-        if job.taken < job.rows:
-            self.withdraw(job)
+    def leave(self, job: Job) -> None:
+        """End a request: its response has been sent, or will never be."""
+        job.is_open = False
+        job.done.clear()
+        if job.timer is not None:
+            job.timer.cancel()
+        if job.ticket is not None and job.ticket.taken < job.ticket.rows:
+            self._withdraw(job)
         self.jobs.discard(job)
-        self.held_bytes -= job.size
-        if job.reading:
-            self._incoming_bytes -= job.size
+        self.admission.release(job)
 
     def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
-        """Count a deadline of so many seconds that passed in this stage, and return the error for it."""
+        """Count a deadline that passed in this stage, and return the problem of it. timeout: seconds."""
         self._metrics.expired.labels(stage).inc()
         faster = "send the body at once" if stage == "body" else "ask for fewer rows"
         return DeadlineExceeded(
@@ -154,8 +167,8 @@ class Engine:
         )
 
     def failure(self, hang_timeout: float) -> str | None:
-        """Why only a restart helps: a runner has died, or its batch has not ended for so many seconds."""
-        for runner in self.runners:
+        """Say why only a restart helps: a runner has died, or a batch runs longer than hang_timeout, in seconds."""
+        for runner in self._runners:
             if runner.failure is not None:
                 return f"a thread that runs the models has died: {runner.failure!r}"
             since = runner.busy_since
@@ -164,104 +177,134 @@ class Engine:
         return None
 
     def oldest(self) -> float:
-        """Seconds that the oldest of the waiting rows have waited."""
-        since = min((job.since for job in self.jobs if job.waiting), default=None)
+        """Return the seconds that the oldest waiting row has waited."""
+        waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
+        since = min((job.waiting_since for job in waiting), default=None)
         return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, reason: str) -> None:
-        """Refuse what waits and what will come; what runs is answered."""
+        """Refuse rows that wait and rows that come. Rows that run are answered."""
         self._closed = reason
         for job in list(self.jobs):
-            if job.waiting:
-                job.fail(Unavailable(reason, retry_after=1))
+            if job.ticket is not None and job.ticket.waiting:
+                self.fail(job, Unavailable(reason, retry_after=1))
         self._open_gate()
 
     def abandon(self) -> None:
-        """Answer whoever still waits for what runs: it comes too late."""
+        """Fail all jobs: the process ends before their rows are computed."""
         for job in list(self.jobs):
-            job.fail(cut_off())
+            self.fail(job, cut_off())
 
-    def _admit(self, job: Job, rows: int, size: int) -> None:
-        """One rule for a row and for many: what would never fit goes in when nothing else is there."""
-        waiting, others = self._scheduler.waiting, self.held_bytes - job.size
-        if waiting and waiting + rows > self.max_queue_rows:
-            raise self._full("rows", f"{waiting} rows wait already and the limit is {self.max_queue_rows}")
-        if others and self.held_bytes + size > self.max_held_bytes:
-            raise self._full(
-                "bytes",
-                f"the requests being answered hold {self.held_bytes} bytes and the limit is {self.max_held_bytes}",
-            )
-        job.size += size
-        self.held_bytes += size
+    def _expire(self, job: Job) -> None:
+        """Fail a job whose deadline has passed, unless it only waits for its client to read."""
+        if job.stage != "send":
+            self.fail(job, self.expired(job.stage, job.timeout))
 
-    def _full(self, reason: str, why: str) -> QueueFull:
-        seconds = max(1, math.ceil(self._scheduler.waiting * self._seconds_per_row))
-        self._metrics.rejected.labels(reason).inc()
-        return QueueFull(f"{why}: try again in {seconds} s", retry_after=seconds)
+    def _withdraw(self, job: Job) -> None:
+        if job.ticket is not None:
+            with self._lock:
+                self._scheduler.drop(job.ticket)
 
-    def _open_gate_soon(self) -> None:
-        """When the loop has read what had come, so that requests that came together run together; now, while they come
-        one by one."""
-        if self._turns or not self._gate.locked():
-            return
-        if self._one_by_one and self._run_here():
-            self._one_by_one = False  # until this turn has ended and has brought no other
-            self.loop.call_soon(self._end_turn)
-        else:
-            self._gather(0)
-
-    def _end_turn(self) -> None:
-        self._one_by_one = not self._turns
+    # How batches start. Simultaneous requests share a batch, so it starts after the loop has read all ready sockets.
 
     def _gather(self, before: int) -> None:
-        """Open the gate if the last turn of the loop brought no more rows than waited before, or after a few turns."""
+        """Wake a runner, once a loop iteration has added no rows to those that waited before, or after a few."""
         waiting = self._scheduler.waiting
-        if self._turns < GATHERING and waiting > before:
+        if self._turns < GATHER_TURNS and waiting > before:
             self._turns += 1
             self.loop.call_soon(self._gather, waiting)
             return
-        self._one_by_one = self._run_here()
-        if not self._one_by_one:
+        self._turns = 0
+        self._arrives_singly = self._take_lone()
+        if not self._arrives_singly:
             self._open_gate()
 
-    def _run_here(self) -> bool:
-        """A few rows of the one request there is, whose deadline is not near: they are computed before a runner would
-        have woken up."""
+    def _end_turn(self) -> None:
+        self._arrives_singly = not self._turns
+
+    def _is_lone(self, job: Job, rows: int) -> bool:
+        """Tell whether the job is the only one, and its rows take less time to run than a runner to wake up."""
+        graph = job.work.graph
+        return (
+            len(self.jobs) == 1
+            and graph.steady
+            and 0 < rows <= self._scheduler.limit(graph) // LONE_PART
+            and job.timer is None  # so the deadline is not near
+            and self._free == len(self._runners)
+        )
+
+    def _take_lone(self) -> bool:
+        """Run the rows that wait here, if they belong to a lone job. Returns whether they did."""
         if len(self.jobs) != 1:
             return False
         (job,) = self.jobs
+        if job.ticket is None:
+            return False
         with self._lock:
-            prompt = 0 < job.waiting <= self._prompt_rows(job.model) and self._free == len(self.runners)
-            batch = self._scheduler.take() if prompt and job.timer is None else None
+            batch = self._scheduler.take() if self._is_lone(job, job.ticket.waiting) else None
         if batch is None:
             return False
-        self._turns = 0
-        self._delivered(batch, *self.runners[0].compute(batch))
+        ((_, lo, hi),) = batch.pieces
+        self._run_lone(job, lo, hi, batch.closed)
         return True
 
-    def _prompt_rows(self, model: Model) -> int:
-        """Rows that take less time to run than a runner to wake up."""
-        return self._scheduler.limit(model) // PROMPT if model.steady else 0
+    def _run_lone(self, job: Job, lo: int, hi: int, closed: Closed) -> None:
+        """Run rows lo .. hi - 1 of a job on this thread. All runners wait, so the first one's replica is free."""
+        shares = [(job.work, lo, hi)]
+        started = time.perf_counter()
+        try:
+            results = job.work.graph.replicas[0].compute(shares)
+        except Exception as error:  # onnxruntime's errors have no narrower common base
+            results = self._runners[0].isolate(shares, error)
+        self._finish(
+            Batch(job.work.graph, [Piece(job, lo, hi)], hi - lo, closed), results, started, time.perf_counter()
+        )
+
+    def _finish(self, batch: Batch[Job], results: list[Result], started: float, ended: float) -> None:
+        """Hand out the results of a batch."""
+        seconds, admission = ended - started, self.admission
+        latest = seconds / batch.rows / len(self._runners)
+        admission.seconds_per_row += FORGETTING * (latest - admission.seconds_per_row)
+        waits = [started - job.waiting_since for job, _, _ in batch.pieces]
+        for (job, lo, hi), result in zip(batch.pieces, results, strict=True):
+            job.add_times(started, ended)
+            if job.error is not None or not job.is_open:
+                continue
+            if isinstance(result, Problem):
+                self.fail(job, result)
+            elif job.add_result(result, lo, hi):
+                job.on_change()
+        self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
     def _open_gate(self) -> None:
-        self._turns = 0
         with self._lock:
             if self._gate.locked():
                 self._gate.release()
 
-    # What the runners call, each on its thread.
+    # What runs on the runners' threads.
 
-    def prepare(self, number: int) -> None:
-        if number == 0 and self._loaded.set_running_or_notify_cancel():
-            try:
-                self._load()
-            except Exception as error:  # for whoever waits for it; the runner goes on
-                self._loaded.set_exception(error)
-            else:
-                self._loaded.set_result(None)
+    def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
+        try:
+            if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
+                self._thread_load(load)
+            while (batch := self._thread_next_batch()) is not None:
+                shares = [(job.work, lo, hi) for job, lo, hi in batch.pieces]
+                self._thread_call(self._finish, batch, *runner.run(shares))
+        except BaseException as error:  # /livez reports every reason for which the thread can end
+            log.exception("the runner died")
+            runner.failure = error
+            self._thread_call(self.close, "a thread that runs the models has died")
 
-    def next_batch(self) -> Batch[Job] | None:
-        """Whoever passes the gate leaves it open for the next, if anything is left to do."""
+    def _thread_load(self, load: Callable[[], None]) -> None:
+        try:
+            load()
+        except Exception as error:  # raised where the future is awaited; the runner goes on
+            self._loaded.set_exception(error)
+        else:
+            self._loaded.set_result(None)
+
+    def _thread_next_batch(self) -> Batch[Job] | None:
+        """Wait for a batch; None ends the thread. If work remains, the gate stays open for the next runner."""
         while True:
             with self._lock:
                 self._free += 1
@@ -274,29 +317,16 @@ class Engine:
             if batch is not None or self._closed:
                 return batch
 
-    def deliver(self, batch: Batch[Job], results: list[Arrays | Problem], started: float, ended: float) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-            self.loop.call_soon_threadsafe(self._delivered, batch, results, started, ended)
-
-    def out_of_memory(self, model: Model, rows: int) -> None:
+    def _thread_out_of_memory(self, graph: Graph, rows: int) -> None:
+        """Make batches of the graph smaller than `rows` for a while, and count the failure."""
         with self._lock:
-            before = self._scheduler.limit(model)
-            self._scheduler.set_limit(model, max(1, min(before, rows // 2)))
+            before = self._scheduler.limit(graph)
+            self._scheduler.set_limit(graph, max(1, min(before, rows // 2)))
         self._metrics.out_of_memory.inc()
-        if before == model.batch_rows > 1:  # else it recovers soon anyway
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(self.loop.call_later, RECOVERY, self.serve, model)
+        if before == graph.batch_rows > 1:  # otherwise a recovery is due already
+            self._thread_call(self.loop.call_later, RECOVERY, self.serve, graph)
 
-    def died(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.close, "a thread that runs the models has died")
-
-    # And what comes of it, on the loop again.
-
-    def _delivered(self, batch: Batch[Job], results: list[Arrays | Problem], started: float, ended: float) -> None:
-        seconds = ended - started
-        self._seconds_per_row += FORGETTING * (seconds / batch.rows / len(self.runners) - self._seconds_per_row)
-        waited = [started - piece.ticket.since for piece in batch.pieces]
-        for piece, result in zip(batch.pieces, results, strict=True):
-            piece.ticket.take(result, piece.lo, piece.hi, started, ended)
-        self._metrics.batch(batch, seconds, waited)
+    def _thread_call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call the function on the event loop."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(function, *arguments)

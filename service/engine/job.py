@@ -1,206 +1,91 @@
-"""A request in the engine, as the event loop sees it."""
+"""A job: one request in the engine, on the event loop's thread."""
 
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from math import inf
+from typing import Literal
 
 from reparam.service.artifact.contract import Arrays
 from reparam.service.engine.scheduler import Ticket
-from reparam.service.errors import ClientLeft, DeadlineExceeded, Problem
-from reparam.service.runtime.repository import Model
-from reparam.service.runtime.sampler import Rows
+from reparam.service.runtime.graphs import Work
 
-Departure = Callable[[], Awaitable[Any]]
+Stage = Literal["body", "queue", "infer", "send"]
 
 
-class Host(Protocol):
-    """What a job asks of the engine."""
+class Job(ABC):
+    """One request, from its head to the last byte of its response. Whoever made the job lets it leave the engine.
 
-    loop: asyncio.AbstractEventLoop
-
-    def grant(self, job: "Job", rows: int) -> None: ...
-    def window(self, model: Model) -> int: ...
-    def withdraw(self, job: "Job") -> None: ...
-    def forget(self, job: "Job") -> None: ...
-    def expired(self, stage: str, timeout: float) -> DeadlineExceeded: ...
-
-
-class Job(Ticket, ABC):
-    """One request, until the last byte of its answer. Whoever has it closes it.
-
-    timeout: seconds that it may take, from when it joins the engine. deadline: their end, on the loop's clock.
-    request: what it asks for, once it is read. size: bytes that it holds, of body and answer. done: what is computed,
-    in order, each piece with the outputs asked for. left: rows not computed yet. queue_seconds, infer_seconds: that its
-    pieces waited and ran, in sum. since: when the rows that wait began to, on time.perf_counter. error: why it failed.
+    timeout: seconds that the request may take.
+    deadline: end of the timeout, on the loop's clock; inf for none.
+    timer: calls at the deadline; None until the job has waited for a while.
+    work: what the request asks for; set by `start`.
+    ticket: the job's rows in the scheduler; None until they are granted.
+    reserved_bytes: bytes of body and response that count as held.
+    done: results that the client has not taken yet, in order of rows.
+    rows_left: rows that are not computed yet.
+    queue_seconds, infer_seconds: time that the job's pieces waited and ran, added up.
+    waiting_since: when the rows that wait began to, on time.perf_counter.
+    error: why the job failed.
     """
 
-    request: Rows
-    deadline = float("inf")
-    seen = 0  # times that Patience has found it waiting
-    reading = True
-    open = True
-    error: Exception | None = None
-    size = left = 0
-    queue_seconds = infer_seconds = since = 0.0
+    work: Work
+    ticket: Ticket["Job"] | None = None
     timer: asyncio.TimerHandle | None = None
-    _end = 0  # rows of what was done
+    deadline = inf
+    ticks = 0  # times that Deadlines has found the job waiting
+    is_open = True
+    has_started = False
+    error: Exception | None = None
+    reserved_bytes = rows_left = 0
+    queue_seconds = infer_seconds = waiting_since = 0.0
+    _end = 0  # rows that are computed without a gap
 
-    def __init__(self, host: Host, timeout: float) -> None:
-        super().__init__(None, 0)
-        self.host = host
+    def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.done: list[Arrays] = []
-        self._early: dict[int, tuple[int, Arrays]] = {}  # what ended before the rows in front of it: lo, hi
-
-    def ask(self, request: Rows) -> None:
-        """Now it is known what it wants."""
-        self.reading = False
-        self.request = request
-        self.model = request.model
-        self.rows = self.left = request.n
-        self.since = time.perf_counter()
-
-    @property
-    def stage(self) -> str:
-        if self.reading:
-            return "body"
-        if not self.left:
-            return "send"
-        return "queue" if self.taken == self.request.n - self.left else "infer"
+        self._early: dict[int, tuple[int, Arrays]] = {}  # results with a gap before them: by first row, end and arrays
 
     @abstractmethod
-    def news(self) -> None:
-        """Something was done, or it failed."""
+    def on_change(self) -> None:
+        """React to new results, or to `error`."""
 
-    def look_after(self) -> None:
-        """It has waited for a while: watch the clock."""
-        if self.deadline < float("inf"):
-            self.timer = self.host.loop.call_at(self.deadline, self.expire)
+    @abstractmethod
+    def on_wait(self) -> None:
+        """React, once, to having waited for a while: watch the client for a disconnect."""
 
-    def expire(self) -> None:
-        """The deadline has passed; unless there is nothing more to wait for but the client."""
-        if self.stage != "send":
-            self.fail(self.host.expired(self.stage, self.timeout))
+    def start(self, work: Work) -> None:
+        """Begin to compute the work: the request has been read."""
+        self.has_started = True
+        self.work = work
+        self.rows_left = work.n
+        self.waiting_since = time.perf_counter()
 
-    def fail(self, error: Exception) -> None:
-        if self.error is None and self.open:
-            self.error = error
-            self.host.withdraw(self)
-            self.news()
+    @property
+    def stage(self) -> Stage:
+        """What the job waits for."""
+        if not self.has_started:
+            return "body"
+        if not self.rows_left:
+            return "send"
+        in_batches = self.ticket.taken if self.ticket is not None else 0
+        return "queue" if in_batches == self.work.n - self.rows_left else "infer"
 
-    def close(self) -> None:
-        """Nobody waits for the rows any more."""
-        self.open = False
-        self.done.clear()
-        if self.timer is not None:
-            self.timer.cancel()
-        self.host.forget(self)
-
-    def take(self, result: Arrays | Problem, lo: int, hi: int, started: float, ended: float) -> None:
-        """The result of the rows lo .. hi - 1."""
-        self.queue_seconds += max(0.0, started - self.since)
+    def add_times(self, started: float, ended: float) -> None:
+        """Add the times of a piece, on time.perf_counter."""
+        self.queue_seconds += max(0.0, started - self.waiting_since)
         self.infer_seconds += ended - started
-        self.since = max(started, self.since)
-        if not self.open or self.error is not None:
-            return
-        if isinstance(result, Problem):
-            self.fail(result)
-            return
+        self.waiting_since = max(started, self.waiting_since)
+
+    def add_result(self, result: Arrays, lo: int, hi: int) -> bool:
+        """Add the result of rows lo .. hi - 1. Returns whether `done` has grown: earlier rows may still run."""
         if lo != self._end:
             self._early[lo] = hi, result
-            return
+            return False
         self.done.append(result)
         while hi in self._early:
             hi, result = self._early.pop(hi)
             self.done.append(result)
         self._end = hi
-        self.left = self.request.n - hi
-        self.news()
-
-
-class Awaited(Job):
-    """A job that a coroutine waits for.
-
-    departure: returns when the client has gone; not called while the body is read.
-    """
-
-    def __init__(self, host: Host, timeout: float, departure: Departure) -> None:
-        super().__init__(host, timeout)
-        self._departure = departure
-        self._task = asyncio.current_task(host.loop)  # without the loop, a system call
-        self._read = 0  # rows that `pieces` has returned
-        self._waiter: asyncio.Future[None] | None = None
-        self._old = False
-        self._watcher: asyncio.Task[None] | None = None
-
-    def ask(self, request: Rows) -> None:
-        super().ask(request)
-        if self._old:
-            self.watch()
-
-    @property
-    def exhausted(self) -> bool:
-        """All rows are computed, and `pieces` has returned them."""
-        return self.left == 0 and not self.done
-
-    async def pieces(self) -> list[Arrays]:
-        """Of what was computed since the last call, at least one piece. Raises Problem."""
-        if not self.done and self.error is None:
-            self._waiter = self.host.loop.create_future()
-            await self._waiter
-        if self.error is not None:
-            raise self.error
-        pieces, self.done = self.done, []
-        if self.granted < self.rows:
-            self._read += sum(len(next(iter(piece.values()))) for piece in pieces)
-            if self.granted == self.taken:
-                self.since = time.perf_counter()
-            self.host.grant(self, self.host.window(self.model) - self.granted + self._read)
-        return pieces
-
-    async def all(self) -> list[Arrays]:
-        """Of what `pieces` has not returned yet, everything. Raises Problem."""
-        pieces: list[Arrays] = []
-        while not self.exhausted:
-            pieces += await self.pieces()
-        return pieces
-
-    def news(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def lift_deadline(self) -> None:
-        """From now on it may take its time: the client reads."""
-        self.deadline = float("inf")
-        if self.timer is not None:
-            self.timer.cancel()
-
-    def look_after(self) -> None:
-        """And, once it has nothing more to say, watch the client."""
-        super().look_after()
-        self._old = True
-        if not self.reading:
-            self.watch()
-
-    def watch(self) -> None:
-        """Notice when the client leaves, which fails the job."""
-        if self._watcher is None:
-            self._watcher = self.host.loop.create_task(self._await_departure())
-
-    def expire(self) -> None:
-        if self.reading and self._task is not None:
-            self.error = self.host.expired(self.stage, self.timeout)
-            self._task.cancel()
-        else:
-            super().expire()
-
-    def close(self) -> None:
-        super().close()
-        if self._watcher is not None:
-            self._watcher.cancel()
-
-    async def _await_departure(self) -> None:
-        await self._departure()
-        self.fail(ClientLeft())
+        self.rows_left = self.work.n - hi
+        return True

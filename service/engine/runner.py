@@ -1,97 +1,79 @@
-"""The threads that run the models."""
+"""Runners: each computes one batch after the other, and isolates what fails."""
 
 import logging
-import threading
 import time
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from reparam.service.artifact.contract import Arrays
-from reparam.service.engine.job import Job
-from reparam.service.engine.scheduler import Batch, Piece
 from reparam.service.errors import ModelFailed, Problem, Unavailable
-from reparam.service.runtime.graphs import is_out_of_memory
-from reparam.service.runtime.repository import Model
-from reparam.service.runtime.sampler import about, compute, told
+from reparam.service.runtime.graphs import Graph, Share, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-
-class Work(Protocol):
-    """Where batches come from and results go; every method is called on the thread."""
-
-    def prepare(self, number: int) -> None:
-        """Is called before the first batch, with the runner's number."""
-
-    def next_batch(self) -> Batch[Job] | None:
-        """Waits for the next batch; None ends the thread."""
-
-    def deliver(self, batch: Batch[Job], results: list[Arrays | Problem], started: float, ended: float) -> None:
-        """Takes the result of each piece; the times are of time.perf_counter."""
-
-    def out_of_memory(self, model: Model, rows: int) -> None:
-        """Is told that the device had no memory for so many rows."""
-
-    def died(self) -> None:
-        """Is told that the thread ends for a reason that nobody foresaw: `failure`."""
+Result = Arrays | Problem
 
 
-class Runner(threading.Thread):
-    """Runs one batch after the other. busy_since: when the batch that runs was started, on time.perf_counter."""
+class Runner:
+    """Computes batches on one replica of each graph, a batch at a time.
 
-    def __init__(self, work: Work, number: int) -> None:
-        super().__init__(name=f"runner {number}", daemon=True)  # one that hangs must not keep the process from ending
-        self._work = work
-        self._number = number
-        self.failure: BaseException | None = None
+    number: of the replicas that belong to this runner.
+    on_out_of_memory: called with the graph and the rows for which the device had no memory.
+    busy_since: when the batch that runs began, on time.perf_counter; None while no batch runs.
+    failure: why the runner's thread has ended.
+    """
+
+    def __init__(self, number: int, on_out_of_memory: Callable[[Graph, int], None]) -> None:
+        self.number = number
         self.busy_since: float | None = None
+        self.failure: BaseException | None = None
+        self._on_out_of_memory = on_out_of_memory
 
-    def run(self) -> None:
-        try:
-            self._work.prepare(self._number)
-            while (batch := self._work.next_batch()) is not None:
-                self._work.deliver(batch, *self.compute(batch))
-        except BaseException as error:  # whatever it was, /livez tells
-            log.exception("the runner died")
-            self.failure = error
-            self._work.died()
+    def run(self, shares: Sequence[Share]) -> tuple[list[Result], float, float]:
+        """Compute a batch of rows of one graph.
 
-    def compute(self, batch: Batch[Job]) -> tuple[list[Arrays | Problem], float, float]:
-        """The result of each piece, when it was started and when it had ended; on any thread, but one at a time."""
+        Returns: the result of each share; when the batch began and ended, on time.perf_counter
+
+        Raises: whatever onnxruntime raises on a GPU that only a new process can use again
+        """
         self.busy_since = started = time.perf_counter()
-        results = self._attempt(batch.pieces)
+        results = self._attempt(shares)
         self.busy_since = None
         return results, started, time.perf_counter()
 
-    def _attempt(self, pieces: list[Piece[Job]]) -> list[Arrays | Problem]:
-        """The result of each piece. A batch that fails is tried again in halves, so that what fails, fails alone.
-        Raises what onnxruntime raises if nothing works any more."""
-        model = pieces[0].ticket.request.model
-        shares = [(piece.ticket.request, piece.lo, piece.hi) for piece in pieces]
+    def isolate(self, shares: Sequence[Share], error: Exception) -> list[Result]:
+        """Compute a batch that has failed in halves, so that only the rows at fault fail.
+
+        Returns and raises: as `run`
+        """
+        graph = shares[0][0].graph
+        no_memory = is_out_of_memory(error)
+        rows = sum(hi - lo for _, lo, hi in shares)
+        if no_memory:
+            self._on_out_of_memory(graph, rows)
+        if len(shares) > 1:
+            middle = len(shares) // 2
+            return self._attempt(shares[:middle]) + self._attempt(shares[middle:])
+        ((work, lo, hi),) = shares
+        if no_memory and rows > 1:
+            middle = lo + rows // 2
+            return [_joined(self._attempt([(work, lo, middle)]), self._attempt([(work, middle, hi)]))]
+        log.error("a run failed", exc_info=error, extra=work.log_fields(lo, hi))
+        if no_memory:
+            return [Unavailable(f"the device has no memory for a row of model {graph.model!r}", retry_after=1)]
+        graph.replicas[self.number].check_device()
+        return [ModelFailed(f"{work.describe(lo, hi)} failed: the service's log has the cause under these numbers")]
+
+    def _attempt(self, shares: Sequence[Share]) -> list[Result]:
         try:
-            return compute(shares, model.buckets[self._number])
-        except Exception as error:  # onnxruntime's errors have no common base but this
-            no_memory = is_out_of_memory(error)
-            rows = sum(piece.hi - piece.lo for piece in pieces)
-            if no_memory:
-                self._work.out_of_memory(model, rows)
-            if len(pieces) > 1:
-                middle = len(pieces) // 2
-                return self._attempt(pieces[:middle]) + self._attempt(pieces[middle:])
-            (piece,) = pieces
-            if no_memory and rows > 1:
-                middle = piece.lo + rows // 2
-                return [_joined(self._attempt([piece._replace(hi=middle)]), self._attempt([piece._replace(lo=middle)]))]
-            log.exception("a run failed", extra=about(shares[0]))
-            if no_memory:
-                return [Unavailable(f"the device has no memory for a row of model {model.name!r}", retry_after=1)]
-            model.buckets[self._number].check_device()
-            return [ModelFailed(f"{told(shares[0])} failed: the service's log has the cause under these numbers")]
+            return shares[0][0].graph.replicas[self.number].compute(shares)
+        except Exception as error:  # onnxruntime's errors have no narrower common base
+            return self.isolate(shares, error)
 
 
-def _joined(first: list[Arrays | Problem], second: list[Arrays | Problem]) -> Arrays | Problem:
-    """The result of one piece that ran in two halves."""
+def _joined(first: list[Result], second: list[Result]) -> Result:
+    """Join the results of the two halves of one share."""
     (left,), (right,) = first, second
     if isinstance(left, Problem):
         return left

@@ -1,7 +1,8 @@
-"""Answers to `POST /sample`, one media type each."""
+"""Bodies of responses, a media type each, and their headers."""
 
 import base64
 import io
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
@@ -11,37 +12,39 @@ import mimeparse
 import numpy as np
 import orjson
 
-from reparam.service.artifact.contract import Arrays, Output
-from reparam.service.artifact.noise import NOISE_VERSION
+from reparam.service.artifact.contract import Arrays
+from reparam.service.artifact.outputs import Output
 from reparam.service.errors import NotAcceptable, clipped
+from reparam.service.operations.operation import FACTS, Operation
 from reparam.service.pictures import png, sheet
-from reparam.service.runtime.repository import Model
-from reparam.service.runtime.sampler import Rows
+from reparam.service.runtime.graphs import Graph, Work
 
-MOST_ACCEPT = 1000  # bytes of the header that are read
+MAX_ACCEPT = 1000  # bytes of the header that are read
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
-def negotiate(accept: bytes, outputs: tuple[Output, ...]) -> str:
-    """The media type that the header `Accept` likes best; JSON where it does not care. Raises NotAcceptable."""
-    if len(accept) > MOST_ACCEPT:
+def check_accept(accept: bytes) -> str:
+    """Decode the header `Accept`. Raises NotAcceptable for a header that is too long."""
+    if len(accept) > MAX_ACCEPT:
         raise NotAcceptable(
-            f"`Accept` has {len(accept)} bytes, at most {MOST_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
+            f"`Accept` has {len(accept)} bytes, at most {MAX_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
             available=list(MEDIA_TYPES),
         )
-    return _negotiate(accept.decode("latin-1"), outputs)
+    return accept.decode("latin-1")
 
 
 @lru_cache(256)
-def _negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
+def negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
+    """Choose the media type that the header `Accept` prefers; JSON without preference. Raises NotAcceptable."""
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
     if best:
         return best
     if _best(list(_CARRIES), accept):
+        names = ", ".join(output.name for output in outputs)
         raise NotAcceptable(
-            f"{clipped(accept)!r} cannot carry {', '.join(outputs)}; {', '.join(able)} can: {PNG} carries images "
-            f"alone, {NPY} one output",
+            f"{clipped(accept)!r} cannot carry {names}; {', '.join(able)} can: {PNG} carries images alone, {NPY} one "
+            "output",
             available=able,
         )
     raise NotAcceptable(f"cannot send {clipped(accept)!r}; can send {', '.join(able)}", available=able)
@@ -49,44 +52,57 @@ def _negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
 
 _CARRIES: dict[str, Callable[[Sequence[Output]], bool]] = {
     JSON: lambda _: True,
-    PNG: lambda outputs: list(outputs) == ["images"],
+    PNG: lambda outputs: len(outputs) == 1 and outputs[0].is_picture,
     NPY: lambda outputs: len(outputs) == 1,
     NPZ: lambda _: True,
 }
 
 
 def _best(media_types: Sequence[str], accept: str) -> str:
-    """The one that the client likes best; of equally good ones the first, and none is ""."""
+    """Choose the media type that `Accept` prefers, the first of equally good ones; "" if it takes no one."""
     try:
         return str(mimeparse.best_match(media_types[::-1], (accept or "*/*").lower()))
     except mimeparse.MimeTypeParseException:
         return ""
 
 
-def head(rows: Rows, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
-    """The lines of an answer's head: what it is, how to get it again, and how long that took.
+class HeaderBlock:
+    """Writes the headers of an operation's responses as lines."""
 
-    size: bytes of the body. queue, infer, encode: seconds.
+    def __init__(self, operation: Operation) -> None:
+        facts = [FACTS[name] for name in operation.facts if FACTS[name].header is not None]
+        varying = [fact for fact in facts if not fact.per_model]
+        self._names = [fact.name for fact in varying]
+        self._template = b"content-length: %d\r\nserver-timing: queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f\r\n"
+        self._template += b"".join(f"{fact.header}: ".lower().encode() + b"%d\r\n" for fact in varying) + b"%b"
+        self._of_model = [fact for fact in facts if fact.per_model]
+        self._lines_of_model: dict[tuple[Graph, str], bytes] = {}
+
+    def write(self, work: Work, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
+        """Say what the body is, how to get it again, and how long it took.
+
+        size: bytes of the body
+        queue, infer, encode: seconds
+        """
+        facts = work.facts()
+        lines = self._lines_of_model.get((work.graph, media_type))
+        if lines is None:
+            headers = [("content-type", media_type), *((str(fact.header), facts[fact.name]) for fact in self._of_model)]
+            lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode()
+            self._lines_of_model[work.graph, media_type] = lines
+        times = 1e3 * queue, 1e3 * infer, 1e3 * encode
+        return self._template % (size, *times, *map(facts.__getitem__, self._names), lines)
+
+
+def npy_header(work: Work, piece: Arrays) -> tuple[bytes, int]:
+    """Make the header of a .npy file of all rows.
+
+    piece: the first result
+
+    Returns: the header, and the bytes of the whole file
     """
-    return (
-        b"content-length: %d\r\nserver-timing: queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f\r\n"
-        b"sample-seed: %d\r\nsample-start: %d\r\n%b"
-        % (size, 1e3 * queue, 1e3 * infer, 1e3 * encode, rows.seed, rows.start, _head(rows.model, media_type))
-    )
-
-
-@lru_cache(1024)
-def _head(model: Model, media_type: str) -> bytes:
-    return (
-        f"content-type: {media_type}\r\nmodel-name: {model.name}\r\nmodel-version: {model.version}\r\n"
-        f"noise-version: {NOISE_VERSION}\r\n"
-    ).encode()
-
-
-def npy_header(rows: Rows, piece: Arrays) -> tuple[bytes, int]:
-    """The header of the .npy file that `piece`, the first of the rows, begins, and the bytes of the whole file."""
     (array,) = piece.values()
-    return _npy_header(rows.n, array.shape[1:], array.dtype)
+    return _npy_header(work.n, array.shape[1:], array.dtype)
 
 
 @lru_cache(256)
@@ -98,38 +114,42 @@ def _npy_header(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[b
 
 
 def buffers(pieces: Sequence[Arrays]) -> list[memoryview]:
-    """Pieces of one output as the file has them, not copied."""
+    """List the bytes of pieces of one output, in the order of a .npy file, without a copy."""
     return [array.reshape(-1).view(np.uint8).data for piece in pieces for array in piece.values()]
 
 
-def _json(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
-    about = {
-        "model": rows.model.name,
-        "version": rows.model.version,
-        "seed": rows.seed,
-        "start": rows.start,
-        "n": rows.n,
-        "temperature": rows.temperature,
-        "hard": rows.hard,
-        "prior": rows.prior,
-        "noise_version": NOISE_VERSION,
-    }
+def encode(work: Work, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:
+    """Encode all rows of a response.
+
+    Returns: the body, and the seconds that encoding took
+    """
+    started = time.perf_counter()
+    body = _ENCODERS[media_type](work, pieces)
+    return body, time.perf_counter() - started
+
+
+def _json(work: Work, pieces: Sequence[Arrays]) -> bytes:
+    arrays = _joined(pieces)
     values = {
-        name: [base64.b64encode(png(image)).decode() for image in array] if name == "images" else array
-        for name, array in _joined(pieces).items()
+        output.name: [base64.b64encode(png(image)).decode() for image in arrays[output.name]]
+        if output.is_picture
+        else arrays[output.name]
+        for output in work.outputs
     }
-    return orjson.dumps({**about, **values}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps({**work.facts(), **values}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _npy(rows: Rows, pieces: Sequence[Arrays]) -> bytes:
-    return b"".join([npy_header(rows, pieces[0])[0], *(array.data for piece in pieces for array in piece.values())])
+def _npy(work: Work, pieces: Sequence[Arrays]) -> bytes:
+    header, _ = npy_header(work, pieces[0])
+    return b"".join([header, *[array.data for piece in pieces for array in piece.values()]])
 
 
-def _png(_: Rows, pieces: Sequence[Arrays]) -> bytes:
-    return png(sheet(_joined(pieces)["images"]))
+def _png(_: Work, pieces: Sequence[Arrays]) -> bytes:
+    (images,) = _joined(pieces).values()
+    return png(sheet(images))
 
 
-def _npz(_: Rows, pieces: Sequence[Arrays]) -> bytes:
+def _npz(_: Work, pieces: Sequence[Arrays]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **_joined(pieces))
     return buffer.getvalue()
@@ -140,7 +160,7 @@ def _joined(pieces: Sequence[Arrays]) -> Arrays:
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in first} if others else first
 
 
-ENCODERS: dict[str, Callable[[Rows, Sequence[Arrays]], bytes]] = {
+_ENCODERS: dict[str, Callable[[Work, Sequence[Arrays]], bytes]] = {
     JSON: _json,
     PNG: _png,
     NPY: _npy,

@@ -1,110 +1,157 @@
-"""`POST /sample`, from the raw body to the response: an ASGI application of its own, so that a request, one among ten
-thousand a second, does not pay for what it does not use."""
+"""An operation as an HTTP endpoint, from headers and body to the response.
+
+The steps of a request are methods of Endpoint: `read_head`, `read`, `plan`, `submit`, `header_block`. Two carriers call
+them: the endpoint itself, as an ASGI application, and the fast path of `wire/`.
+"""
 
 import asyncio
 import math
-import time
-from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
 
+import numpy as np
+from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
-from reparam.service.artifact.contract import Arrays
-from reparam.service.engine.job import Awaited, Job
+from reparam.service.artifact.outputs import Output
+from reparam.service.engine.awaited import AwaitedJob
+from reparam.service.engine.job import Job
 from reparam.service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType, clipped
-from reparam.service.http.encoders import ENCODERS, MEDIA_TYPES, NPY, buffers, head, negotiate, npy_header
-from reparam.service.http.headers import HeaderMap, by_name, from_lines
-from reparam.service.lifespan import Service
-from reparam.service.operations.sample import parse, resolve
-from reparam.service.runtime.sampler import Rows, row_bytes
+from reparam.service.http.encoders import (
+    MEDIA_TYPES,
+    NPY,
+    HeaderBlock,
+    buffers,
+    check_accept,
+    encode,
+    negotiate,
+    npy_header,
+)
+from reparam.service.http.headers import HeaderMap, by_name, content_length, from_lines
+from reparam.service.lifespan import Lifespan
+from reparam.service.operations.faults import explain
+from reparam.service.operations.operation import Operation
+from reparam.service.runtime.graphs import Graph, Work
 
-LARGE_BODY = 2**16  # bytes; from here on a body is parsed on a thread, so that other requests go on between its steps
-LARGE_ANSWER = 2**13  # raw bytes; from here on PNG, JSON and npz are encoded on a thread
-LARGE_MESSAGE = 2**16  # bytes; from here on arrays are sent as they are, not copied into one message
-STREAMED = 2**20  # bytes; from here on rows are sent before the last of them is computed
-UNCODED = ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked"))
+LARGE_BODY = 2**16  # bytes; larger bodies are parsed on a thread, so that other requests go on meanwhile
+LARGE_RESPONSE = 2**13  # raw bytes; larger PNG, JSON and npz are encoded on a thread
+LARGE_MESSAGE = 2**16  # bytes; larger arrays are sent as they are, not copied into one message
+STREAMED = 2**20  # bytes; larger responses are sent while their last rows are computed
+MIN_ROW_BYTES = 1024  # that a row of a response counts for, because encoding it takes time
 
 
-class Sampling:
-    """What happens to a request, step by step; and called as an ASGI application, all of it. Raises Problem, and
-    ClientLeft."""
+class Head(NamedTuple):
+    """What the headers of a request say, checked.
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.settings = service.settings
-        self.engine = service.engine
-        self._small = dict.fromkeys(MEDIA_TYPES, min(LARGE_ANSWER, self.settings.max_buffered_bytes))
+    timeout: seconds that the request may take.
+    accept: the header `Accept`.
+    content_length: bytes of the body; 0 where the head does not say.
+    """
+
+    timeout: float
+    accept: str
+    content_length: int
+
+
+class Plan(NamedTuple):
+    """How a request is answered.
+
+    size: raw bytes that the response holds at a time.
+    first: rows that may run before the client takes results.
+    is_small: the response is computed as a whole, and encoded at once.
+    """
+
+    work: Work
+    media_type: str
+    size: int
+    first: int
+    is_small: bool
+
+
+class Endpoint:
+    """One operation over HTTP. Methods raise Problem; as an ASGI application also ClientLeft."""
+
+    def __init__(self, operation: Operation, lifespan: Lifespan) -> None:
+        self.operation = operation
+        self.lifespan = lifespan
+        self.settings = lifespan.settings
+        self.engine = lifespan.engine
+        self._recorder = lifespan.recorder
+        self._small = dict.fromkeys(MEDIA_TYPES, min(LARGE_RESPONSE, self.settings.max_buffered_bytes))
         self._small[NPY] = LARGE_MESSAGE
-        self.encode = {media_type: service.metrics.encode.labels(media_type) for media_type in MEDIA_TYPES}
+        self._headers = HeaderBlock(operation)
+        self._validate = operation.adapter.validator.validate_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = by_name(scope["headers"])
-        job = Awaited(self.engine, self.check_head(given), receive)
+        headers = by_name(scope["headers"])
+        self.lifespan.check_ready()
+        head = self.read_head(headers)
+        job = AwaitedJob(self.engine, head.timeout, receive)
         self.engine.join(job)
         try:
-            body = await self._body(job, given, receive)
-            rows = self.read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self.read, body)
-            media_type = self.negotiate(given, rows)
-            first = min(rows.n, self.engine.window(rows.model))
-            self.engine.submit(job, rows, self.held(rows, media_type), first)
-            await self._send(job, media_type, send)
+            body = await self._receive_body(job, head, receive)
+            work = self.read(body) if len(body) < LARGE_BODY else await asyncio.to_thread(self.read, body)
+            plan = self.plan(head, work)
+            self.engine.submit(job, work, plan.size, plan.first)
+            await self._send(job, plan, send)
         except ClientLeft:
-            self.count_departure(job)
+            self.count_disconnect(job)
             raise
         except asyncio.CancelledError:
             if job.error is None:
                 raise
             raise job.error from None
         finally:
-            job.close()
+            job.unwatch()
+            self.engine.leave(job)
 
-    def check_head(self, given: HeaderMap) -> float:
-        """The seconds that it may take. Raises Unavailable, InvalidRequest, UnsupportedMediaType."""
-        self.service.ready()
-        _check_content_type(given)
-        return _timeout(given, self.settings.request_timeout)
+    def read_head(self, headers: HeaderMap) -> Head:
+        """Check the headers. The result depends on the headers alone."""
+        _check_content_type(headers)
+        timeout = _timeout(headers, self.settings.request_timeout)
+        return Head(timeout, check_accept(headers.get(b"accept", b"*/*")), content_length(headers))
 
-    def read(self, body: bytes) -> Rows:
-        """Raises UnknownModel, InvalidRequest, TooLarge."""
-        return resolve(parse(body), self.service.repository, self.settings.max_rows)
+    def read(self, body: bytes) -> Work:
+        """Read the body: the work that it asks for. An empty body is an empty JSON object."""
+        try:
+            request = self._validate(body or b"{}")
+        except ValidationError:
+            raise explain(body, self.operation.request) from None
+        return self.operation.resolve(request, self.lifespan.repository, self.settings.max_rows)
 
-    def negotiate(self, given: HeaderMap, rows: Rows) -> str:
-        """The media type of the answer. Raises NotAcceptable."""
-        return negotiate(given.get(b"accept", b"*/*"), rows.outputs)
-
-    def size_if_small(self, rows: Rows, media_type: str) -> int | None:
-        """Raw bytes of an answer that is computed as a whole and encoded in no time; None of any other."""
-        size = rows.n * row_bytes(rows.model, rows.outputs)
-        return size if size <= self._small[media_type] and rows.n <= self.engine.window(rows.model) else None
-
-    def held(self, rows: Rows, media_type: str) -> int:
-        """Raw bytes that the answer holds at a time. Raises TooLarge."""
-        row, limit = row_bytes(rows.model, rows.outputs), self.settings.max_buffered_bytes
-        size = rows.n * row
+    def plan(self, head: Head, work: Work) -> Plan:
+        """Choose the media type, and how the response is made."""
+        media_type = negotiate(head.accept, work.outputs)
+        row, limit = _row_bytes(work.graph, work.outputs), self.settings.max_buffered_bytes
+        size, n, window = work.n * row, work.n, self.engine.window(work.graph)
+        if size <= self._small[media_type] and n <= window:
+            return Plan(work, media_type, size, n, is_small=True)
         if media_type == NPY:
-            size = min(size, 2 * self.engine.window(rows.model) * row)
+            size = min(size, 2 * window * row)
         elif size > limit:
             raise TooLarge(
-                f"{rows.n} rows are {size} raw bytes; {media_type} answers hold at most {limit}, here "
-                f"{limit // row} rows: ask for fewer, or stream one output as {NPY}",
+                f"{n} rows are {size} raw bytes; {media_type} responses hold at most {limit}, here {limit // row} "
+                f"rows: ask for fewer, or stream one output as {NPY}",
                 limit=limit // row,
-                got=rows.n,
+                got=n,
             )
-        return size
+        return Plan(work, media_type, size, min(n, window), is_small=False)
 
-    def head(self, job: Job, media_type: str, size: int, encode: float) -> bytes:
-        """The lines of an answer's head. size: bytes of the body. encode: seconds that it took."""
-        self.encode[media_type].observe(encode)
-        return head(job.request, media_type, size, job.queue_seconds, job.infer_seconds, encode)
+    def header_block(self, job: Job, media_type: str, size: int, encode_seconds: float) -> bytes:
+        """Write the headers of the response as lines. size: bytes of the body."""
+        self._recorder.encodings.append((media_type, encode_seconds))
+        return self._headers.write(job.work, media_type, size, job.queue_seconds, job.infer_seconds, encode_seconds)
 
-    def count_departure(self, job: Job) -> None:
-        """Count a client that did not wait for its answer."""
-        self.service.metrics.cancelled.labels(job.stage).inc()
+    def count_disconnect(self, job: Job) -> None:
+        """Count a client that disconnected before the end of its response."""
+        self.lifespan.metrics.cancelled.labels(job.stage).inc()
 
-    async def _body(self, job: Job, given: HeaderMap, receive: Receive) -> bytes:
-        """Raises TooLarge, before the body is read where its length is announced, QueueFull, and ClientLeft."""
+    async def _receive_body(self, job: Job, head: Head, receive: Receive) -> bytes:
+        """Receive the body. Raises TooLarge, before the body is read if its head says so, QueueFull, ClientLeft."""
         limit = self.settings.max_body_bytes
-        if announced(given) > limit:
-            raise _too_large(limit, announced(given))
+        if head.content_length > limit:
+            raise _body_too_large(limit, head.content_length)
         body = bytearray()
         while True:
             message = await receive()
@@ -112,18 +159,18 @@ class Sampling:
                 raise ClientLeft
             piece, more = message.get("body", b""), message.get("more_body", False)
             if len(body) + len(piece) > limit:
-                raise _too_large(limit, len(body) + len(piece))
-            self.engine.hold(job, len(piece))
+                raise _body_too_large(limit, len(body) + len(piece))
+            self.engine.reserve_body(job, len(piece))
             if not more and not body:
-                return bytes(piece)  # it came in one piece, as most do
+                return bytes(piece)  # most bodies come in one piece
             body += piece
             if not more:
                 return bytes(body)
 
-    async def _send(self, job: Awaited, media_type: str, send: Send) -> None:
-        if self.size_if_small(job.request, media_type) is not None:
-            body, seconds = encoded(job.request, media_type, await job.all())
-        elif media_type == NPY:
+    async def _send(self, job: AwaitedJob, plan: Plan, send: Send) -> None:
+        if plan.is_small:
+            body, seconds = encode(plan.work, plan.media_type, await job.all())
+        elif plan.media_type == NPY:
             await self._stream(job, send)
             return
         else:
@@ -131,58 +178,64 @@ class Sampling:
             job.watch()
             try:
                 async with asyncio.timeout_at(job.deadline):
-                    body, seconds = await asyncio.to_thread(encoded, job.request, media_type, pieces)
+                    body, seconds = await asyncio.to_thread(encode, plan.work, plan.media_type, pieces)
             except TimeoutError:
                 raise self.engine.expired("encode", job.timeout) from None
-            if job.error is not None:  # meanwhile the client has left, or the service has to end
+            if job.error is not None:  # the client has disconnected meanwhile, or the process has to end
                 raise job.error
-        lines = self.head(job, media_type, len(body), seconds)
+        lines = self.header_block(job, plan.media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body"})  # when most of it is sent; until then it counts as held
+        await send({"type": "http.response.body"})  # returns when most of the body is sent; until then it is reserved
 
-    async def _stream(self, job: Awaited, send: Send) -> None:
-        """Rows as npy without a copy, and if they are many, as they are computed. A slow reader holds back the
-        computing, not the memory. What fails before the first rows gets a status; later, the connection breaks."""
+    async def _stream(self, job: AwaitedJob, send: Send) -> None:
+        """Send rows as npy without a copy; if there are many, while they are computed.
+
+        A slow reader holds back the computing, not the memory. Errors before the first rows get a status; later errors
+        break the connection.
+        """
         pieces = await job.pieces()
-        header, size = npy_header(job.request, pieces[0])
+        header, size = npy_header(job.work, pieces[0])
         if size < STREAMED:
             pieces += await job.all()
         else:
-            job.lift_deadline()
-        lines = self.head(job, NPY, size, 0.0)
+            self.engine.deadlines.lift(job)  # the client reads
+        lines = self.header_block(job, NPY, size, 0.0)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": header, "more_body": True})
         while True:
             for message in buffers(pieces):
                 await send({"type": "http.response.body", "body": message, "more_body": True})
-            if job.exhausted:
+            if job.is_exhausted:
                 break
             pieces = await job.pieces()
         await send({"type": "http.response.body"})
 
 
-def _check_content_type(given: HeaderMap) -> None:
-    content_type = given.get(b"content-type", b"application/json")
+_PLAIN_ENCODINGS = ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked"))
+
+
+def _check_content_type(headers: HeaderMap) -> None:
+    content_type = headers.get(b"content-type", b"application/json")
     if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() != b"application/json":
         raise UnsupportedMediaType(
             f"the body is declared as {clipped(content_type.decode('latin-1'))!r}: send JSON with the header "
             "`Content-Type: application/json`"
         )
-    for name, plain in UNCODED:
-        encoding = given.get(name, plain)
+    for name, plain in _PLAIN_ENCODINGS:
+        encoding = headers.get(name, plain)
         if encoding.lower() != plain:
             got = clipped(encoding.decode("latin-1"))
             raise UnsupportedMediaType(f"the body is encoded as {got!r}: send it as it is")
 
 
-def _timeout(given: HeaderMap, limit: float) -> float:
-    """Seconds from the `Request-Timeout` header, at most the limit. Raises InvalidRequest."""
-    header = given.get(b"request-timeout")
+def _timeout(headers: HeaderMap, limit: float) -> float:
+    """Read the header `Request-Timeout` in seconds, at most the limit. Raises InvalidRequest."""
+    header = headers.get(b"request-timeout")
     if header is None:
         return limit
     try:
-        seconds = float(header.replace(b"_", b"?"))  # which Python would take
+        seconds = float(header.replace(b"_", b"?"))  # Python would accept underscores in numbers
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
@@ -191,22 +244,16 @@ def _timeout(given: HeaderMap, limit: float) -> float:
     return min(seconds, limit)
 
 
-def _too_large(limit: int, got: int) -> TooLarge:
+@lru_cache(1024)
+def _row_bytes(graph: Graph, outputs: tuple[Output, ...]) -> int:
+    """Count the raw bytes of one row of a response, at least MIN_ROW_BYTES."""
+    sizes = (np.dtype(output.dtype).itemsize * prod(graph.row_shapes[output.name]) for output in outputs)
+    return max(MIN_ROW_BYTES, sum(sizes))
+
+
+def _body_too_large(limit: int, got: int) -> TooLarge:
     return TooLarge(
         f"the body has at least {got} bytes, the limit is {limit}: send the parameters of fewer rows at a time",
         limit=limit,
         got=got,
     )
-
-
-def announced(given: HeaderMap) -> int:
-    """Bytes of the body, as its head says; 0 if it does not."""
-    length = given.get(b"content-length", b"")
-    return int(length) if length.isdigit() else 0
-
-
-def encoded(rows: Rows, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:
-    """The body of an answer, of all its rows, and the seconds that it took."""
-    started = time.perf_counter()
-    body = ENCODERS[media_type](rows, pieces)
-    return body, time.perf_counter() - started

@@ -2,11 +2,9 @@
 
 import asyncio
 import hmac
-import itertools
 import json
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable
 from http import HTTPStatus
@@ -28,34 +26,30 @@ from reparam.service.errors import (
     cut_off,
 )
 from reparam.service.http.headers import HeaderMap, Headers, by_name
-from reparam.service.telemetry.logs import AccessLog
-from reparam.service.telemetry.metrics import Metrics
+from reparam.service.telemetry.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # no key needed
-CLIENT_CLOSED = 499  # in log and metrics only: nobody is left to read it
+OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # need no key
+CLIENT_CLOSED = 499  # the status of a disconnect, in log and metrics only
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Edge:
-    """Wraps an application, so that whatever it raises is answered, counted and logged once."""
+class RequestMiddleware:
+    """Wraps an application: every error becomes a problem document, and every request is counted and logged once."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, access_log: AccessLog) -> None:
+    def __init__(self, app: ASGIApp, recorder: Recorder, api_key: str | None) -> None:
         self.app = app
-        self.metrics = metrics
-        self.api_key = api_key
-        self.access_log = access_log
-        self._first_digits = secrets.token_hex(10).encode()  # 20 of the 32 of a request's id; the others count
-        self._count = itertools.count()
+        self._recorder = recorder
+        self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = by_name(scope["headers"])
-        request_id = self.request_id(given)
+        headers = by_name(scope["headers"])
+        request_id = client_request_id(headers) or next(self._recorder.request_ids)
         status = 0
 
         def send_with_id(message: Message) -> Awaitable[None]:
@@ -65,57 +59,45 @@ class Edge:
                 message["headers"].append((b"x-request-id", request_id))
             return send(message)
 
-        self.metrics.in_flight += 1
+        self._recorder.in_flight += 1
         try:
-            self.authorize(scope["path"], given)
+            check_key(self._api_key, scope["path"], headers)
             await self.app(scope, receive, send_with_id)
         except ClientLeft:
             status = CLIENT_CLOSED
-        except (Exception, asyncio.CancelledError) as caught:  # whatever it is, the client gets a problem document
-            error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels what is late
-            if status:  # half an answer is out, and cutting it short is all that can be said
-                about = {"request_id": request_id.decode(), "fault": str(error)}
-                foreseen = isinstance(error, Problem)
-                log.log(
-                    logging.WARNING if foreseen else logging.ERROR, "broken off", extra=about, exc_info=not foreseen
-                )
+        except (Exception, asyncio.CancelledError) as caught:  # every error is answered with a problem document
+            error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels late requests
+            if status:  # the head is sent, so only a broken connection can tell the client
+                _log_broken_off(error, request_id)
             else:
-                code, headers, body = refusal(error, request_id)
-                await send_with_id({"type": "http.response.start", "status": code, "headers": headers})
+                status, problem_headers, body = problem_response(error, request_id)
+                await send_with_id({"type": "http.response.start", "status": status, "headers": problem_headers})
                 await send({"type": "http.response.body", "body": body})
         finally:
-            self.metrics.in_flight -= 1
             route = scope["route"].path if "route" in scope else "other"
-            self.account(scope["method"], scope["path"], route, status, started, request_id)
-
-    def account(self, method: str, path: str, route: str, status: int, started: float, request_id: bytes) -> None:
-        """Count and log a request that has ended. started: on time.perf_counter."""
-        seconds = time.perf_counter() - started
-        self.metrics.answered(route, status, seconds)
-        if self.access_log.enabled:
-            self.access_log.write(method, path, status, request_id, seconds)
-
-    def request_id(self, given: HeaderMap) -> bytes:
-        """The client's, if it can stand in a header and a log line; else a fresh one."""
-        request_id = given.get(b"x-request-id")
-        if request_id is not None and _REQUEST_ID.fullmatch(request_id):
-            return request_id
-        return b"%b%012x" % (self._first_digits, next(self._count))
-
-    def authorize(self, path: str, given: HeaderMap) -> None:
-        """Raises Unauthorized."""
-        if self.api_key is None or path.startswith(OPEN):
-            return
-        scheme, _, key = given.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self.api_key.encode()):
-            raise Unauthorized(
-                "this service asks for its key: send the header `Authorization: Bearer <key>`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            self._recorder.request(scope["method"], scope["path"], route, status, request_id, started)
 
 
-def refusal(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of the problem document. What nobody foresaw is logged, and no more is said of it."""
+def client_request_id(headers: HeaderMap) -> bytes | None:
+    """Return the client's request id; None without one, or if it does not fit into a header and a log line."""
+    request_id = headers.get(b"x-request-id")
+    return request_id if request_id is not None and _REQUEST_ID.fullmatch(request_id) else None
+
+
+def check_key(api_key: str | None, path: str, headers: HeaderMap) -> None:
+    """Raise Unauthorized unless the request carries the key or needs none."""
+    if api_key is None or path.startswith(OPEN_PATHS):
+        return
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(key, api_key.encode()):
+        raise Unauthorized(
+            "this service asks for its key: send the header `Authorization: Bearer <key>`",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def problem_response(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
+    """Make the status, headers and body of a problem document. The cause of an unexpected error goes to the log."""
     name = request_id.decode()
     if not isinstance(error, Problem):
         log.error("unexpected", exc_info=error, extra={"request_id": name})
@@ -129,9 +111,9 @@ def refusal(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
     )
 
 
-async def refused_by_router(request: Request, error: Exception) -> Response:
-    """Exception handler for what the router itself refuses: says it as a problem."""
-    assert isinstance(error, HTTPException)  # noqa: S101  # it is registered for this class
+async def refuse_by_router(request: Request, error: Exception) -> Response:
+    """Raise the problem of a request that the router refuses."""
+    assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         allow = ", ".join(sorted({method for route in here for method in route.methods}))
@@ -139,3 +121,11 @@ async def refused_by_router(request: Request, error: Exception) -> Response:
             f"{clipped(request.url.path)} answers {allow}, not {request.method}", headers={"Allow": allow}
         )
     raise UnknownPath(f"nothing lies at {clipped(request.url.path)!r}; /docs lists what does")
+
+
+def _log_broken_off(error: Exception, request_id: bytes) -> None:
+    fields = {"request_id": request_id.decode(), "fault": str(error)}
+    if isinstance(error, Problem):
+        log.warning("broken off", extra=fields)
+    else:
+        log.error("broken off", extra=fields, exc_info=error)

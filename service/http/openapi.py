@@ -1,6 +1,7 @@
-"""What /docs and /openapi.json say of each route: of `/sample` the OpenAPI operation itself, for it reads and writes
-raw bytes, with the schema of the model that validates it; of the others arguments of FastAPI's decorators."""
+"""The OpenAPI description: of operations, made from their models and tables; of other routes, arguments of FastAPI's
+decorators."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi.responses import PlainTextResponse
@@ -9,33 +10,10 @@ from pydantic.json_schema import models_json_schema
 
 from reparam.service.errors import MEDIA_TYPE, PROBLEMS
 from reparam.service.http.encoders import JSON, NPY, NPZ, PNG
-from reparam.service.operations.sample import SampleRequest
+from reparam.service.http.middleware import OPEN_PATHS
+from reparam.service.operations.operation import FACTS, Operation
 
 Arguments = dict[str, Any]
-
-
-class SampleAnswer(BaseModel):
-    """The JSON answer. seed, start and n with the same parameters return the same rows again."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    model: str
-    version: int
-    seed: int
-    start: int
-    n: int
-    temperature: float
-    hard: bool
-    prior: str
-    noise_version: int
-    images: list[str] | None = None
-    """One base64 PNG a row."""
-    latents: list[Any] | None = None
-    """(n, *latent_shape)"""
-    codes: list[list[list[float]]] | None = None
-    """(n, D, K), one-hot or relaxed."""
-    indices: list[list[int]] | None = None
-    """(n, D), the category of each variable."""
 
 
 class ModelDescription(BaseModel):
@@ -49,11 +27,11 @@ class ModelDescription(BaseModel):
     image_shape: list[int]
     default_temperature: float
     precision: str
-    """That the decoder computes in; latents are always float32."""
+    """The decoder's; latents are always float32."""
     noise_version: int
     parameters: list[str]
     priors: list[str]
-    """What rows without parameters can be drawn from; the first is the default."""
+    """Distributions of rows without parameters; the first is the default."""
     outputs: list[str]
     trained_on: dict[str, Any]
     evaluation: dict[str, Any]
@@ -71,22 +49,22 @@ class Liveness(BaseModel):
 
     status: Literal["alive", "failed"]
     failure: str | None = None
-    """What has ended that should not."""
+    """Why only a restart helps."""
 
 
 class Readiness(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: str
-    """`ready`, or why it cannot answer."""
+    """`ready`, or why the service cannot answer."""
     models: dict[str, list[int]]
-    """The versions of each model that is served."""
+    """Versions of each model served."""
     refused: dict[str, str]
-    """What is not served, each with its fault."""
+    """The fault of each refused file."""
 
 
 class ProblemDocument(BaseModel):
-    """RFC 9457; `type` is a path of this server that explains it."""
+    """A problem (RFC 9457); `type` is a path of this server that explains the problem."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -99,7 +77,7 @@ class ProblemDocument(BaseModel):
 
 def _problems(*statuses: int) -> dict[int | str, Arguments]:
     content = {MEDIA_TYPE: {"schema": _ref(ProblemDocument)}}
-    said: dict[int | str, Arguments] = {
+    described: dict[int | str, Arguments] = {
         status: {
             "description": " ".join(problem.meaning for problem in PROBLEMS.values() if problem.status == status),
             "headers": _headers(REQUEST_ID, *([RETRY_AFTER] if status in (429, 503) else [])),
@@ -108,7 +86,7 @@ def _problems(*statuses: int) -> dict[int | str, Arguments]:
         for status in statuses
     }
     # With a default, FastAPI does not add a 422 of its own.
-    return {**said, "default": {"description": "Another problem.", "content": content}}
+    return {**described, "default": {"description": "Another problem.", "content": content}}
 
 
 def _ref(model: type[BaseModel]) -> Arguments:
@@ -116,7 +94,7 @@ def _ref(model: type[BaseModel]) -> Arguments:
 
 
 def _components(*models: type[BaseModel]) -> Arguments:
-    """The schemas of models that FastAPI does not see."""
+    """Make the schemas of models that FastAPI does not see."""
     _, schemas = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -127,14 +105,8 @@ Header = tuple[str, str, str]  # name, type, meaning
 
 REQUEST_ID = ("X-Request-ID", "string", "The request's own, or a fresh one; the log has it.")
 RETRY_AFTER = ("Retry-After", "integer", "Seconds to wait before another try.")
-ROWS = [
-    ("Model-Name", "string", "The model that answered."),
-    ("Model-Version", "integer", "Its version."),
-    ("Sample-Seed", "integer", "The seed, given or fresh."),
-    ("Sample-Start", "integer", "The first row."),
-    ("Noise-Version", "integer", "Of the way from seed and row to noise."),
-    ("Server-Timing", "string", "Milliseconds in queue, infer and encode."),
-]
+SERVER_TIMING = ("Server-Timing", "string", "Milliseconds in queue, infer and encode.")
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def _headers(*headers: Header) -> Arguments:
@@ -143,41 +115,63 @@ def _headers(*headers: Header) -> Arguments:
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
-SAMPLE: Arguments = {
-    "operationId": "sample",
-    "summary": "Sample a model",
-    "description": "Draw rows start .. start + n - 1 of a seed and decode them. The media type of the answer follows "
-    "`Accept`; the same request with the same seed gets the same rows, however it is batched.",
-    "tags": ["sampling"],
-    "parameters": [
-        {
-            "name": "Request-Timeout",
-            "in": "header",
-            "schema": {"type": "number", "exclusiveMinimum": 0},
-            "description": "Seconds that the request may take, or a stream until its first rows.",
-        },
-        {
-            "name": "X-Request-ID",
-            "in": "header",
-            "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
-            "description": "Comes back with the answer and stands in the log; one that does not fit is replaced.",
-        },
-    ],
-    "requestBody": {"content": {JSON: {"schema": _ref(SampleRequest)}}},
-    "responses": {
-        "200": {
-            "description": "The rows",
-            "headers": _headers(REQUEST_ID, *ROWS),
-            "content": {
-                JSON: {"schema": _ref(SampleAnswer)},
-                PNG: _BINARY,
-                NPY: _BINARY,
-                NPZ: _BINARY,
+_REQUEST_HEADERS: list[Arguments] = [
+    {
+        "name": "Request-Timeout",
+        "in": "header",
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "description": "Seconds that the request may take, or a stream until its first rows.",
+    },
+    {
+        "name": "X-Request-ID",
+        "in": "header",
+        "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
+        "description": "Comes back with the response and stands in the log; one that does not fit is replaced.",
+    },
+]
+
+
+def add_operations(schema: Arguments, operations: Sequence[Operation], with_key: bool) -> None:
+    """Add the operations to the application's OpenAPI schema. with_key: the service asks for a key."""
+    schema["paths"] |= {operation.path: {"post": _described(operation)} for operation in operations}
+    models = [model for operation in operations for model in (operation.request, operation.response)]
+    schema["components"]["schemas"] |= _components(*models, ProblemDocument)
+    if with_key:
+        schema["components"] |= {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        for path, methods in schema["paths"].items():
+            if not path.startswith(OPEN_PATHS):
+                methods |= {method: {**described, "security": [{"key": []}]} for method, described in methods.items()}
+
+
+def _described(operation: Operation) -> Arguments:
+    facts = [FACTS[name] for name in operation.facts]
+    headers = [(fact.header, _JSON_TYPES[fact.type], fact.meaning) for fact in facts if fact.header is not None]
+    return {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "description": operation.description,
+        "tags": ["sampling"],
+        "parameters": _REQUEST_HEADERS,
+        "requestBody": {"content": {JSON: {"schema": _ref(operation.request)}}},
+        "responses": {
+            "200": {
+                "description": "The rows",
+                "headers": _headers(REQUEST_ID, *headers, SERVER_TIMING),
+                "content": {
+                    JSON: {"schema": _ref(operation.response)},
+                    PNG: _BINARY,
+                    NPY: _BINARY,
+                    NPZ: _BINARY,
+                },
+            },
+            **{
+                str(status): problem
+                for status, problem in _problems(401, 404, 406, 413, 415, 422, 429, 500, 503, 504).items()
             },
         },
-        **{str(status): said for status, said in _problems(401, 404, 406, 413, 415, 422, 429, 500, 503, 504).items()},
-    },
-}
+    }
+
+
 MODELS: Arguments = {
     "summary": "The models served",
     "tags": ["models"],
@@ -217,6 +211,3 @@ PROBLEM: Arguments = {
     "response_class": PlainTextResponse,
     "responses": _problems(404),
 }
-SCHEMAS: Arguments = _components(SampleRequest, SampleAnswer, ProblemDocument)
-KEY: Arguments = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-WITH_KEY: Arguments = {"security": [{"key": []}]}

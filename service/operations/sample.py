@@ -1,24 +1,31 @@
-"""The body of `POST /sample`: what may be said, checked once at the door."""
+"""`POST /sample`: rows of a seed, drawn from a model's prior or from given parameters, and decoded."""
 
 import secrets
-from functools import cache, lru_cache
-from json import JSONEncoder
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
-from reparam.service.artifact.contract import FLOAT32_MAX, KINDS, Output, Prior
-from reparam.service.errors import SHORT, InvalidRequest, TooLarge, clipped
+from reparam.service.artifact.contract import FLOAT32_MAX, KINDS, Prior
+from reparam.service.artifact.noise import NOISE_VERSION
+from reparam.service.artifact.outputs import OUTPUTS, Output, OutputName
+from reparam.service.errors import NonFiniteSample, Problem, TooLarge
+from reparam.service.operations.arrays import parameter
+from reparam.service.operations.faults import invalid
+from reparam.service.operations.operation import Operation, response_model
+from reparam.service.runtime.graphs import Graph
 from reparam.service.runtime.repository import Model, Repository
-from reparam.service.runtime.sampler import Float32, Rows
+from reparam.service.runtime.sampler import SamplerInputs
 
 SEEDS = 2**64
-LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
+FRESH_SEEDS = 2**53  # fresh seeds are below, so that every reader of JSON can hand them back
 
 Count = Annotated[int, Field(strict=True, lt=SEEDS)]
-Fault = tuple[tuple[int | str, ...], str, Any]  # where, what, and the value there
+Float32 = npt.NDArray[np.float32]
 
 
 class SampleRequest(BaseModel):
@@ -38,7 +45,7 @@ class SampleRequest(BaseModel):
     hard: Annotated[bool, Field(strict=True)] = False
     """Gumbel: one-hot codes at any temperature."""
     seed: Annotated[Count, Field(ge=0)] | None = None
-    """Seed of the noise; default: a fresh one, which the answer names."""
+    """Seed of the noise; default: a fresh one, which the response names."""
     start: Annotated[Count, Field(ge=0)] = 0
     """First row of the seed to return; rows start .. start + n - 1 do not depend on n."""
     mu: list[Any] | None = None
@@ -48,194 +55,189 @@ class SampleRequest(BaseModel):
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the standard prior's."""
     prior: Prior | None = None
-    """What rows without parameters are drawn from: `standard`, one distribution for every row, or `mixture`, one of
-    several, which the row and its seed decide; learned with the weights or fitted to the latents afterwards. Default:
-    the mixture where the model has one. With parameters it is `standard`, for those that are not given."""
-    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
-    """What to return: images; latents (Gaussian); codes and indices (Gumbel)."""
+    """Distribution of rows without parameters: `standard`, the same one for every row, or `mixture`, one of several,
+    which the row and its seed decide. Default: the mixture where the model has one. With parameters the prior is
+    `standard`, for the parameters that are not given."""
+    outputs: Annotated[tuple[OutputName, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
+    """Arrays to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
-def parse(body: bytes) -> SampleRequest:
-    """Raises InvalidRequest. An empty body asks for one row of the default model."""
-    try:
-        request: SampleRequest = _REQUEST.validator.validate_json(body or b"{}")
-    except ValidationError:
-        raise _explained(body) from None
-    return request
+@dataclass(slots=True, eq=False)
+class SampleRows:
+    """Rows start .. start + n - 1 of a seed, with their parameters.
 
+    seed, start, n: 0 .. 2**64 - 1; the last row is below 2**64.
+    prior: distribution of the parameters that are not given.
+    parameters: given ones by name, float32 (*latent_shape) for all rows or (n, *latent_shape).
+    temperature: of all rows.
+    hard: draw at temperature 0, where a Gumbel code is one-hot.
+    outputs: arrays to return.
+    """
 
-_REQUEST = TypeAdapter(SampleRequest)
+    model: Model
+    seed: int
+    start: int
+    n: int
+    prior: Prior
+    parameters: Mapping[str, Float32]
+    temperature: float
+    hard: bool
+    outputs: tuple[Output, ...]
+    graph: Graph
 
+    def fill(self, inputs: SamplerInputs, lo: int, hi: int, at: int) -> None:
+        n = hi - lo
+        inputs.draw(at, n, self.seed, self.start + lo, 0.0 if self.hard else self.temperature, self.prior)
+        for name, values in self.parameters.items():
+            is_per_row = values.ndim > len(self.model.contract.latent_shape)
+            inputs.give(name, at, n, values[lo:hi] if is_per_row else values)
 
-def _explained(body: bytes) -> InvalidRequest:
-    """What is wrong with it. Looked for a second time and in two steps, for a body may hold a million faults."""
-    try:
-        fields = from_json(body)
-    except ValueError as error:
-        return InvalidRequest(f"the body cannot be read as JSON in UTF-8: {error}")
-    if not isinstance(fields, dict):
-        return InvalidRequest(f"the body must be a JSON object, got {_short(fields)}")
-    known = {name: fields[name] for name in SampleRequest.model_fields if name in fields}
-    message = f"unknown field; the fields are {', '.join(SampleRequest.model_fields)}"
-    faults: list[Fault] = [((name,), message, value) for name, value in fields.items() if name not in known]
-    try:
-        SampleRequest.model_validate(known)
-    except ValidationError as refusal:
-        faults = [*_faults(refusal), *faults]
-    return _invalid(faults)
+    def facts(self) -> dict[str, Any]:
+        return {
+            "model": self.graph.model,
+            "version": self.graph.version,
+            "seed": self.seed,
+            "start": self.start,
+            "n": self.n,
+            "temperature": self.temperature,
+            "hard": self.hard,
+            "prior": self.prior,
+            "noise_version": NOISE_VERSION,
+        }
 
-
-def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Rows:
-    """The rows a request asks for. Raises UnknownModel, InvalidRequest, TooLarge."""
-    model = repository.find(request.model, request.version)
-    _check_outputs(model, request.outputs)
-    if request.n > max_rows:
-        raise TooLarge(
-            f"n is {request.n}, the limit is {max_rows} rows: ask for them in parts, each from its own `start`",
-            limit=max_rows,
-            got=request.n,
+    def describe(self, lo: int, hi: int) -> str:
+        return (
+            f"rows {self.start + lo} .. {self.start + hi - 1} of seed {self.seed} of model {self.graph.model!r} "
+            f"version {self.graph.version}"
         )
-    if request.start + request.n > SEEDS:
-        raise _invalid([(("start",), f"start + n must be at most 2**64 = {SEEDS}", request.start)])
+
+    def log_fields(self, lo: int, hi: int) -> dict[str, Any]:
+        return {
+            "model": self.graph.model,
+            "version": self.graph.version,
+            "seed": self.seed,
+            "start": self.start + lo,
+            "n": hi - lo,
+        }
+
+    def with_defaults(self) -> "SampleRows":
+        return replace(self, parameters={}, temperature=self.model.contract.default_temperature)
+
+    def overflow(self) -> Problem:
+        contract = self.model.contract
+        names = (*(("temperature",) if self.temperature else ()), *contract.traits.parameters)
+        return NonFiniteSample(
+            f"the parameters given overflow {contract.precision} at temperature {self.temperature:g}: lower "
+            f"{' or '.join(names)}"
+        )
+
+
+def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> SampleRows:
+    """Find the rows that a request asks for.
+
+    max_rows: of one request
+
+    Raises: UnknownModel, InvalidRequest, TooLarge
+    """
+    name = request.model, request.version
+    model = repository.found.get(name) or repository.find(*name)
+    defaults = _defaults(model, request.outputs)
+    n, start = request.n, request.start
+    if n > max_rows:
+        raise TooLarge(
+            f"n is {n}, the limit is {max_rows} rows: ask for them in parts, each from its own `start`",
+            limit=max_rows,
+            got=n,
+        )
+    if start + n > SEEDS:
+        raise invalid([(("start",), f"start + n must be at most 2**64 = {SEEDS}", start)])
     parameters: dict[str, Float32] = {}
-    prior = model.contract.priors[0]
-    if not request.model_fields_set <= _OF_EVERY_REQUEST:
+    prior = defaults.prior
+    if not request.model_fields_set <= _FIELDS_OF_EVERY_MODEL:
         _check_kind(request, model)
         given = {name: getattr(request, name) for name in model.contract.traits.parameters}
         parameters = {
-            name: _parameter(name, values, request.n, model) for name, values in given.items() if values is not None
+            name: parameter(name, values, n, model.contract) for name, values in given.items() if values is not None
         }
         prior = _prior(request, model, parameters)
-    return Rows(
+    return SampleRows(
         model=model,
-        # Below 2**53, so that any reader of JSON can hand it back.
-        seed=secrets.randbelow(2**53) if request.seed is None else request.seed,
-        start=request.start,
-        n=request.n,
+        seed=secrets.randbelow(FRESH_SEEDS) if request.seed is None else request.seed,
+        start=start,
+        n=n,
         prior=prior,
         parameters=parameters,
-        temperature=model.contract.default_temperature if request.temperature is None else request.temperature,
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
         hard=request.hard,
-        outputs=request.outputs,
+        outputs=defaults.outputs,
+        graph=model.sampler,
     )
 
 
-_OF_ONE_KIND = [name for kind in KINDS.values() for name in kind.fields]
-_OF_EVERY_REQUEST = SampleRequest.model_fields.keys() - _OF_ONE_KIND - {"prior"}
+SAMPLE_FACTS = ("model", "version", "seed", "start", "n", "temperature", "hard", "prior", "noise_version")
+SAMPLE = Operation(
+    path="/sample",
+    summary="Sample a model",
+    description="Draw rows start .. start + n - 1 of a seed and decode them. The media type of the response follows "
+    "`Accept`; the same request with the same seed gets the same rows, however it is batched.",
+    request=SampleRequest,
+    response=response_model(
+        "SampleResponse",
+        SAMPLE_FACTS,
+        tuple(OUTPUTS),
+        "The JSON response. seed, start and n with the same parameters return the same rows again.",
+    ),
+    resolve=resolve,
+    facts=SAMPLE_FACTS,
+)
+
+_FIELDS_OF_ONE_KIND = [name for kind in KINDS.values() for name in kind.fields]
+_FIELDS_OF_EVERY_MODEL = SampleRequest.model_fields.keys() - _FIELDS_OF_ONE_KIND - {"prior"}
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """What a model gives to requests that do not say otherwise, and the outputs that a request asks for."""
+
+    prior: Prior
+    temperature: float
+    outputs: tuple[Output, ...]
+
+
+@lru_cache(1024)
+def _defaults(model: Model, outputs: tuple[OutputName, ...]) -> _Defaults:
+    """Raises InvalidRequest for outputs that the model does not have."""
+    contract = model.contract
+    for index, output in enumerate(outputs):
+        if output not in contract.traits.outputs:
+            has = ", ".join(contract.traits.outputs)
+            problem = f"model {model.name!r} is {contract.kind} and has no {output}; it has: {has}"
+            raise invalid([(("outputs", index), problem, output)])
+    if len(set(outputs)) < len(outputs):
+        raise invalid([(("outputs",), "an output is named twice", outputs)])
+    return _Defaults(contract.priors[0], contract.default_temperature, tuple(OUTPUTS[name] for name in outputs))
 
 
 def _check_kind(request: SampleRequest, model: Model) -> None:
-    """Refuse what only the other kind of model has."""
+    """Refuse fields that only another kind of model has. Raises InvalidRequest."""
     known = model.contract.traits.fields
-    for name in _OF_ONE_KIND:
+    for name in _FIELDS_OF_ONE_KIND:
         value = getattr(request, name)
         if name not in known and value is not None and value is not False:
             kind, has = model.contract.kind, ", ".join(known)
             problem = f"model {model.name!r} is {kind} and has no {name}; of its own it has: {has}"
-            raise _invalid([((name,), problem, value)])
+            raise invalid([((name,), problem, value)])
 
 
-def _prior(request: SampleRequest, model: Model, parameters: dict[str, Float32]) -> Prior:
+def _prior(request: SampleRequest, model: Model, parameters: Mapping[str, Float32]) -> Prior:
+    """Choose the prior. Raises InvalidRequest."""
     has = model.contract.priors
     if request.prior is None:
         return "standard" if parameters else has[0]
     if request.prior not in has:
         problem = f"model {model.name!r} has no such prior; it has: {', '.join(has)}"
-        raise _invalid([(("prior",), problem, request.prior)])
+        raise invalid([(("prior",), problem, request.prior)])
     if parameters and request.prior == "mixture":
         problem = f"with {' and '.join(parameters)} given no component is drawn: leave out one or the other"
-        raise _invalid([(("prior",), problem, request.prior)])
+        raise invalid([(("prior",), problem, request.prior)])
     return request.prior
-
-
-@lru_cache(1024)
-def _check_outputs(model: Model, outputs: tuple[Output, ...]) -> None:
-    for index, output in enumerate(outputs):
-        if output not in model.contract.traits.outputs:
-            kind, has = model.contract.kind, ", ".join(model.contract.traits.outputs)
-            problem = f"model {model.name!r} is {kind} and has no {output}; it has: {has}"
-            raise _invalid([(("outputs", index), problem, output)])
-    if len(set(outputs)) < len(outputs):
-        raise _invalid([(("outputs",), "an output is named twice", outputs)])
-
-
-def _parameter(name: str, values: list[Any], n: int, model: Model) -> Float32:
-    shape = model.contract.latent_shape
-    shapes = (shape, (n, *shape))
-    depth = _depth(values)
-    if depth not in (len(shape), len(shape) + 1):
-        raise _wrong_shape(name, shapes, f"{depth} nested lists")
-    if len(values) != shapes[depth - len(shape)][0]:
-        raise _wrong_shape(name, shapes, f"a list of {len(values)}")
-    try:
-        checked = _nested(depth, LOG_VAR_MAX if name == "log_var" else FLOAT32_MAX).validate_python(values)
-    except ValidationError as refusal:
-        raise _invalid([((name, *location), message, value) for location, message, value in _faults(refusal)]) from None
-    try:
-        array = np.array(checked, np.float32)
-    except ValueError:
-        raise _wrong_shape(name, shapes, "lists of different lengths") from None
-    if array.shape not in shapes:
-        raise _wrong_shape(name, shapes, f"shape {list(array.shape)}")
-    return array
-
-
-def _depth(values: Any) -> int:
-    depth = 0
-    while isinstance(values, list):
-        depth, values = depth + 1, values[0] if values else None
-    return depth
-
-
-@cache
-def _nested(depth: int, at_most: float) -> TypeAdapter[Any]:
-    """A validator of numbers in `depth` nested lists."""
-    adapter: Any = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-FLOAT32_MAX, le=at_most)]
-    for _ in range(depth):
-        adapter = Annotated[list[adapter], Field(fail_fast=True)]
-    return TypeAdapter(adapter)
-
-
-def _wrong_shape(name: str, shapes: tuple[tuple[int, ...], ...], got: str) -> InvalidRequest:
-    allowed = " or ".join(str(list(shape)) for shape in shapes)
-    detail = f"{name} must have the shape {allowed}, got {got}"
-    return InvalidRequest(detail, errors=[{"pointer": f"/{name}", "detail": detail}])
-
-
-def _faults(refusal: ValidationError) -> list[Fault]:
-    """Of a list and an element of it, the fault of the element; and what Python calls a tuple is a list in JSON."""
-    errors = refusal.errors(include_url=False)
-    above = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
-    return [(error["loc"], _as_json(error["msg"]), error["input"]) for error in errors if error["loc"] not in above]
-
-
-def _as_json(message: str) -> str:
-    return message.replace("tuple", "list").replace("Tuple", "List").replace(" after validation", "")
-
-
-def _invalid(errors: list[Fault]) -> InvalidRequest:
-    pointed = [
-        {"pointer": "".join(f"/{_pointed(part)}" for part in location), "detail": f"{message}, got {_short(value)}"}
-        for location, message, value in errors[:10]
-    ]
-    return InvalidRequest("; ".join(f"{error['pointer'][1:]}: {error['detail']}" for error in pointed), errors=pointed)
-
-
-def _pointed(part: int | str) -> str:
-    """A part of a JSON pointer (RFC 6901, 3)."""
-    return clipped(str(part)).replace("~", "~0").replace("/", "~1")
-
-
-def _short(value: Any) -> str:
-    """The value as JSON, of which no more is written than a message repeats: it may hold a million others."""
-    if isinstance(value, list | dict) and len(value) > SHORT:
-        return f"{len(value)} elements"
-    text = ""
-    for part in _PIECEWISE.iterencode(value[:SHORT] if isinstance(value, str) else value):
-        text += part[: SHORT + 1]
-        if len(text) > SHORT:
-            break
-    return clipped(text)
-
-
-_PIECEWISE = JSONEncoder()

@@ -1,6 +1,8 @@
-"""One process that serves: uvicorn, and the way out."""
+"""One process that serves: uvicorn, and an orderly end."""
 
 import asyncio
+import contextlib
+import gc
 import logging
 import os
 import socket
@@ -8,33 +10,36 @@ from multiprocessing import parent_process
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
-from reparam.service.app import create_app
-from reparam.service.lifespan import Service
+from reparam.service.app import Application, create_app
 from reparam.service.settings import Settings
-from reparam.service.telemetry.reports import Siblings
+from reparam.service.telemetry.reports import WorkerReports
 from reparam.service.wire.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, listener: socket.socket, siblings: Siblings | None = None) -> None:
-    """Serve at the listener until a signal ends it. Raises DeviceError."""
-    server = Server(create_app(settings, siblings), settings)
+def serve(settings: Settings, listener: socket.socket, reports: WorkerReports | None = None) -> None:
+    """Serve at the listener until a signal ends the process.
+
+    reports: of the other workers of the service
+
+    Raises: DeviceError
+    """
+    server = Server(create_app(settings, reports), settings)
     server.run([listener])
-    server.service.access_log.flush()
-    if server.service.engine.busy:
-        # A run cannot be interrupted, nor the interpreter taken down around it.
+    if server.reparam.engine.busy:
+        # A run cannot be interrupted, and the interpreter cannot end around it.
         logging.shutdown()
         os._exit(0)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a way out in three steps: not ready, port closed, queue refused."""
+    """uvicorn, with an end in three steps: not ready, port closed, queue refused."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
-        self.service: Service = app.state.service
+    def __init__(self, app: Application, settings: Settings) -> None:
+        self.reparam = app.reparam
+        self._tuning: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -51,39 +56,55 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._tuning = asyncio.create_task(self._tune_garbage_collector())
         parent = parent_process()
         if parent is not None:
             asyncio.get_running_loop().add_reader(parent.sentinel, self._orphaned, parent.sentinel)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit:  # then uvicorn leaves the application's end out, whose task dies with a traceback
+        if self._tuning is not None:
+            self._tuning.cancel()
+        if self.force_exit:  # uvicorn would leave the application's end out, whose task would die with a traceback
             await self.lifespan.shutdown()
 
     def _orphaned(self, sentinel: int) -> None:
-        """The parent was killed, and what replaces it will want the port."""
+        """End at once: the parent was killed, and its replacement will need the port."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(sentinel)
-        self.service.drain()
+        self.reparam.drain()
         self._close()
-        loop.call_later(self.service.settings.drain_timeout, self.service.stop)
+        loop.call_later(self.reparam.settings.drain_timeout, self.reparam.stop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGTERM or SIGINT, amid whatever this thread does, perhaps while it holds a lock: so the loop ends the
-        service. Does not record the signal, and the process ends with 0."""
+        """End the service on SIGTERM or SIGINT.
+
+        The signal may interrupt this thread while it holds a lock, so the loop ends the service. The signal is not
+        recorded, so the process ends with status 0.
+        """
         asyncio.get_running_loop().call_soon_threadsafe(self._end, sig)
 
     def _end(self, sig: int) -> None:
-        """Let what is in flight end first. A second signal hurries."""
-        if not self.started or self.service.state == "draining":
-            self.service.stop()
+        """Let requests in flight end first. A second signal hurries."""
+        if not self.started or self.reparam.state == "draining":
+            self.reparam.stop()
             self.should_exit = self.force_exit = True
             return
-        loop, settings = asyncio.get_running_loop(), self.service.settings
+        loop, settings = asyncio.get_running_loop(), self.reparam.settings
         log.info("draining", extra={"signal": sig})
-        self.service.drain()
+        self.reparam.drain()
         loop.call_later(settings.drain_delay, self._close)
-        loop.call_later(settings.drain_delay + settings.drain_timeout, self.service.stop)
+        loop.call_later(settings.drain_delay + settings.drain_timeout, self.reparam.stop)
 
     def _close(self) -> None:
         self.should_exit = True
+
+    async def _tune_garbage_collector(self) -> None:
+        """Once the models are loaded, let the garbage collector leave them out, and look less often than by default."""
+        loading = self.reparam.loading
+        if loading is not None:
+            with contextlib.suppress(Exception):  # reported by /livez
+                await asyncio.shield(loading)
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 50)

@@ -1,8 +1,8 @@
-"""Several processes that serve one port.
+"""Several worker processes that serve one port.
 
-Only one thread of a process runs Python at a time: what a small model computes in a millisecond, one process cannot
-parse, check and answer in one. Each worker is a whole service, with models, queue and runners of its own; no request
-passes from one to another. The kernel gives each connection to one of them (SO_REUSEPORT).
+Only one thread of a process runs Python at a time, so one process cannot parse, check and encode as many rows as a
+small model computes. Each worker is a whole service, with its own models, queue and runners. No request passes from one
+worker to another: the kernel gives each connection to one worker (SO_REUSEPORT).
 """
 
 import contextlib
@@ -22,18 +22,20 @@ from multiprocessing.context import SpawnProcess
 from reparam.service.process.server import serve
 from reparam.service.settings import Settings
 from reparam.service.telemetry.logs import log_config
-from reparam.service.telemetry.reports import Siblings
+from reparam.service.telemetry.reports import WorkerReports
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
-MARGIN = 5  # seconds that a worker has besides those that the settings give it to end
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's default
+MARGIN = 5  # seconds that a worker may take to end, beyond those of the settings
 
 
 def run(settings: Settings, count: int) -> int:
-    """Serve with so many workers until a signal ends them; one is this process. Ends it if there is no such port.
+    """Serve with `count` workers until a signal ends them. A single worker is this process.
 
-    Returns the exit status, 0 if the end was asked for and orderly.
+    Returns: the exit status, 0 for an orderly end after a signal
+
+    Raises: SystemExit, if the service cannot listen at the port; DeviceError
     """
     try:
         held = _listener(settings) if count == 1 else _reserved(settings)
@@ -50,18 +52,20 @@ def run(settings: Settings, count: int) -> int:
 
 
 def _supervise(settings: Settings, count: int) -> int:
-    """A worker that ends by itself ends all, after they have answered what they have: whatever restarts the service
-    sees it, as it would see a single process die."""
+    """Run workers until they end. A worker that ends by itself ends all, after they have answered what they have.
+
+    So whatever restarts the service notices a dead worker as it would notice a dead process.
+    """
     with _signals() as inbox:
         shared = {
             "max_queue_rows": -(-settings.max_queue_rows // count),
             "max_held_bytes": -(-settings.max_held_bytes // count),
         }
         name = secrets.token_hex(8)
-        context = get_context("spawn")  # fork would copy the locks of threads that it does not copy
+        context = get_context("spawn")  # fork would copy locks, but not the threads that hold them
         workers = [
             context.Process(
-                target=_work, args=(settings.model_copy(update=shared), Siblings(name, number, count)), daemon=True
+                target=_work, args=(settings.model_copy(update=shared), WorkerReports(name, number, count)), daemon=True
             )
             for number in range(count)
         ]
@@ -71,29 +75,30 @@ def _supervise(settings: Settings, count: int) -> int:
         return _watch(workers, inbox, settings.drain_delay + settings.drain_timeout + MARGIN)
 
 
-def _watch(workers: list[SpawnProcess], inbox: socket.socket, patience: float) -> int:
-    """Wait for the end of all. patience: seconds from when it is asked for until they are killed."""
+def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> int:
+    """Wait for the end of all workers. grace: seconds from the first signal until workers are killed."""
     stopping = failed = False
     deadline = inf
     while workers:
         left = None if deadline == inf else max(0.0, deadline - time.monotonic())
         ready = wait([inbox, *(worker.sentinel for worker in workers)], left)
-        asked = len(inbox.recv(64)) if inbox in ready else 0
+        signals = len(inbox.recv(64)) if inbox in ready else 0
         for worker in [worker for worker in workers if worker.sentinel in ready]:
             worker.join()
             workers.remove(worker)
             status = {"pid": worker.pid, "status": worker.exitcode}
-            if not (stopping or asked):
+            if not (stopping or signals):
                 log.error("a worker ended, and with it the service", extra=status)
-                asked, failed = 1, True
-            elif worker.exitcode not in (0, -signal.SIGTERM):  # the latter before it was ready
+                signals, failed = 1, True
+            elif worker.exitcode not in (0, -signal.SIGTERM):  # SIGTERM kills a worker that is not ready yet
                 log.error("a worker failed", extra=status)
                 failed = True
-        for _ in range(asked):
-            number = signal.SIGINT if stopping else signal.SIGTERM  # two of one might arrive as one; the second hurries
+        for _ in range(signals):
+            # The second signal hurries. Two equal signals might arrive as one.
+            number = signal.SIGINT if stopping else signal.SIGTERM
             for pid in [worker.pid for worker in workers if worker.pid is not None]:
                 os.kill(pid, number)
-            deadline = min(deadline, time.monotonic() + patience)
+            deadline = min(deadline, time.monotonic() + grace)
             stopping = True
         if time.monotonic() > deadline:
             for worker in workers:
@@ -105,7 +110,7 @@ def _watch(workers: list[SpawnProcess], inbox: socket.socket, patience: float) -
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """A socket that receives a byte for each SIGTERM and SIGINT."""
+    """Make a socket that receives a byte for each SIGTERM and SIGINT."""
     inbox, outbox = socket.socketpair()
     with inbox, outbox:
         outbox.setblocking(False)
@@ -118,38 +123,38 @@ def _signals() -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes started meanwhile ignore a terminal's Ctrl-C until they can handle it."""
+    """Let processes started meanwhile ignore a terminal's Ctrl-C until they can handle it."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, handler)
 
 
-def _work(settings: Settings, siblings: Siblings) -> None:
+def _work(settings: Settings, reports: WorkerReports) -> None:
     logging.config.dictConfig(log_config(settings))
-    os.setpgrp()  # from here on a terminal's Ctrl-C reaches the parent alone, which passes it on
-    serve(settings, _listener(settings, shared=True), siblings)
+    os.setpgrp()  # now a terminal's Ctrl-C reaches the parent alone, which passes it on
+    serve(settings, _listener(settings, shared=True), reports)
 
 
 def _listener(settings: Settings, shared: bool = False) -> socket.socket:
-    """shared: with the other workers. Raises OSError."""
+    """Listen at the service's port. shared: with the other workers. Raises OSError."""
     host, port = settings.host, settings.port
     return socket.create_server((host, port), family=_family(host), backlog=BACKLOG, reuse_port=shared)
 
 
 def _reserved(settings: Settings) -> socket.socket:
-    """A port that the workers can share and nobody else has. Raises OSError."""
-    with _listener(settings) as probe:  # fails if another service has it
+    """Reserve a port that the workers can share and no other service has. Raises OSError."""
+    with _listener(settings) as probe:  # fails if another service has the port
         address = probe.getsockname()
     reserved = socket.socket(_family(settings.host))
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a service before may linger
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier service may linger
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if reserved.family == socket.AF_INET6:
-        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server has it
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # create_server's own setting
     reserved.bind(address)  # without listening: connections go to the workers
     return reserved
 
 
 def _family(host: str) -> socket.AddressFamily:
-    """IPv4 where it has both. Raises OSError."""
+    """Choose IPv4 for a name that has both. Raises OSError."""
     families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6

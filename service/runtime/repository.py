@@ -1,10 +1,9 @@
-"""The model repository: <folder>/<model>/<version>/model.onnx, read once at start."""
+"""The model repository: the files <folder>/<model>/<version>/model.onnx, read once at start."""
 
 import logging
 import os
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from reparam.service.artifact.contract import ArtifactError, Contract
 from reparam.service.artifact.file import CPU, MODEL_FILE, NAME, VERSION, Artifact, load
 from reparam.service.errors import Unavailable, UnknownModel, clipped
 from reparam.service.runtime.devices import CUDA, Device, DeviceError, cuda_fault, with_tensor_cores
-from reparam.service.runtime.graphs import Buckets, is_out_of_memory
+from reparam.service.runtime.graphs import Graph, is_out_of_memory
+from reparam.service.runtime.sampler import bind_sampler
 
 log = logging.getLogger(__name__)
 
@@ -24,33 +24,39 @@ class Model:
     name: str
     version: int
     artifact: Artifact
-    buckets: tuple[Buckets, ...]  # one for each runner
-    batch_rows: int  # rows of one batch
+    sampler: Graph
 
     @property
     def contract(self) -> Contract:
         return self.artifact.contract
 
-    @cached_property
-    def steady(self) -> bool:
-        """It runs on the CPU, and how long depends on its rows alone."""
-        return self.artifact.steady and self.artifact.provider == CPU
-
 
 @dataclass
 class Repository:
-    """The models that are served, and the files that are not, each with its fault."""
+    """The models that are served, and the files that are refused.
+
+    default: name of the model of requests that name none; None for the first by name.
+    models: by name and version.
+    refused: the fault of each refused file, by model/version, of a model's folder, or of a setting.
+    found: models by the name and version that requests gave, as far as requests asked for them.
+    """
 
     default: str | None = None
     models: dict[str, dict[int, Model]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    _found: dict[tuple[str | None, int | None], Model] = field(default_factory=dict)  # what was asked for before
+    found: dict[tuple[str | None, int | None], Model] = field(default_factory=dict)
 
     def find(self, name: str | None, version: int | None) -> Model:
-        """Raises UnknownModel, Unavailable."""
-        found = self._found.get((name, version))
+        """Find a version of a model.
+
+        name: default: the default model
+        version: default: the latest
+
+        Raises: UnknownModel, Unavailable
+        """
+        found = self.found.get((name, version))
         if found is None:
-            found = self._found[name, version] = self._find(name, version)
+            found = self.found[name, version] = self._find(name, version)
         return found
 
     def _find(self, name: str | None, version: int | None) -> Model:
@@ -75,29 +81,33 @@ class Repository:
         return versions[version]
 
     def available(self) -> dict[str, list[int]]:
-        """The versions of each model that is served."""
+        """List the versions of each model that is served."""
         return {name: sorted(versions) for name, versions in sorted(self.models.items())}
 
     def default_name(self) -> str | None:
-        """The model of a request that names none: the one that was chosen, else the first by name."""
+        """Name the model of requests that name none; None without models."""
         return self.default or min(self.models, default=None)
 
     @property
     def state(self) -> str:
-        """Whether every request finds a model."""
+        """`ready` if every request finds a model, else why not."""
         if not self.models:
             return "no model"
         return "ready" if self.default_name() in self.models else "no default model"
 
     def load(self, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
-        """Load and warm up every version that keeps the contract; the others are noted in `refused` and hurt nobody.
+        """Load and warm up every version that keeps its contract; add the others to `refused`.
 
-        Batches will have at most `max_rows` rows, and as few as take about `seconds`. On a GPU this is for the thread
-        that will run them: onnxruntime keeps CUDA graphs for each thread apart. Raises DeviceError if one of them
-        leaves a GPU that computes nothing any more.
+        On a GPU the thread that will run the models must call this: onnxruntime keeps CUDA graphs by thread.
+
+        folder: of the models
+        max_rows: rows of a batch, at most
+        seconds: of a batch, about; slower models get smaller batches
+
+        Raises: DeviceError, if a model leaves a GPU that only a new process can use again
         """
         try:
-            models = [path for path in _entries(folder) if os.path.isdir(path)]  # noqa: PTH112  # pathlib's raises for some
+            models = [path for path in _entries(folder) if os.path.isdir(path)]  # noqa: PTH112  # pathlib's raises for some names
         except OSError as error:
             fault = f"the model repository {folder.absolute()} cannot be read ({error.strerror}): set REPARAM_ARTIFACTS"
             self._refuse("*", fault)
@@ -106,7 +116,7 @@ class Repository:
             try:
                 versions = _versions(path)
             except OSError as error:
-                if NAME.fullmatch(path.name):  # others may be anything
+                if NAME.fullmatch(path.name):  # a folder with another name may hold anything
                     self._refuse(path.name, f"{path} cannot be read: {error.strerror}")
                 continue
             for version in versions:
@@ -127,39 +137,38 @@ class Repository:
             )
         except DeviceError:
             raise
-        except Exception as error:  # onnxruntime's errors have no common base but this
+        except Exception as error:  # onnxruntime's errors have no narrower common base
             fault = str(error) if isinstance(error, ArtifactError) else f"{version}: {error!r}"
             self._refuse(f"{name}/{version.name}", fault)
             return
-        self._found.clear()
+        self.found.clear()
         self.models.setdefault(name, {})[model.version] = model
         about: dict[str, Any] = {"provider": model.artifact.provider, "reason": device.reason}
-        about |= {"batch_rows": model.batch_rows, "runners": device.runners}
+        about |= {"batch_rows": model.sampler.batch_rows, "runners": device.runners}
         about["load_seconds"] = round(time.perf_counter() - started, 3)
         log.info("model loaded", extra={"model": name, "version": model.version, **about})
 
     def _refuse(self, label: str, fault: str) -> None:
-        """A name of a file may hold bytes that are no text."""
+        # File names may hold bytes that are not UTF-8.
         label, fault = (text.encode(errors="backslashreplace").decode() for text in (label, fault))
         self.refused[label] = fault
         log.error("refused", extra={"model": label, "fault": fault})
 
 
 def open_model(name: str, version: int, path: Path, device: Device, max_rows: int, seconds: float) -> Model:
-    """Load a version and warm it up, with the first of the device's lists of providers that takes it; whether a graph
-    can be captured as a CUDA graph shows only in the second run.
+    """Load a version and warm it up, with the first of the device's lists of providers that can run it.
 
-    Raises ArtifactError, DeviceError, and what onnxruntime raises.
+    Raises: ArtifactError, DeviceError, and whatever onnxruntime raises
     """
     *others, last = device.attempts
     for providers in others:
-        try:
+        try:  # only the second run shows whether a CUDA graph can be captured
             return _open(name, version, path, device, providers, max_rows, seconds)
-        except Exception as error:  # onnxruntime's errors have no common base but this
+        except Exception as error:  # onnxruntime's errors have no narrower common base
             about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}
-            log.info("model does not run so", extra=about)
+            log.info("the model does not run with these providers", extra=about)
             no_memory = is_out_of_memory(error)
-        # What it held is free now. Some errors leave nothing that works in the whole process.
+        # Outside the handler, whose error keeps the model's memory. Some errors leave a GPU unusable for the process.
         if device.name == "cuda" and not no_memory and cuda_fault():
             raise DeviceError(
                 f"no CUDA graph could be made of model {name!r} version {version}, and since then the GPU computes "
@@ -172,10 +181,14 @@ def _open(
     name: str, version: int, path: Path, device: Device, providers: tuple[Any, ...], max_rows: int, seconds: float
 ) -> Model:
     artifact = load(path, providers, device.threads)
-    if artifact.provider == CUDA and artifact.contract.precision == "float16":  # known only now that it is open
+    if artifact.provider == CUDA and artifact.contract.precision == "float16":  # known only once the file is open
         artifact = load(path, with_tensor_cores(providers), device.threads)
-    buckets = tuple(Buckets(artifact, max_rows) for _ in range(device.runners))
-    return Model(name, version, artifact, buckets, min(each.warm_up(seconds) for each in buckets))
+    replicas = tuple(bind_sampler(artifact, max_rows) for _ in range(device.runners))
+    batch_rows = min(replica.warm_up(seconds) for replica in replicas)
+    steady = artifact.steady and artifact.provider == CPU
+    return Model(
+        name, version, artifact, Graph(name, version, replicas, artifact.contract.row_shapes, batch_rows, steady)
+    )
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -184,11 +197,11 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _versions(model: Path) -> list[Path]:
-    """What is named like a version, or holds a model. Raises OSError."""
+    """List the entries named like a version, or that hold a model. Raises OSError."""
     return [
         path
         for path in _entries(model)
-        if VERSION.fullmatch(path.name) or os.path.exists(path / MODEL_FILE)  # noqa: PTH110  # as above
+        if VERSION.fullmatch(path.name) or os.path.exists(path / MODEL_FILE)  # noqa: PTH110  # pathlib's raises for some names
     ]
 
 
@@ -204,9 +217,9 @@ def _check_names(version: Path) -> None:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """The path, unless a link on the way leaves the repository."""
+    """Resolve the path. Raises ArtifactError for a link that leaves the repository, or what is no file."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path}: a link leads out of the repository, to {path.resolve()}")
     if path.exists() and not path.is_file():
-        raise ArtifactError(f"{path}: it is no regular file")
+        raise ArtifactError(f"{path}: it is not a regular file")
     return path.resolve()

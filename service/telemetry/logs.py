@@ -1,11 +1,11 @@
-"""Log lines for people; for machines REPARAM_LOG_FORMAT=json prints the same fields as JSON."""
+"""Log lines: JSON for machines, or text for people with REPARAM_LOG_FORMAT=text."""
 
-import asyncio
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import orjson
 
@@ -13,7 +13,7 @@ from reparam.service.settings import Settings
 
 
 def log_config(settings: Settings) -> dict[str, Any]:
-    """Structured lines on stderr, for the service, uvicorn and warnings alike."""
+    """Configure `logging` to write structured lines on stderr, for the service, uvicorn and warnings."""
     formatters = {
         "json": {
             "()": "pythonjsonlogger.orjson.OrjsonFormatter",
@@ -37,7 +37,7 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName",
 
 
 class TextFormatter(logging.Formatter):
-    """time level message key=value ..."""
+    """Formats a line as `time level message key=value ...`."""
 
     def __init__(self) -> None:
         super().__init__("{asctime} {levelname:<7} {message}", style="{")
@@ -48,39 +48,52 @@ class TextFormatter(logging.Formatter):
 
 
 def _plain(value: object) -> str:
-    """The value, quoted if it could be taken for more than one or for a terminal's command."""
+    """Quote the value if it could be read as several values or as a terminal's command."""
     text = str(value)
     return text if text.isprintable() and " " not in text and "=" not in text else ascii(text)
 
 
-DELAY = 0.1  # seconds
-WRITTEN_AS_A_WHOLE = 4096  # bytes, by Linux into a pipe; elsewhere there is one worker and nobody to write between
-LONGEST_PATH = 512  # characters; the client chose them
+PIPE_BUF = 4096  # bytes that Linux writes into a pipe at once; elsewhere there is one worker
+MAX_PATH = 512  # characters; the client chose them
+
+
+class Entry(Protocol):
+    """A request to log. ended: seconds since the epoch. seconds: from its start to the end of its response."""
+
+    @property
+    def ended(self) -> float: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def request_id(self) -> bytes: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 class AccessLog:
-    """One line a request. Those of a tenth of a second are written together, and not by `logging`, which takes longer
-    for a line than the service for a sample."""
+    """Writes one line a request.
 
-    LOGGER = "service.access"
+    The lines are not written by `logging`, which takes longer for a line than the service for a sample.
+    """
+
+    LOGGER = "reparam.service.access"
 
     def __init__(self, format: Literal["json", "text"]) -> None:
         self.enabled = logging.getLogger(self.LOGGER).isEnabledFor(logging.INFO)
         self._line = _json_line if format == "json" else _text_line
-        self._entries: list[Entry] = []
 
-    def write(self, method: str, path: str, status: int, request_id: bytes, seconds: float) -> None:
-        if not self._entries:
-            asyncio.get_running_loop().call_later(DELAY, self.flush)
-        self._entries.append((time.time(), method, path[:LONGEST_PATH], status, request_id, seconds))
-
-    def flush(self) -> None:
-        """No more at a time than a pipe takes as a whole, for other workers write to the same."""
-        entries, self._entries = self._entries, []
+    def write(self, entries: Iterable[Entry]) -> None:
+        """Write the lines, at most PIPE_BUF bytes at a time: other workers write to the same pipe."""
+        if not self.enabled:
+            return
         together = b""
         for entry in entries:
-            line = self._line(*entry)
-            if len(together) + len(line) > WRITTEN_AS_A_WHOLE:
+            line = self._line(entry)
+            if len(together) + len(line) > PIPE_BUF:
                 _write(together)
                 together = b""
             together += line
@@ -92,33 +105,30 @@ def _write(lines: bytes) -> None:
     sys.stderr.buffer.flush()
 
 
-Entry = tuple[float, str, str, int, bytes, float]
-
-
-def _json_line(when: float, method: str, path: str, status: int, request_id: bytes, seconds: float) -> bytes:
+def _json_line(entry: Entry) -> bytes:
     line = {
-        "time": _time(when),
+        "time": _time(entry.ended),
         "level": "INFO",
         "logger": AccessLog.LOGGER,
         "message": "request",
-        "method": method,
-        "path": path,
-        "status": status,
-        "request_id": request_id.decode(),
-        "seconds": round(seconds, 6),
+        "method": entry.method,
+        "path": entry.path[:MAX_PATH],
+        "status": entry.status,
+        "request_id": entry.request_id.decode(),
+        "seconds": round(entry.seconds, 6),
     }
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _text_line(when: float, method: str, path: str, status: int, request_id: bytes, seconds: float) -> bytes:
+def _text_line(entry: Entry) -> bytes:
     return (
-        f"{_time(when)} INFO    request method={method} path={_plain(path)} status={status} "
-        f"request_id={_plain(request_id.decode())} seconds={round(seconds, 6)}\n"
+        f"{_time(entry.ended)} INFO    request method={entry.method} path={_plain(entry.path[:MAX_PATH])} "
+        f"status={entry.status} request_id={_plain(entry.request_id.decode())} seconds={round(entry.seconds, 6)}\n"
     ).encode()
 
 
 def _time(when: float) -> str:
-    """As `logging` writes it."""
+    """Format the time as `logging` does."""
     return f"{_second(int(when))},{int(when % 1 * 1000):03d}"
 
 

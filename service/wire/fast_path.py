@@ -1,118 +1,150 @@
-"""The short way of `POST /sample`: for a request that came in one piece, and whose answer will leave in one.
+"""The fast path of operations: for a request that came in one piece, and whose response will leave in one.
 
-Most do. Here the event loop's callbacks answer them: when the body is there the rows are submitted, when the rows are
-there the answer is written. There is no task, no coroutine and no ASGI message, which would take longer than all else.
-What is checked, computed and sent is the same as on the long way, and by the same functions. Its time begins when the
-body is whole, a tenth of a second after the head at the latest.
+Most requests do. Callbacks of the event loop answer them: rows are submitted when the body is there, and the response
+is written when the rows are there. A task, a coroutine and ASGI messages would take longer than everything else. All
+steps are those of Endpoint, so responses are the same on both paths. The time of a request begins when its body is
+whole, at most GRACE after its head.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from reparam.service.engine.job import Job
-from reparam.service.errors import ClientLeft, Unauthorized
-from reparam.service.http.endpoint import LARGE_BODY, Sampling, announced, encoded
+from reparam.service.errors import ClientLeft, Problem
+from reparam.service.http.encoders import encode
+from reparam.service.http.endpoint import LARGE_BODY, Endpoint, Head
 from reparam.service.http.headers import HeaderMap, to_lines
-from reparam.service.http.middleware import CLIENT_CLOSED, Edge, refusal
+from reparam.service.http.middleware import CLIENT_CLOSED, check_key, client_request_id, problem_response
+from reparam.service.telemetry.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-Reply = Callable[["Brief", int, bytes, bytes], None]
+Reply = Callable[["FastRequest", int, bytes, bytes], None]
 
 
-class ShortWay:
-    """Where uvicorn's protocol hands requests in."""
+class FastHead(NamedTuple):
+    """The checked head of a request that may take the fast path.
 
-    def __init__(self, path: str, edge: Edge, sampling: Sampling) -> None:
-        self.path = path
-        self.edge = edge
-        self.sampling = sampling
-        # Bytes of a body from which on it takes the long way.
-        self.most = min(LARGE_BODY, sampling.settings.max_body_bytes + 1)
+    request_id: the client's; None for a fresh one.
+    """
 
-    def is_open(self, given: HeaderMap) -> bool:
-        """From the head of a request: its body is worth waiting for."""
-        try:
-            self.edge.authorize(self.path, given)
-        except Unauthorized:
-            return False
-        return announced(given) < self.most
+    head: Head
+    request_id: bytes | None
 
-    def begin(self, given: HeaderMap, body: bytes, keep_alive: bool, reply: Reply) -> "Brief | None":
-        """Take the request, or return None if the long way is the one for it.
 
-        reply: called once with status, the lines of the head, and body, perhaps before this returns; not called if the
-            client has left.
+class FastPath:
+    """The fast path of one operation, where uvicorn's protocol hands requests in.
+
+    max_body: bytes; requests with larger bodies take the ASGI path.
+    """
+
+    def __init__(self, endpoint: Endpoint, recorder: Recorder, api_key: str | None) -> None:
+        self.endpoint = endpoint
+        self.engine = endpoint.engine
+        self.lifespan = endpoint.lifespan
+        self.recorder = recorder
+        self.path = endpoint.operation.path
+        self.max_body = min(LARGE_BODY - 1, endpoint.settings.max_body_bytes)
+        self._api_key = api_key
+
+    def read_head(self, headers: HeaderMap) -> FastHead | None:
+        """Check the headers. Returns None if the request must take the ASGI path, which also refuses.
+
+        The result depends on the headers alone, so that a connection can keep the result for equal heads.
         """
-        brief = Brief(self, self.edge.request_id(given), keep_alive, reply)
         try:
-            self.edge.authorize(self.path, given)
-            brief.timeout = self.sampling.check_head(given)
-            rows = self.sampling.read(body)
-            brief.media_type = self.sampling.negotiate(given, rows)
-            size = self.sampling.size_if_small(rows, brief.media_type)
-            if size is None:
-                self.edge.metrics.in_flight -= 1
+            check_key(self._api_key, self.path, headers)
+            head = self.endpoint.read_head(headers)
+        except Problem:
+            return None
+        if head.content_length > self.max_body:
+            return None
+        return FastHead(head, client_request_id(headers))
+
+    def begin(self, fast_head: FastHead, body: bytes, keep_alive: bool, reply: Reply) -> "FastRequest | None":
+        """Take the request, or return None if it must take the ASGI path.
+
+        reply: called once with status, headers as lines, and body, perhaps before this returns; not called if the
+            client has disconnected
+        """
+        head, request_id = fast_head
+        request = FastRequest(self, head.timeout, request_id or next(self.recorder.request_ids), keep_alive, reply)
+        try:
+            if not self.lifespan.is_loaded:
+                self.lifespan.check_ready()
+            plan = self.endpoint.plan(head, self.endpoint.read(body))
+            if not plan.is_small:
+                self.recorder.in_flight -= 1
                 return None
-            self.sampling.engine.join(brief)
-            self.sampling.engine.submit(brief, rows, len(body) + size, rows.n)
-        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
-            brief.refuse(error)
-        return brief
+            request.media_type = plan.media_type
+            self.engine.join(request)
+            self.engine.submit(request, plan.work, len(body) + plan.size, plan.first)
+        except Exception as error:  # every error is answered with a problem document
+            request.refuse(error)
+        return request
 
 
-class Brief(Job):
-    """A request on the short way. To uvicorn, it is the cycle that the connection is in."""
+class FastRequest(Job):
+    """A request on the fast path.
+
+    The request stands in for uvicorn's RequestResponseCycle, hence disconnected, response_complete, more_body,
+    keep_alive and message_event.
+    """
 
     media_type = ""
     disconnected = response_complete = more_body = False
 
-    def __init__(self, way: ShortWay, request_id: bytes, keep_alive: bool, reply: Reply) -> None:
-        super().__init__(way.sampling.engine, 0.0)
+    def __init__(self, path: FastPath, timeout: float, request_id: bytes, keep_alive: bool, reply: Reply) -> None:
+        super().__init__(timeout)
+        self.keep_alive = keep_alive
         self._started = time.perf_counter()
-        self._way = way
+        self._path = path
         self._request_id = request_id
         self._reply = reply
-        self.keep_alive = keep_alive
-        way.edge.metrics.in_flight += 1
+        path.recorder.in_flight += 1
 
     @property
-    def message_event(self) -> "Brief":
-        """What uvicorn sets when the client has left."""
+    def message_event(self) -> "FastRequest":
+        """The event that uvicorn sets when the client has disconnected."""
         return self
 
     def set(self) -> None:
         if self.disconnected:
-            self.fail(ClientLeft())
+            self._path.engine.fail(self, ClientLeft())
 
-    def news(self) -> None:
+    def on_wait(self) -> None:
+        """Do nothing: the protocol notices a disconnect."""
+
+    def on_change(self) -> None:
         if self.error is not None:
             self.refuse(self.error)
-        elif not self.left:
+        elif not self.rows_left:
+            endpoint = self._path.endpoint
             try:
-                body, seconds = encoded(self.request, self.media_type, self.done)
-                head = self._way.sampling.head(self, self.media_type, len(body), seconds)
-            except Exception as error:  # here too
+                body, seconds = encode(self.work, self.media_type, self.done)
+                head = endpoint.header_block(self, self.media_type, len(body), seconds)
+            except Exception as error:  # every error is answered with a problem document
                 self.refuse(error)
             else:
                 self._finish(200, head, body)
 
     def refuse(self, error: Exception) -> None:
+        """Answer with the problem of the error."""
         if isinstance(error, ClientLeft):
-            self._way.sampling.count_departure(self)
+            self._path.endpoint.count_disconnect(self)
             self._finish(CLIENT_CLOSED, b"", b"")
         else:
-            status, headers, body = refusal(error, self._request_id)
+            status, headers, body = problem_response(error, self._request_id)
             self._finish(status, to_lines(headers), body)
 
     def _finish(self, status: int, head: bytes, body: bytes) -> None:
-        self.close()
+        path, request_id = self._path, self._request_id
+        path.engine.leave(self)
         self.response_complete = True
         try:
-            self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, self._request_id), body)
-        except Exception:  # others in the same batch must not suffer
-            log.exception("not written", extra={"request_id": self._request_id.decode()})
-        self._way.edge.metrics.in_flight -= 1
-        path = self._way.path
-        self._way.edge.account("POST", path, path, status, self._started, self._request_id)
+            self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, request_id), body)
+        except Exception:  # other requests of the same batch must not suffer
+            log.exception("not written", extra={"request_id": request_id.decode()})
+        path.recorder.request("POST", path.path, path.path, status, request_id, self._started)

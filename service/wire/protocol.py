@@ -1,111 +1,158 @@
-"""HTTP as uvicorn speaks it, but answers leave in one piece.
+"""uvicorn's HTTP protocol, made faster and stricter.
 
-uvicorn writes the head of an answer and then its body: two system calls, two packets, and a client that is woken twice,
-which together take longer than all else that a sample needs. And of all Python that a sample runs a third looks at
-headers, one by one; here they are joined at once.
+Faster: uvicorn writes the head of a response and then its body, in two system calls and two packets, and wakes the
+client twice. Here a response leaves in one piece, and requests for operations take the fast path. Stricter: heads are
+bounded in size and time, and pipelined input, malformed or not, is handled after the request before it has been
+answered.
 """
 
 import asyncio
 import time
 from math import inf
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from reparam.service.engine.deadlines import PATIENCE
+from reparam.service.engine.deadlines import GRACE
 from reparam.service.errors import MalformedRequest, clipped
-from reparam.service.http.headers import by_name, to_lines
-from reparam.service.http.middleware import refusal
-from reparam.service.wire.fast_path import Brief, ShortWay
-from reparam.service.wire.response import Answer, whole_head
+from reparam.service.http.headers import Headers, by_name, to_lines
+from reparam.service.http.middleware import problem_response
+from reparam.service.lifespan import Lifespan
+from reparam.service.wire.fast_path import FastHead, FastPath, FastRequest
+from reparam.service.wire.response import CLOSE, ResponseWriter, whole_head
 from reparam.service.wire.transport import Cork, Flow
 
 # Bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them.
-MOST_FRAMING = 2**19
+MAX_FRAMING = 2**19
+HEAD_END = b"\r\n\r\n"
+
+
+class SeenHead(NamedTuple):
+    """The head of the last fast request of a connection. Clients repeat their heads byte for byte.
+
+    data: bytes of the head. size: bytes of the whole request.
+    """
+
+    data: bytes
+    size: int
+    path: FastPath
+    head: FastHead
 
 
 class Protocol(HttpToolsProtocol):
-    """Takes requests for the application's `short` way as soon as they are whole; all others go the way that uvicorn
-    sends them, and so do those that are too large or too slow to wait for."""
+    """Hands requests to the fast path as soon as they are whole.
+
+    Other requests go uvicorn's way, as do requests that are too large or too slow to wait for.
+    """
 
     flow: Flow
+    _default_lines: ClassVar[tuple[Headers, bytes]] = [], b""  # uvicorn's default headers, and the same as lines
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._short: ShortWay = self.app.short  # it is our Application
-        self._answering: Any = None  # the cycle whose answer is made; uvicorn's `cycle` is the last that was read
+        self._lifespan: Lifespan = self.app.reparam  # the application is ours
+        self._fast_paths = {path.encode(): fast for path, fast in self.app.fast_paths.items()}
+        self._answering: Any = None  # the cycle whose response is made; uvicorn's `cycle` is the last that was read
         self._refusal: Exception | None = None  # why no further request is taken
-        self._path = self._short.path.encode()
-        self._waiting = False  # for the rest of a request that may go the short way
+        self._fast: tuple[FastPath, FastHead] | None = None  # of the request that is read now, while it may be fast
         self._body = b""
-        self._patience: asyncio.TimerHandle | None = None
-        self._idle_since = inf  # on the loop's clock; inf while it is not
+        self._grace: asyncio.TimerHandle | None = None  # ends the wait for the body of a fast request
+        self._seen: SeenHead | None = None
+        self._just_seen: tuple[FastPath, FastHead] | None = None  # of a fast request that has ended in this read
+        self._idle_since = inf  # on the loop's clock; inf while the connection is not idle
         self._keep_alive: asyncio.TimerHandle | None = None
-        self._in_head = False  # of a request that has begun
+        self._in_message = self._in_head = False  # of a request that has begun
         self._framing_bytes = 0  # read since a request began, its head ended, or its body went on
-        self._late: asyncio.TimerHandle | None = None
+        self._late_head: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own signature
         self._cork = Cork(transport, self.loop)
-        super().connection_made(self._cork)  # type: ignore[arg-type]  # all that uvicorn uses of one
+        super().connection_made(self._cork)  # type: ignore[arg-type]  # Cork has all that uvicorn uses of a transport
         self.flow = Flow(self._cork, self.pipeline)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._go_on()
-        self.cycle = self._answering  # the one that uvicorn tells; those behind it have not begun
+        self._take_asgi_path()
+        self.cycle = self._answering  # uvicorn tells this cycle; later ones have not begun
         super().connection_lost(exc)
         self._cork.unwatch()
-        for timer in (self._keep_alive, self._late):
+        for timer in (self._keep_alive, self._late_head):
             if timer is not None:
                 timer.cancel()
 
     def eof_received(self) -> None:
-        self.transport.close()  # the cork, which watches what is not taken yet
+        self.transport.close()  # the cork, which watches the rest of the response
 
     def shutdown(self) -> None:
-        self._go_on()
+        self._take_asgi_path()
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        between_requests = not (self._in_message or self._is_answering())
+        if between_requests:
+            seen = self._seen
+            if seen is not None and len(data) == seen.size and data.startswith(seen.data) and self._repeat(seen, data):
+                return
+            self._just_seen = None
         try:
             self._feed(data)
-        except Exception as error:  # the last resort: whatever it is, the client gets a problem document
+        except Exception as error:  # every error is answered with a problem document
             self._refuse(error)
             return
+        if between_requests and self._just_seen is not None:
+            self._keep_head(data, *self._just_seen)
         self._framing_bytes += len(data)
-        if self._framing_bytes > MOST_FRAMING:
+        if self._framing_bytes > MAX_FRAMING:
             self._refuse(
-                MalformedRequest(
-                    f"a head, a trailer or the size of a chunk has at most {MOST_FRAMING} bytes: send less"
-                )
+                MalformedRequest(f"a head, a trailer or the size of a chunk has at most {MAX_FRAMING} bytes: send less")
             )
         elif self._in_head:
-            if self._late is None:
+            if self._late_head is None:
                 self._await_head()
-        elif self._waiting and self._patience is None:
-            if self._short.is_open(by_name(self.headers)):
-                self._patience = self.loop.call_later(PATIENCE, self._go_on)
-            else:
-                self._go_on()
+        elif self._fast is not None and self._grace is None:
+            self._grace = self.loop.call_later(GRACE, self._take_asgi_path)
+
+    def _repeat(self, seen: SeenHead, data: bytes) -> bool:
+        """Take a request whose head is that of the request before. Returns whether the fast path took it."""
+        if self.flow.write_paused:
+            return False
+        self._idle_since = inf
+        if self._late_head is not None:
+            self._late_head.cancel()
+            self._late_head = None
+        return self._begin_fast(seen.path, seen.head, data[len(seen.data) :], True)
+
+    def _keep_head(self, data: bytes, path: FastPath, head: FastHead) -> None:
+        """Keep the head for the next request, if this data is one whole request with a body of announced length."""
+        end = len(data) - len(self._body)
+        if (
+            head.head.content_length == len(self._body) > 0
+            and data.endswith(HEAD_END, 0, end)
+            and data.count(HEAD_END, 0, end) == 1
+            and not self._in_message
+        ):
+            self._seen = SeenHead(data[:end], len(data), path, head)
 
     def _feed(self, data: bytes) -> None:
-        """An upgrade that is asked for is ignored (RFC 9110, 7.8). The parser would take what follows for another
-        protocol, so a fresh one goes on from a head that asks for none.
+        """Parse the data.
 
-        Raises MalformedRequest, and whatever else a callback raised."""
+        A request for an upgrade is answered as if it did not ask (RFC 9110, section 7.8). The parser would take what
+        follows for another protocol, so a fresh parser goes on from a head without the upgrade.
+
+        Raises: MalformedRequest, and whatever a callback raised
+        """
         while True:
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as stopped:
                 data = self._head_without_upgrade() + data[stopped.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn's own setting
             except httptools.HttpParserError as error:
-                cause = error.__context__ or error  # what a callback raised, as for a URL that is none
+                cause = error.__context__ or error  # the error of a callback, as for an unreadable URL
                 if not isinstance(cause, (httptools.HttpParserError, UnicodeDecodeError)):
                     raise cause from None
                 raise MalformedRequest(f"no HTTP request: {clipped(str(cause))}") from error
@@ -120,10 +167,10 @@ class Protocol(HttpToolsProtocol):
         return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, self.parser.get_http_version().encode(), to_lines(kept))
 
     def _await_head(self) -> None:
-        self._late = self.loop.call_later(self._short.sampling.settings.request_timeout, self._give_up)
+        self._late_head = self.loop.call_later(self._lifespan.settings.request_timeout, self._give_up)
 
     def _give_up(self) -> None:
-        if self._is_answering():  # perhaps it is we who do not read on
+        if self._is_answering():  # perhaps the service has stopped reading
             self._await_head()
         elif self._in_head:
             self._refuse(MalformedRequest("the head of the request did not end in time: send it at once"))
@@ -134,83 +181,91 @@ class Protocol(HttpToolsProtocol):
         return self._answering is not None and not self._answering.response_complete
 
     def _refuse(self, error: Exception) -> None:
-        """Take no further request. Tell why, once those before are answered, and hang up."""
+        """Take no further request. Once earlier requests are answered, say why and close the connection."""
         self._refusal = error
-        self._end_waiting()
-        if self._late is not None:
-            self._late.cancel()
-        if self.pipeline and self.pipeline[0][0].more_body:  # the last of them is the one that is refused
+        self._end_fast()
+        if self._late_head is not None:
+            self._late_head.cancel()
+        if self.pipeline and self.pipeline[0][0].more_body:  # the last request of the pipeline is the one refused
             self.pipeline.popleft()
-        self.flow.read_on()  # for nothing: what is not read when the connection ends, ends it before its answers arrive
+        # Read and discard: closing a socket with unread input sends RST, which would destroy responses in flight.
+        self.flow.read_on()
         cycle = self._answering
         if not self._is_answering() or (cycle.more_body and not cycle.response_started):
-            self._hang_up(error)
-        elif cycle.more_body:  # it is this one that is refused
+            self._send_refusal(error)
+        elif cycle.more_body:  # the request that is being answered is the one refused
             self.transport.close()
 
-    def _hang_up(self, error: Exception) -> None:
-        request_id = self._short.edge.request_id({})
-        status, headers, body = refusal(error, request_id)
+    def _send_refusal(self, error: Exception) -> None:
+        recorder = self._lifespan.recorder
+        recorder.in_flight += 1
+        request_id = next(recorder.request_ids)
+        status, headers, body = problem_response(error, request_id)
         head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])
         self.transport.write(whole_head(status, head, keep_alive=False) + body)
-        self._short.edge.account("-", "-", "other", status, time.perf_counter(), request_id)
+        recorder.request("-", "-", "other", status, request_id, time.perf_counter())
         self.transport.close()
 
     def on_message_begin(self) -> None:
         self._idle_since = inf
-        self._in_head, self._framing_bytes = True, 0
+        self._in_message = self._in_head = True
+        self._framing_bytes = 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # not of a trailer
+        if self._in_head:  # otherwise it belongs to a trailer
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         parser = self.parser
         self._in_head, self._framing_bytes = False, 0
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        if self._late_head is not None:
+            self._late_head.cancel()
+            self._late_head = None
         if parser.should_upgrade():
             return
         self._body = b""
-        self._waiting = (
-            self.url == self._path
+        path = self._fast_paths.get(self.url)
+        if (
+            path is not None
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and not self.expect_100_continue
             and not self._is_answering()
             and not self.flow.write_paused
-        )
-        if not self._waiting:
-            self._take_the_long_way()
+            and (head := path.read_head(by_name(self.headers))) is not None
+        ):
+            self._fast = path, head
+        else:
+            self._start_asgi_cycle()
 
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
-        if not self._waiting:
+        if self._fast is None:
             super().on_body(body)
             return
         self._body += body
-        if len(self._body) >= self._short.most:
-            self._go_on()
+        if len(self._body) > self._fast[0].max_body:
+            self._take_asgi_path()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        if self._waiting:
-            brief = self._short.begin(by_name(self.headers), self._body, self.parser.should_keep_alive(), self._reply)
-            if brief is not None:
-                self._end_waiting()
-                if not brief.response_complete:
-                    self.cycle = self._answering = brief  # type: ignore[assignment]  # all that uvicorn uses of one
+        self._in_message = False
+        if self._fast is not None:
+            path, head = self._fast
+            if self._begin_fast(path, head, self._body, self.parser.should_keep_alive()):
+                self._end_fast()
+                if self.parser.should_keep_alive():
+                    self._just_seen = path, head
                 return
-            self._go_on()
+            self._take_asgi_path()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """As uvicorn has it, but with one timer a connection instead of one an answer."""
+        """Go on to the next request, as uvicorn does, but with one timer a connection instead of one a response."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -218,36 +273,46 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
             return
         if self._refusal is not None:
-            self._hang_up(self._refusal)
+            self._send_refusal(self._refusal)
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if not self._in_head:
             self._idle_since = self.loop.time()
         if self._keep_alive is None:
-            self._keep_alive = self.loop.call_later(self.timeout_keep_alive, self._end_if_idle)
+            self._keep_alive = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
-    def _end_if_idle(self) -> None:
+    def _close_if_idle(self) -> None:
         left = self.timeout_keep_alive - (self.loop.time() - self._idle_since)
         if left <= 0:
             self.timeout_keep_alive_handler()
         else:
-            self._keep_alive = self.loop.call_later(min(left, self.timeout_keep_alive), self._end_if_idle)
+            self._keep_alive = self.loop.call_later(min(left, self.timeout_keep_alive), self._close_if_idle)
 
-    def _end_waiting(self) -> None:
-        self._waiting = False
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _begin_fast(self, path: FastPath, head: FastHead, body: bytes, keep_alive: bool) -> bool:
+        """Hand a whole request to the fast path. Returns whether the fast path took it."""
+        request = path.begin(head, body, keep_alive, self._reply)
+        if request is None:
+            return False
+        if not request.response_complete:
+            self.cycle = self._answering = request  # type: ignore[assignment]  # it has all that uvicorn uses of a cycle
+        return True
 
-    def _go_on(self) -> None:
-        """The long way, if the short one was still open."""
-        if self._waiting:
-            self._end_waiting()
-            self._take_the_long_way()
+    def _end_fast(self) -> None:
+        self._fast = None
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    def _take_asgi_path(self) -> None:
+        """Let the request that is read now go uvicorn's way, if the fast path was still open."""
+        if self._fast is not None:
+            self._end_fast()
+            self._start_asgi_cycle()
             if self._body:
                 super().on_body(self._body)
 
-    def _take_the_long_way(self) -> None:
+    def _start_asgi_cycle(self) -> None:
         url, headers, expected = self.url, self.headers, self.expect_100_continue
         if not url.startswith(b"/") and httptools.parse_url(url).path is None:
             raise MalformedRequest(f"no path in {clipped(url.decode('latin-1'))!r}: add one, as in http://host/sample")
@@ -256,18 +321,26 @@ class Protocol(HttpToolsProtocol):
         self.headers += headers  # the list that is in the scope
         super().on_headers_complete()
 
-    def _reply(self, brief: Brief, status: int, head: bytes, body: bytes) -> None:
-        if self.transport.is_closing():
+    def _reply(self, request: FastRequest, status: int, head: bytes, body: bytes) -> None:
+        cork = self._cork
+        if cork.is_closing():
             return
-        head = to_lines(self.server_state.default_headers) + head
-        self.transport.write(whole_head(status, head, brief.keep_alive) + body)
-        if not self._short.sampling.engine.jobs:  # no other answer of this turn is still to be made
-            self._cork.flush()
-        if not brief.keep_alive:
-            self.transport.close()
+        connection = b"" if request.keep_alive else CLOSE
+        headers, defaults = Protocol._default_lines
+        if headers is not self.server_state.default_headers:  # uvicorn replaces the list every second
+            headers = self.server_state.default_headers
+            defaults = to_lines(headers)
+            Protocol._default_lines = headers, defaults
+        response = b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, head, connection, body)
+        if cork.is_empty and not self._lifespan.engine.jobs:  # no other response of this loop iteration is to come
+            cork.socket.write(response)
+        else:
+            cork.write(response)
+        if not request.keep_alive:
+            cork.close()
         self.on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        cycle.send = Answer(cycle).send  # type: ignore[method-assign]  # of this one cycle
+        cycle.send = ResponseWriter(cycle).send  # type: ignore[method-assign]  # of this one cycle
         super()._start_asgi_task(cycle, app)

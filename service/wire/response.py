@@ -1,10 +1,10 @@
-"""What uvicorn's cycle sends, in one piece where it can be."""
+"""The `send` of uvicorn's request cycle, which writes head and body in one piece where it can."""
 
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from reparam.service.http.headers import to_lines
+from reparam.service.http.headers import Headers, to_lines
 
 BODILESS = (204, 304)
 CHUNKED = (b"transfer-encoding", b"chunked")
@@ -12,21 +12,25 @@ CLOSE = b"connection: close\r\n"
 
 
 def whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
+    """Write a status line, headers as lines, and the empty line after them."""
     return b"%b%b%b\r\n" % (STATUS_LINE[status], headers, b"" if keep_alive else CLOSE)
 
 
-class Answer:
-    """The `send` of one request, which keeps the state of uvicorn's cycle as uvicorn would."""
+class ResponseWriter:
+    """The `send` of one request. It keeps the state of uvicorn's cycle as uvicorn's own `send` would."""
 
     __slots__ = ("_cycle", "_head", "_left")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._head = b""
-        self._left: int | None = None  # bytes of the body to come; None if it is sent in chunks
+        self._left: int | None = None  # bytes of the body to come; None for a chunked body
 
     async def send(self, message: Any) -> None:
-        """As ASGI has it. Raises ValueError for a header that would begin another line, or a body of another length."""
+        """Send an ASGI message.
+
+        Raises: ValueError for a header that holds a line break, or a body of another length than its head says
+        """
         cycle = self._cycle
         if cycle.flow.write_paused and not cycle.disconnected:
             await cycle.flow.drain()
@@ -37,7 +41,7 @@ class Answer:
         else:
             self._continue(message.get("body", b""), message.get("more_body", False))
 
-    def _start(self, status: int, given: list[tuple[bytes, bytes]]) -> None:
+    def _start(self, status: int, given: Headers) -> None:
         cycle = self._cycle
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
@@ -72,5 +76,5 @@ class Answer:
             cycle.message_event.set()
             if not cycle.keep_alive:
                 cycle.transport.close()
-            del cycle.send  # which refers to the cycle
+            del cycle.send  # a reference back to the cycle
             cycle.on_response()

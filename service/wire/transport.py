@@ -1,5 +1,4 @@
-"""Between a connection's protocol and its socket: writes together, reads no further while answers wait, and gives up a
-client that takes nothing."""
+"""Between a connection's protocol and its socket: writes are collected, and a client that reads nothing is given up."""
 
 import asyncio
 from collections.abc import Sized
@@ -8,69 +7,80 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import FlowControl
 
 ENOUGH = 2**16  # bytes that are written at once
-STALLED = 120.0  # seconds in which a client takes nothing of what waits for it, until it counts as gone
+STALLED = 120.0  # seconds in which a client reads nothing that waits for it, until the connection is aborted
 
 
 class Cork:
-    """A transport that writes together what it was given in one turn of the event loop, and that while it is watched
-    hangs up on a client that takes nothing of what waits for it for long."""
+    """A transport that collects the writes of one loop iteration into one system call.
+
+    While `watch` is on, the connection is aborted if the client reads nothing for STALLED seconds.
+
+    is_empty: no writes are collected now.
+    socket: the transport below.
+    """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._waiting: list[Any] = []
-        self._size = 0
-        self._left = 0  # bytes that waited for the client when it was last looked at
-        self._look: asyncio.TimerHandle | None = None
+        self.socket = transport
+        self.is_empty = True
         self.is_closing = transport.is_closing
+        self._loop = loop
+        self._collected: list[Any] = []
+        self._size = 0
+        self._unread = 0  # bytes that waited for the client at the last look
+        self._watcher: asyncio.TimerHandle | None = None
 
     def write(self, data: Any) -> None:
-        if not self._waiting:
+        if self.is_empty:
+            self.is_empty = False
             self._loop.call_soon(self.flush)
-        self._waiting.append(data)
+        self._collected.append(data)
         self._size += len(data)
         if self._size >= ENOUGH:
             self.flush()
 
     def close(self) -> None:
-        """When the client has what was written."""
+        """Close the connection when the client has read everything written."""
         self.flush()
-        self._transport.close()
-        if self._look is None:
+        self.socket.close()
+        if self._watcher is None:
             self.watch()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+        return getattr(self.socket, name)
 
     def flush(self) -> None:
-        if self._waiting:
-            if not self._transport.is_closing():  # as it is after a reset by the client
-                self._transport.writelines(self._waiting)
-            self._waiting, self._size = [], 0
+        """Write what was collected."""
+        if not self.is_empty:
+            if not self.socket.is_closing():  # as after a reset by the client
+                self.socket.writelines(self._collected)
+            self._collected, self._size, self.is_empty = [], 0, True
 
     def watch(self) -> None:
-        """Until all is taken or `unwatch`."""
-        self._left = self._transport.get_write_buffer_size()
-        self._look = self._loop.call_later(STALLED, self._look_after) if self._left else None
+        """Watch the client until it has read everything, or until `unwatch`."""
+        self._unread = self.socket.get_write_buffer_size()
+        self._watcher = self._loop.call_later(STALLED, self._look) if self._unread else None
 
     def unwatch(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
-            self._look = None
+        """Stop watching the client."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
 
-    def _look_after(self) -> None:
-        if self._transport.get_write_buffer_size() < self._left:
+    def _look(self) -> None:
+        if self.socket.get_write_buffer_size() < self._unread:
             self.watch()
         else:
-            self._transport.abort()
+            self.socket.abort()
 
 
 class Flow(FlowControl):
-    """Reads no further from a client while pipelined requests of its wait for their turn: uvicorn reads on with each
-    answer, and a client that never listens would fill the memory. One whose answers wait is watched."""
+    """Stops reading from a client while its pipelined requests wait, and watches a client whose responses wait.
+
+    uvicorn resumes reading after each response, so a client that never reads would fill the memory.
+    """
 
     def __init__(self, cork: Cork, pipeline: Sized) -> None:
-        super().__init__(cork)  # type: ignore[arg-type]  # all that uvicorn uses of a transport
+        super().__init__(cork)  # type: ignore[arg-type]  # Cork has all that uvicorn uses of a transport
         self._cork = cork
         self._pipeline = pipeline
 
@@ -79,6 +89,7 @@ class Flow(FlowControl):
             self.read_on()
 
     def read_on(self) -> None:
+        """Resume reading although pipelined requests wait."""
         super().resume_reading()
 
     def pause_writing(self) -> None:
@@ -86,6 +97,6 @@ class Flow(FlowControl):
         self._cork.watch()
 
     def resume_writing(self) -> None:
-        if not self._cork.is_closing():  # else it is watched to its end
+        if not self._cork.is_closing():  # a closing connection is watched to its end
             self._cork.unwatch()
         super().resume_writing()

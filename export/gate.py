@@ -24,7 +24,7 @@ from reparam.export.verify import (
     varied_feeds,
     verify,
 )
-from reparam.models.bodies import halved
+from reparam.models.bodies import to_float16
 from reparam.service.artifact.contract import Precision
 from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, load
 
@@ -70,7 +70,7 @@ def in_precision(network: Network, precision: Precision) -> Network:
     if precision == "float32":
         return network
     half = copy.deepcopy(network)
-    half.decoder = halved(half.decoder)
+    half.decoder = to_float16(half.decoder)
     return half
 
 

@@ -31,7 +31,7 @@ from reparam.export.objectives import (
 from reparam.export.prior import encoded, fit_mixture
 from reparam.export.run import Run, RunConfig
 from reparam.models import VAE
-from reparam.models.bodies import start_at
+from reparam.models.bodies import set_initial_bias
 from reparam.service.pictures import png, sheet
 
 SHEET_ROWS = 64
@@ -61,7 +61,7 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
     if is_binary(images) and is_binary(held_out):
         config = config.model_copy(update={"binarize": False})  # the same images, without draws
     model.to(where)
-    start_at(model.decoder, images.float().mean(0) / 255)
+    set_initial_bias(model.decoder, images.float().mean(0) / 255)
     learner = Learner(model, config.average)
     done = run.restore(learner.load)
     run.forget_after(done)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reparam.export.data import load
 from reparam.export.draws import HELD_OUT, as_images, generator
-from reparam.export.learner import PRIOR_RATE, Learner, gradient_of
+from reparam.export.learner import PRIOR_RATE, Learner, flat_gradient
 from reparam.export.objectives import elbo_terms, negative_elbo
 from reparam.export.train import contact_sheet, train, train_epoch
 from reparam.models import MODELS, GaussianVAE, VAEConfig
@@ -79,7 +79,7 @@ def test_a_step_is_one_of_adam_and_of_the_average(kind: str) -> None:
     adam = torch.optim.Adam([*plain.encoder.parameters(), *plain.decoder.parameters()], lr=1e-2, foreach=False)
     for step in range(3):
         loss = negative_elbo(model, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss
-        learner.step(gradient_of(loss, model), 1e-2, 1.0)
+        learner.step(flat_gradient(loss, model), 1e-2, 1.0)
         plain.zero_grad()
         negative_elbo(plain, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss.backward()
         adam.step()

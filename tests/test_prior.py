@@ -165,7 +165,7 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
         mixture._replace(parameters=(mixture.parameters[0].double(), mixture.parameters[1])),
         mixture._replace(parameters=(nan, mixture.parameters[1])),
     ):
-        Run(folder).keep_prior(broken)
+        Run(folder).save_prior(broken)
         with pytest.raises(RunError, match=r"prior\.safetensors is damaged"):
             Run(folder).mixture()
     (folder / "prior.safetensors").write_bytes(b"none")

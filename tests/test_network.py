@@ -14,7 +14,7 @@ from reparam import Client
 from reparam.export.errors import GateError
 from reparam.export.network import Method, Network
 from reparam.export.prior import fit_mixture
-from reparam.export.publish import publish
+from reparam.export.publication import publish
 from reparam.export.verify import verify
 from reparam.models import GaussianVAE, Mixture
 from reparam.service.artifact import noise

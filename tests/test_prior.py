@@ -17,7 +17,7 @@ from reparam.export.errors import RunError
 from reparam.export.evaluate import evaluate
 from reparam.export.objectives import importance_weighted_bound, log_likelihood
 from reparam.export.prior import default_components, fit_mixture, fit_prior
-from reparam.export.publish import publish_run
+from reparam.export.publication import publish_run
 from reparam.export.run import Run
 from reparam.export.train import train
 from reparam.models import GaussianVAE, GumbelVAE, Mixture, VAEConfig

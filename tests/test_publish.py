@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from reparam.export import publish as publication
+from reparam.export import publication
 from reparam.export.config import TrainConfig
 from reparam.export.errors import GateError, RunError
 from reparam.export.evaluate import evaluate
@@ -20,7 +20,7 @@ from reparam.export.gate import gate
 from reparam.export.graph import export_sampler
 from reparam.export.inspect import inspect
 from reparam.export.network import Network
-from reparam.export.publish import network_of, publish_run, write
+from reparam.export.publication import network_of, publish_run, write
 from reparam.export.run import Run
 from reparam.export.train import train
 from reparam.export.verify import varied_feeds, verify

@@ -1,3 +1,29 @@
-"""Training, evaluation, and from a checkpoint to an artifact."""
+"""Training, evaluation, and publication of a trained network.
 
-import reparam.service.artifact  # noqa: F401  # before onnxruntime, which it keeps from reporting
+    >>> from reparam.export import Network, publish
+
+Importing the package imports no torch: the commands `reparam inspect` and `reparam verify` run without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import reparam.service.artifact  # noqa: F401  # before onnxruntime, whose reports to its makers it turns off
+
+if TYPE_CHECKING:
+    from reparam.export.network import Network
+    from reparam.export.publication import publish
+
+__all__ = ["Network", "publish"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names on first use (PEP 562)."""
+    if name == "Network":
+        from reparam.export.network import Network
+
+        return Network
+    if name == "publish":
+        from reparam.export.publication import publish
+
+        return publish
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,48 +1,67 @@
-"""reparam train|fit-prior|evaluate|classifier|quality|publish|inspect|verify [--help]"""
+"""The commands of `reparam` that train and publish."""
 
 import sys
+
+if __name__ == "__main__":  # before the imports, which fail where the extra `export` is missing
+    sys.exit("train and publish with `reparam train`, `reparam publish` ...; `reparam --help` lists the commands")
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    CliSettingsSource,
+    CliSubCommand,
+    SettingsConfigDict,
+    SettingsError,
+)
 
+from reparam._help import HelpFormatter
 from reparam.export.config import Device, TrainConfig
 from reparam.export.errors import ExportError, RunError
 from reparam.export.recipes import recipe
 from reparam.service.artifact.contract import ArtifactError, Precision
 
-# torch is imported by the commands that train, so that `inspect` and `verify` run without it.
-
+# Only the commands that train import torch: `inspect` and `verify` run without it.
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Command(BaseModel):
+    """A command: its docstring is the help, its fields are the options."""
+
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Train(TrainConfig):
-    """Train a VAE on images. Weights, metrics and contact sheets go into a folder, safely after every epoch."""
+    """Train a VAE on images.
+
+    Weights, metrics and contact sheets go into a folder, which is complete after every epoch.
+
+    Example: reparam train gaussian --data digits --out runs/digits
+    """
 
     kind: CliPositionalArg[Literal["gaussian", "gumbel"] | None] = None  # type: ignore[assignment]  # a recipe has it
     """gaussian or gumbel; a recipe has it."""
-    data: str | None = None  # type: ignore[assignment]  # and this
+    data: str | None = None  # type: ignore[assignment]  # a recipe has it
     """`digits`, an .npz, a folder of IDX files (MNIST family) or of .amat files (static MNIST), or a folder of
     pictures."""
     recipe: str | None = None
-    """Take from here what no option says: a file in export/recipes."""
+    """Recipe that fills in the options left out: a file in export/recipes, as in --recipe gaussian-best."""
     out: Path
     """Folder of the run, as in runs/NAME."""
     resume: bool = False
-    """Continue a run that was interrupted, to the same result. It knows how it was started, but for sheet-every."""
+    """Continue an interrupted run, to the same result. The run knows its options, except --sheet-every."""
     sheet_every: PositiveInt = 5
     """Epochs between two contact sheets."""
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        return self  # with the recipe's fields
+        return self  # checked in cli_cmd, together with the fields of the recipe
 
     def cli_cmd(self) -> None:
         fields = (recipe(self.recipe) if self.recipe else {}) | self._begun()
@@ -55,7 +74,7 @@ class Train(TrainConfig):
         print(f"{self.out} is trained; next: reparam evaluate {self.out}")
 
     def _begun(self) -> dict[str, Any]:
-        """How a run that goes on was started. Raises RunError if there is none, nor anything to start one by."""
+        """Reads the options of the run that is resumed. Raises RunError if there is no run and no way to start one."""
         if not self.resume or (not (self.out / "config.json").exists() and (self.kind or self.recipe)):
             return {}
 
@@ -65,14 +84,17 @@ class Train(TrainConfig):
 
 
 class FitPrior(Command):
-    """Fit a mixture to the latents of the training images, as the prior to sample from; nothing is trained anew."""
+    """Fit a mixture to the latents of the training images, as the prior to sample from. The weights stay as they are.
+
+    Example: reparam fit-prior runs/digits
+    """
 
     run: CliPositionalArg[Path]
     """Folder of the run."""
     components: PositiveInt | None = None
-    """Of the mixture; default: one of every 200 training images, at most 50."""
+    """Components of the mixture. Default: one per 200 training images, at most 50."""
     seed: Seed = 0
-    """Of the draws and of where the fit begins."""
+    """Seed of the draws and of the initial components."""
 
     def cli_cmd(self) -> None:
         from reparam.export.prior import fit_prior
@@ -88,18 +110,21 @@ class FitPrior(Command):
 
 
 class Evaluate(Command):
-    """Bounds on log p(x) of the held-out images, in nats."""
+    """Compute bounds on log p(x) of the held-out images, in nats.
+
+    Example: reparam evaluate runs/digits --samples 500
+    """
 
     run: CliPositionalArg[Path]
     """Folder of the run."""
     samples: PositiveInt = 100
-    """m of the importance-weighted bound."""
+    """Latents per image of the importance-weighted bound (m)."""
     images: PositiveInt | None = None
-    """How many of the held-out images; default: all."""
+    """Number of held-out images. Default: all."""
     seed: Seed = 0
-    """Of the draws."""
+    """Seed of the draws."""
     device: Device | None = None
-    """Where it computes, each with draws of its own. Default: on a GPU if torch finds one."""
+    """Device to compute on; each has draws of its own. Default: a GPU if torch finds one."""
 
     def cli_cmd(self) -> None:
         from reparam.export.evaluate import evaluate, read_evaluation
@@ -113,18 +138,21 @@ class Evaluate(Command):
 
 
 class Quality(Command):
-    """How far samples are from held-out images, in the features of a classifier, and whether they are copies."""
+    """Measure how far samples are from held-out images, in the features of a classifier, and whether they are copies.
+
+    Example: reparam quality runs/digits --classifier runs/classifier
+    """
 
     source: CliPositionalArg[Path]
     """Folder of a run, or an .npy file of images, as `reparam sample -o` writes it."""
     classifier: Path
-    """Folder of one that `classifier` has trained on such images."""
+    """Folder of a classifier that `reparam classifier` has trained on such images."""
     samples: Annotated[int, Field(ge=100)] = 10_000
-    """Images drawn from each prior of a run; of a file all count."""
+    """Images drawn from each prior of a run; all images of a file count."""
     data: str | None = None
-    """The images that those of an .npy file are compared with; a run knows its own."""
+    """Images to compare an .npy file with; a run knows its own."""
     seed: Seed = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def cli_cmd(self) -> None:
         from reparam.export.quality import quality, quality_of_images
@@ -142,16 +170,19 @@ class Quality(Command):
 
 
 class Classifier(Command):
-    """Train a small classifier on images with labels, for `quality`."""
+    """Train a small classifier on images with labels, for `reparam quality`.
+
+    Example: reparam classifier --data digits --out runs/classifier
+    """
 
     data: str
     """`digits`, or a folder of IDX files with labels."""
     out: Path
-    """Its folder."""
+    """Folder of the classifier."""
     epochs: PositiveInt = 5
     """Passes over the training images."""
     seed: Seed = 0
-    """Of the initial weights and of every draw."""
+    """Seed of the initial weights and of every draw."""
 
     def cli_cmd(self) -> None:
         from reparam.export.classifier import train_classifier
@@ -161,27 +192,33 @@ class Classifier(Command):
 
 
 class Publish(Command):
-    """Export a run to ONNX, compare it with the network, and add it to the model repository as the next version."""
+    """Export a run to ONNX, compare it with the network, and add it to a folder of models as the next version.
+
+    Example: reparam publish runs/digits --name digits
+    """
 
     run: CliPositionalArg[Path]
     """Folder of the run."""
     name: str
     """Name of the model."""
     artifacts: Path = Path("artifacts")
-    """The model repository."""
+    """Folder of models, which `reparam serve` serves."""
     precision: Precision = "float32"
-    """What the decoder computes in. float16 halves it, for GPUs; on a CPU it is no faster; images then differ by up to
+    """Precision of the decoder. float16 halves its size, for GPUs; it is no faster on a CPU, and images differ by up to
     0.02. Latents are float32."""
 
     def cli_cmd(self) -> None:
-        from reparam.export.publish import publish_run
+        from reparam.export.publication import publish_run
 
         print("exporting both graphs, then comparing them with the network ...", flush=True)
         print(f"published {publish_run(self.run, self.name, self.artifacts, self.precision)}")
 
 
 class Inspect(Command):
-    """What an artifact says of itself: contract, prior, sizes, evaluation."""
+    """Print the contract, prior, sizes and evaluation of an artifact.
+
+    Example: reparam inspect artifacts/digits/1
+    """
 
     artifact: CliPositionalArg[Path]
     """Folder of one version, as artifacts/NAME/1."""
@@ -193,7 +230,10 @@ class Inspect(Command):
 
 
 class Verify(Command):
-    """Repeat the checks of publication that need no torch."""
+    """Repeat the checks of `reparam publish` that need no torch.
+
+    Example: reparam verify artifacts/digits/1
+    """
 
     artifact: CliPositionalArg[Path]
     """Folder of one version, as artifacts/NAME/1."""
@@ -216,17 +256,16 @@ class Export(BaseSettings):
         cli_avoid_json=True,
         cli_enforce_required=True,
         env_prefix="REPARAM_EXPORT_",
-        use_attribute_docstrings=True,
     )
 
-    train: CliSubCommand[Train] = Field(description="train a VAE on images")
-    fit_prior: CliSubCommand[FitPrior] = Field(description="fit a mixture to the latents, as the prior to sample from")
-    evaluate: CliSubCommand[Evaluate] = Field(description="bounds on log p(x) of the held-out images")
-    classifier: CliSubCommand[Classifier] = Field(description="train the classifier that quality is measured with")
-    quality: CliSubCommand[Quality] = Field(description="how far samples are from held-out images")
-    publish: CliSubCommand[Publish] = Field(description="export a run and add it to the model repository")
-    inspect: CliSubCommand[Inspect] = Field(description="what an artifact says of itself")
-    verify: CliSubCommand[Verify] = Field(description="check an artifact, without torch")
+    train: CliSubCommand[Train]
+    fit_prior: CliSubCommand[FitPrior]
+    evaluate: CliSubCommand[Evaluate]
+    classifier: CliSubCommand[Classifier]
+    quality: CliSubCommand[Quality]
+    publish: CliSubCommand[Publish]
+    inspect: CliSubCommand[Inspect]
+    verify: CliSubCommand[Verify]
 
     def cli_cmd(self) -> None:
         CliApp.run_subcommand(self)
@@ -237,32 +276,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the command and its options; default: those of the process.
 
-    Returns the exit status 0; a failure ends the process with a message.
+    Returns: the exit status 0. A failure ends the process with 1, wrong usage with 2, both with a message.
     """
+    options = sys.argv[1:] if argv is None else list(argv)
     try:
-        CliApp.run(Export, cli_args=sys.argv[1:] if argv is None else list(argv))
+        CliApp.run(Export, options, CliSettingsSource(Export, formatter_class=HelpFormatter))
     except ValidationError as error:
-        sys.exit("\n".join(_explain(item["type"], item["loc"], item["input"], item["msg"]) for item in error.errors()))
-    except (ExportError, ArtifactError, SettingsError, OSError) as error:
+        for item in error.errors():
+            print(_explain(item["type"], item["loc"], item["input"], item["msg"]), file=sys.stderr)
+        sys.exit(2)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except (ExportError, ArtifactError, OSError) as error:
         sys.exit(str(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         sys.exit(f"not enough memory: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; `train --resume` with the same --out, or the same `evaluate`, goes on where it was")
+        sys.exit("interrupted; `reparam train --resume` with the same --out, or the same `reparam evaluate`, continues")
     return 0
 
 
 def _explain(kind: str, location: tuple[int | str, ...], given: object, says: str) -> str:
-    """The option that a fault of the configuration lies in, the last name on the way to it; if it is in one alone."""
-    says = says.removeprefix("Value error, ")  # pydantic's, before our own words
+    """Says what is wrong with an option.
+
+    location: the path of the field in the command; the last name is the option. Empty if several options disagree.
+    """
+    says = says.removeprefix("Value error, ")  # pydantic's prefix of our own messages
     names = [part for part in location if isinstance(part, str)]
     if not names:
         return says
     name = names[-1].replace("_", "-")
     return f"{name} is missing: --help says what it is" if kind == "missing" else f"--{name} {given!r}: {says}"
-
-
-if __name__ == "__main__":  # as `python -m export` in a checkout
-    sys.exit("the commands are those of `reparam`, as in `reparam train --help`")

@@ -1,4 +1,4 @@
-"""A small classifier, whose features sample quality is measured in: Inception's are made for photographs."""
+"""A small classifier. Its features measure sample quality; those of Inception are made for photographs."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from reparam.export.data import load, load_labels
 from reparam.export.draws import CLASSIFIER, generator
 from reparam.export.errors import DataError, RunError
-from reparam.export.files import DAMAGED, read_tensors, write_tensors
+from reparam.export.files import READ_ERRORS, read_tensors, write_tensors
 from reparam.export.objectives import cosine_decay
 from reparam.models import VAEConfig
 from reparam.models.bodies import encoder
@@ -19,12 +19,16 @@ from reparam.models.bodies import encoder
 FILE = "classifier.safetensors"
 WIDTH, FEATURES = (32, 64), 64
 BATCH = 128
-AT_A_TIME = 1000  # images, where nothing is learned
+INFERENCE_BATCH = 1000  # images per call without gradients
 LEARNING_RATE = 2e-3
 
 
 class Classifier:
-    """Two convolutions, a layer of features and one of classes."""
+    """Two convolutions, a layer of features and a layer of classes.
+
+    image_shape: (C, H, W).
+    classes: number of classes.
+    """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         config = VAEConfig(image_shape, (classes,), "conv", WIDTH, dense=(FEATURES,))
@@ -32,34 +36,44 @@ class Classifier:
         self.network: nn.Sequential = encoder(config, classes)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, C, H, W) -> logits (n, classes)."""
+        """Class logits: uint8 (n, C, H, W) -> (n, classes)."""
         return self.network(pixels.float() / 255)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, C, H, W) -> (n, FEATURES), at least 0: what the last layer sees."""
-        return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(AT_A_TIME)])
+        """Inputs of the last layer: uint8 (n, C, H, W) -> float32 (n, FEATURES), at least 0."""
+        return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(INFERENCE_BATCH)])
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
-        """Raises RunError."""
+        """Read a trained classifier from a folder.
+
+        Raises: RunError if the folder holds no classifier or a damaged file.
+        """
         try:
             tensors, metadata = read_tensors(folder / FILE)
             about = json.loads(metadata["about"])
             classifier = cls(tuple(about["image_shape"]), about["classes"])
             classifier.network.load_state_dict(tensors)
-        except DAMAGED as error:
+        except READ_ERRORS as error:
             raise RunError(f"{folder} holds no classifier ({error}): `reparam classifier` trains one") from error
         return classifier
 
 
 def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float:
-    """Train on images with labels; Adam, cosine decay. Returns the share of held-out images it puts right.
+    """Train a classifier on images with labels, by Adam with cosine decay, and write the classifier to the folder
+    `out`.
 
-    Raises DataError; RunError if the folder holds one already.
+    source: `digits`, or a folder of IDX files with labels.
+    epochs: passes over the training images.
+    seed: of the initial weights and the order of images.
+
+    Returns: accuracy on the held-out images, 0 .. 1.
+
+    Raises: DataError; RunError if the folder already holds a classifier.
     """
     if (out / FILE).exists():
-        raise RunError(f"{out} already holds a classifier: choose another --out, or remove it")
+        raise RunError(f"{out} already holds a classifier: choose another --out, or remove the folder")
     data, (labels, held_out_labels) = load(source), load_labels(source)
     for one, other in ((labels, data.train), (held_out_labels, data.test)):
         if len(one) != len(other):
@@ -79,7 +93,7 @@ def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
-        held_out = torch.from_numpy(data.test.copy()).split(AT_A_TIME)
+        held_out = torch.from_numpy(data.test.copy()).split(INFERENCE_BATCH)
         found = torch.cat([classifier.logits(part).argmax(1) for part in held_out])
     accuracy = (found == torch.from_numpy(held_out_labels)).double().mean().item()
     about = {"image_shape": data.image_shape, "classes": int(labels.max()) + 1, "data": data.name, "accuracy": accuracy}

@@ -1,4 +1,4 @@
-"""Where training and evaluation compute: on which device, and on how many cores of a CPU at a time."""
+"""Device and CPU threads of training and evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +14,29 @@ Map = Callable[..., Iterable[Any]]
 
 
 def use_device(name: Device | None) -> torch.device:
-    """By default a GPU if torch finds one. Convolutions then repeat themselves and keep the digits of a float32. Raises
-    RunError."""
+    """Choose the device and make its convolutions deterministic and exact to float32.
+
+    name: "cpu" or "cuda"; None: a GPU if torch finds one.
+
+    Raises: RunError for "cuda" without a GPU.
+    """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        built = "finds no GPU" if torch.version.cuda else "was built for CPUs alone"
-        raise RunError(f"device 'cuda': this torch {built}; --device cpu uses the CPU (a training that began there)")
+        built = "finds no GPU" if torch.version.cuda else "was built for CPUs only"
+        raise RunError(
+            f"device 'cuda': this torch {built}; --device cpu uses the CPU (and resumes runs started on a CPU)"
+        )
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
 @contextmanager
-def one_core_each(shares: int) -> Iterator[Map]:
-    """A `map` that does `shares` things at the same time. Small networks gain little when several cores share one
-    operation; half a batch on each of two cores is up to 1.5 times as fast."""
+def parallel_map(shares: int) -> Iterator[Map]:
+    """A `map` function computing `shares` items at the same time, each on its part of the CPU threads.
+
+    Several threads in one operation gain little in a small network. Half a batch on each of two cores is up to 1.5
+    times as fast.
+    """
     if shares == 1:
         yield map
         return

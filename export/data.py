@@ -1,4 +1,4 @@
-"""Images to train on: scikit-learn's digits, IDX files (the MNIST family), an .npz, or a folder of pictures."""
+"""Training images: scikit-learn's digits, IDX files (MNIST family), .amat files, an .npz, or a folder of pictures."""
 
 import gzip
 import zlib
@@ -17,18 +17,25 @@ from reparam.export.errors import DataError
 Pixels = npt.NDArray[np.uint8]  # (n, C, H, W)
 Labels = npt.NDArray[np.int64]  # (n,), 0 .. classes - 1
 
-HELD_OUT = 0.1  # share kept for evaluation where the data brings no test set of its own
+HELD_OUT = 0.1  # share held out for evaluation if the data has no test set
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """Images of a data set.
+
+    name: name of the data set.
+    train, test: uint8 (n, C, H, W), 0 .. 255. `test` is held out of the training.
+    """
+
     name: str
     train: Pixels
     test: Pixels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         _, channels, height, width = self.train.shape
         return channels, height, width
 
@@ -36,10 +43,10 @@ class Dataset:
 def load(source: str) -> Dataset:
     """Read a data set.
 
-    source: `digits`, or the path of a folder of IDX files (gzipped or not) or of .amat files, of an .npz with arrays
-        `train` and `test` or `images`, or of a folder of pictures of one size.
+    source: `digits`, or a path: a folder of IDX files (gzipped or not) or of .amat files, an .npz with arrays `train`
+        and `test` or `images`, or a folder of pictures of one size.
 
-    Raises DataError.
+    Raises: DataError naming the file.
     """
     if source == "digits":
         return _digits()
@@ -56,14 +63,16 @@ def load(source: str) -> Dataset:
 
 
 def anywhere(source: str) -> str:
-    """The same source, whatever folder the process is in."""
+    """The same source with an absolute path, independent of the working directory."""
     return source if source == "digits" else str(Path(source).absolute())
 
 
 def load_labels(source: str) -> tuple[Labels, Labels]:
-    """The classes of the training images and of those held out, for `digits` and folders of IDX files.
+    """Read the labels of `digits` or of a folder of IDX files.
 
-    Raises DataError.
+    Returns: labels of the training images and of the held-out images, int64 (n,) each.
+
+    Raises: DataError naming the file.
     """
     if source == "digits":
         from sklearn.datasets import load_digits
@@ -76,7 +85,7 @@ def load_labels(source: str) -> tuple[Labels, Labels]:
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits  # a second to import, for this source alone
+    from sklearn.datasets import load_digits  # takes a second to import, needed for this source only
 
     images = load_digits().images  # (1797, 8, 8), 0 .. 16
     return _split("digits", np.rint(images * (255 / 16)).astype(np.uint8)[:, None])
@@ -104,7 +113,7 @@ def _content(path: Path) -> bytes:
 
 
 def _idx_labels(path: Path) -> Labels:
-    """Of the same format: magic 0x00000801, one big-endian size, then bytes."""
+    """Read an IDX file of labels: magic 0x00000801, a big-endian size, then bytes."""
     content = _content(path)
     header = np.frombuffer(content[:8].ljust(8), ">u4")
     if header[0] != 0x801 or len(content) != 8 + header[1]:
@@ -113,7 +122,10 @@ def _idx_labels(path: Path) -> Labels:
 
 
 def _idx(path: Path) -> Pixels:
-    """The format of http://yann.lecun.com/exdb/mnist: magic 0x00000803, three big-endian sizes, then bytes."""
+    """Read an IDX file of images: magic 0x00000803, three big-endian sizes, then bytes.
+
+    Source: http://yann.lecun.com/exdb/mnist
+    """
     content = _content(path)
     header = np.frombuffer(content[:16].ljust(16), ">u4")
     if header[0] != 0x803:
@@ -125,14 +137,13 @@ def _idx(path: Path) -> Pixels:
 
 
 def _amat_folder(folder: Path) -> Dataset:
-    """MNIST as it was binarized once and for all (Larochelle and Murray, 2011). The 10000 images for validation are
-    left aside."""
+    """Read static MNIST: binarized once (Larochelle and Murray, 2011). The 10000 validation images are not used."""
     train, test = (_amat(folder / f"binarized_mnist_{split}.amat") for split in ("train", "test"))
     return Dataset(folder.resolve().name, train, test)
 
 
 def _amat(path: Path) -> Pixels:
-    """MATLAB 5 with a matrix X, or lines of text; (n, 784) of 0 and 1."""
+    """Read (n, 784) zeros and ones: MATLAB 5 with a matrix X, or lines of text."""
     try:
         with path.open("rb") as file:
             is_matlab = file.read(10) == b"MATLAB 5.0"
@@ -141,8 +152,8 @@ def _amat(path: Path) -> Pixels:
         else:
             images = np.loadtxt(path, np.float32, comments=None, ndmin=2)
         if images.ndim != 2 or images.shape[1] != 784 or not (images.size and np.isin(images, (0, 1)).all()):
-            raise ValueError("it should hold rows of 784 zeros and ones")
-    except Exception as error:  # scipy raises whatever it comes upon
+            raise ValueError("expected rows of 784 zeros and ones")
+    except Exception as error:  # scipy's errors have no common base class
         raise DataError(f"{path} is not readable ({error})") from error
     pixels: Pixels = 255 * images.astype(np.uint8).reshape(-1, 1, 28, 28)
     return pixels
@@ -153,8 +164,8 @@ def _npz(path: Path) -> Dataset:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise ValueError("something in it is no array")
-    except Exception as error:  # NumPy and zipfile raise whatever they come upon
+                raise ValueError("a member is not an array")
+    except Exception as error:  # errors of NumPy and zipfile have no common base class
         raise DataError(f"{path} is not a readable .npz ({error!r})") from error
     if {"train", "test"} <= arrays.keys():
         train, test = (_pixels(arrays[key], f"{path}[{key!r}]") for key in ("train", "test"))
@@ -167,13 +178,16 @@ def _npz(path: Path) -> Dataset:
 
 
 def load_npy(path: Path) -> Pixels:
-    """The images of an .npy file, in any form that an .npz may hold them. Raises DataError, OSError."""
+    """Read the images of an .npy file, in any dtype and shape allowed in an .npz.
+
+    Raises: DataError, OSError.
+    """
     try:
         with path.open("rb") as file:
             array = npy.read_array(file, allow_pickle=False)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # NumPy raises whatever it comes upon
+    except Exception as error:  # NumPy's errors have no common base class
         raise DataError(f"{path} is not a readable .npy ({error!r})") from error
     return _pixels(array, str(path))
 
@@ -216,7 +230,7 @@ def _picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             picture = opened.copy()
-    except Exception as error:  # Pillow's readers raise whatever they come upon
+    except Exception as error:  # errors of Pillow's readers have no common base class
         raise DataError(f"{path} is not a readable picture ({error})") from error
     if picture.mode.startswith(("I", "F")):
         raise DataError(f"{path} has more than 8 bits a pixel: convert it to 8")
@@ -225,13 +239,13 @@ def _picture(path: Path) -> Image.Image:
 
 def _split(name: str, images: Pixels) -> Dataset:
     if len(images) < 2:
-        raise DataError(f"{name} holds {len(images)} image: at least 2 are needed, one to train on and one to hold out")
+        raise DataError(f"{name} holds {len(images)} image: at least 2 are needed, to train on and to hold out")
     kept, held_out = _parts(len(images))
     return Dataset(name, images[kept], images[held_out])
 
 
 def _parts(n: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Which of n images to keep, and the same random tenth every time to hold out."""
+    """Split n images: the indices to train on, and a fixed random tenth to hold out."""
     order = np.random.default_rng(0).permutation(n)
     held_out = max(1, round(HELD_OUT * n))
     return order[held_out:], order[:held_out]

@@ -1,17 +1,19 @@
-"""What a user of `export` can mend; each message says how."""
+"""Errors that a user of `reparam train`, `publish` and the other commands can fix. Each message says how."""
 
 
 class ExportError(Exception):
+    """Base class of the errors below."""
+
     pass
 
 
 class DataError(ExportError):
-    """The data cannot be used; the message names the file."""
+    """The data cannot be used. The message names the file."""
 
 
 class RunError(ExportError):
-    """The run cannot be started, continued or read."""
+    """The run cannot be started, resumed or read."""
 
 
 class GateError(ExportError):
-    """The artifact must not be published; the message says what differs, by how much, and where."""
+    """The artifact must not be published. The message says which value differs, by how much, and where."""

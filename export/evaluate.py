@@ -12,34 +12,40 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reparam.export.compute import one_core_each, use_device
+from reparam.export.compute import parallel_map, use_device
 from reparam.export.config import Device
 from reparam.export.draws import EVALUATION, as_images, generator, is_binary
 from reparam.export.errors import RunError
-from reparam.export.files import DAMAGED, read_tensors, write_atomically, write_tensors
+from reparam.export.files import READ_ERRORS, read_tensors, write_atomically, write_tensors
 from reparam.export.objectives import Count, elbo_terms, importance_weighted_bound
 from reparam.export.run import Run
 from reparam.models import VAE, Mixture
 
-IMAGES = 100  # that are evaluated together, each with draws of its own: where an evaluation can go on
-DECODED = 1000  # rows of a run of the decoder
+BATCH_IMAGES = 100  # images per batch; each batch has its own generator and is saved, so evaluations can resume
+MAX_DECODED = 1000  # latents per call of the decoder
 PARTIAL = ".evaluation.safetensors"
 
 
 def evaluate(
     folder: Path, *, samples: int, rows: int | None, seed: int, device: Device | None = None
 ) -> dict[str, Any]:
-    """The one-sample ELBO and the importance-weighted bound with m = `samples`, means over held-out images with their
-    standard errors, under the prior that the model was trained with; if a mixture was fitted afterwards, the bound with
-    that as the prior too. Under a mixture that was learned with the weights kl is an upper bound of the KL term, and
-    elbo a little lower than the ELBO. Gumbel codes are one-hot. The same arguments give the same numbers on the same
-    device, also after an interruption, from which it goes on. Each core (of a CPU) takes images of its own.
+    """Estimate bounds on log p(x) of the held-out images, with Gumbel codes one-hot.
 
-    rows: how many of the held-out images; None for all. Written to evaluation.json in the run's folder, unless that has
-    one of more latents, of the same weights.
+    The result is written to evaluation.json in the run's folder, unless an evaluation of the same weights with more
+    latents is there. The same arguments give the same numbers on the same device, also after an interruption. An
+    interrupted evaluation resumes. On a CPU each core evaluates other images.
 
-    Returns elbo, kl and bound, with the _standard_error of the first and last, m, images, binarization and seed; of a
-    mixture that was fitted also mixture_components and mixture_bound. Raises RunError, DataError.
+    samples: m, latents of each image in the importance-weighted bound.
+    rows: number of held-out images; None: all.
+    seed: of the draws.
+    device: "cpu" or "cuda"; None: a GPU if torch finds one.
+
+    Returns: means over images in nats: `elbo` (one sample) and `bound` under the prior of the training, both with
+        `_standard_error`, and `kl`; also `m`, `images`, `binarization`, `seed`. With a fitted mixture also
+        `mixture_components` and `mixture_bound`, the bound with the mixture as the prior. With a learned mixture `kl`
+        is an upper bound of the KL term, so `elbo` is slightly lower than the ELBO.
+
+    Raises: RunError, DataError.
     """
     run = Run(folder)
     config, where = run.config(), use_device(device)
@@ -49,16 +55,16 @@ def evaluate(
     priors = [model.prior(), *([] if fitted is None else [fitted.to(where)])]
     data = run.data()
     if rows is not None and rows > len(data.test):
-        raise RunError(f"there are {len(data.test)} held-out images, not {rows}: ask for no more")
+        raise RunError(f"there are {len(data.test)} held-out images, not {rows}: evaluate at most {len(data.test)}")
     pixels = torch.from_numpy(data.test[:rows].copy()).to(where)
     stamp = {"fingerprint": run.fingerprint(), "m": samples, "images": len(pixels), "seed": seed, "device": where.type}
-    with run.alone():
+    with run.locked():
         found = _all_bounds(folder / PARTIAL, stamp, model, priors, pixels, config.train.binarize)
     if wrong := int((~found.isfinite()).any(0).sum()):
         (folder / PARTIAL).unlink()
         raise RunError(
-            f"the bound of {wrong} of {len(pixels)} images is no number, as where the encoder leaves no variance: "
-            "train anew with a lower --learning-rate"
+            f"the bound of {wrong} of {len(pixels)} images is NaN or infinite, for example because the encoder's "
+            "variance is 0: train again with a lower --learning-rate"
         )
     binarization = "dynamic" if config.train.binarize else "none: grey values, no bound on log p(x)"
     result = {
@@ -69,33 +75,39 @@ def evaluate(
         "seed": seed,
     }
     stamped = {"fingerprint": stamp["fingerprint"], **result}
-    if not _has_more(run, result):
+    if not _has_longer_evaluation(run, result):
         write_atomically(folder / "evaluation.json", json.dumps(stamped, indent=2).encode())
     (folder / PARTIAL).unlink()
     return result
 
 
 def _all_bounds(
-    partly: Path, stamp: dict[str, Any], model: VAE, priors: list[Mixture], pixels: torch.Tensor, binarize: bool
+    partial_file: Path, stamp: dict[str, Any], model: VAE, priors: list[Mixture], pixels: torch.Tensor, binarize: bool
 ) -> torch.Tensor:
-    """`_bounds` of all images, (2 + priors, n). The file `partly` holds those that are done."""
+    """Compute `_bounds` of all images; finished batches are read from and saved to `partial_file`.
+
+    Returns: (2 + priors, n) float64.
+    """
     samples, where = stamp["m"], pixels.device
-    batches, done = pixels.split(IMAGES), _resume(partly, stamp)
+    batches, done = pixels.split(BATCH_IMAGES), _load_partial(partial_file, stamp)
     draws = [generator(stamp["seed"], EVALUATION, number, device=where) for number in range(len(batches))]
     with (
-        one_core_each(torch.get_num_threads() if where.type == "cpu" else 1) as in_parallel,
+        parallel_map(torch.get_num_threads() if where.type == "cpu" else 1) as map_shares,
         _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
     ):
         bounds = partial(_bounds, model, priors, samples, binarize, count)
-        for found in in_parallel(bounds, batches[len(done) :], draws[len(done) :]):
+        for found in map_shares(bounds, batches[len(done) :], draws[len(done) :]):
             done.append(found)
-            _keep(partly, stamp, done)
+            _save_partial(partial_file, stamp, done)
     return torch.cat(done, 1)
 
 
 @contextmanager
 def _progress(samples: int, images: int, done: int) -> Iterator[Count]:
-    """Shows what is counted. Whoever counts after the end, because the evaluation was interrupted, is cancelled."""
+    """A progress bar, and the function that advances the bar.
+
+    Threads may outlive an interrupted evaluation: after the end, the function raises CancelledError.
+    """
     over = Event()
     with tqdm(
         desc=f"bound with m={samples}",
@@ -127,16 +139,21 @@ def _bounds(
     pixels: torch.Tensor,
     draws: torch.Generator,
 ) -> torch.Tensor:
-    """The one-sample ELBO of each image, its KL term, and the bound with each prior, (2 + priors, n) float64."""
+    """Evaluate one batch of images.
+
+    pixels: uint8 (n, C, H, W).
+
+    Returns: one-sample ELBO, KL term, and the bound with each prior, (2 + priors, n) float64, in nats.
+    """
     images = as_images(pixels, binarize, draws)
     likelihood, kl = elbo_terms(model, images, model.default_temperature, draws)
-    at_a_time = max(1, DECODED // len(images))
+    at_a_time = max(1, MAX_DECODED // len(images))
     bounds = importance_weighted_bound(model, images, samples, draws, at_a_time, priors, count)
     return torch.stack([(likelihood - kl).double(), kl.double(), *bounds]).cpu()
 
 
 def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
-    """Of what `_bounds` found of all images, with standard errors."""
+    """Means and standard errors of the rows returned by `_bounds`."""
     elbo, kl, bound, *with_mixture = found
     means = _mean("elbo", elbo) | {"kl": kl.mean().item()} | _mean("bound", bound)
     if mixture is None:
@@ -144,21 +161,24 @@ def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
     return means | {"mixture_components": len(mixture.log_weights)} | _mean("mixture_bound", *with_mixture)
 
 
-def _keep(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:
+def _save_partial(path: Path, stamp: dict[str, Any], done: list[torch.Tensor]) -> None:
     write_tensors(path, {str(number): tensor for number, tensor in enumerate(done)}, stamp=json.dumps(stamp))
 
 
-def _resume(path: Path, stamp: dict[str, Any]) -> list[torch.Tensor]:
-    """What an interrupted evaluation of the same has found; nothing if it was of something else."""
+def _load_partial(path: Path, stamp: dict[str, Any]) -> list[torch.Tensor]:
+    """Finished batches of an interrupted evaluation; an empty list if the stamp differs or the file is damaged."""
     try:
         done, about = read_tensors(path)
         return [done[str(number)] for number in range(len(done))] if json.loads(about["stamp"]) == stamp else []
-    except DAMAGED:
+    except READ_ERRORS:
         return []
 
 
 def read_evaluation(run: Run) -> dict[str, str | int | float]:
-    """What `evaluate` found for the weights as they are now. Raises RunError."""
+    """Read the evaluation of the current weights and prior.
+
+    Raises: RunError without such an evaluation.
+    """
     path = run.folder / "evaluation.json"
     try:
         stamped: dict[str, str | int | float] = dict(json.loads(path.read_text()))
@@ -171,8 +191,8 @@ def read_evaluation(run: Run) -> dict[str, str | int | float]:
     return stamped
 
 
-def _has_more(run: Run, result: dict[str, Any]) -> bool:
-    """Whether the run has an evaluation by more latents than this."""
+def _has_longer_evaluation(run: Run, result: dict[str, Any]) -> bool:
+    """Return True if the run already has an evaluation with more latents."""
     try:
         kept = read_evaluation(run)
         latents = int(kept["images"]) * int(kept["m"])
@@ -182,6 +202,6 @@ def _has_more(run: Run, result: dict[str, Any]) -> bool:
 
 
 def _mean(name: str, values: torch.Tensor) -> dict[str, float]:
-    """With its standard error, which a single value has none of."""
+    """Mean, and standard error if there are at least two values."""
     error = {f"{name}_standard_error": (values.std() / len(values) ** 0.5).item()} if len(values) > 1 else {}
     return {name: values.mean().item(), **error}

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole, or not at all."""
+"""Atomic file writes, and tensors in safetensors files."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -8,27 +8,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-# What a damaged file of tensors raises: read, or taken for what it is not.
-DAMAGED = (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError)
+# Errors raised by a file of tensors that is damaged or has other contents.
+READ_ERRORS = (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, all finite, and what the file says of them. Raises one of DAMAGED."""
+    """Read a safetensors file.
+
+    Returns: tensors by name, and the metadata of the file.
+
+    Raises: one of READ_ERRORS if the file is damaged or holds NaN or infinity.
+    """
     with safe_open(path, "pt") as file:
-        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # `file` is not a dict
         about: dict[str, str] = file.metadata() or {}
     if not all_finite(tensors.values()):
-        raise ValueError("it holds NaN or infinity")
+        raise ValueError("the file holds NaN or infinity")
     return tensors, about
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
-    """As `write_atomically`."""
+    """Write a safetensors file with metadata, as `write_atomically` does."""
     write_atomically(path, save(dict(tensors), about))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Raises OSError, with the name of the file that was not written; nothing of it is left then."""
+    """Write a file so that readers see either the old content or the whole new content.
+
+    Raises: OSError naming the file; no part of the new content is left then.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -42,4 +50,5 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return True if no tensor holds NaN or infinity."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""From a trained network to ONNX files: the sampler, noise to images, and the encoder."""
+"""Export to ONNX: the sampler (noise to images) and the encoder."""
 
 import logging
 import warnings
@@ -15,15 +15,19 @@ from reparam.export.network import Network
 from reparam.service.artifact.contract import IMAGE_OUTPUTS, KINDS
 
 OPSET = 18
-EXAMPLE_ROWS = 2  # a batch of 1 would be traced as a constant
+EXAMPLE_ROWS = 2  # torch.export treats a batch of 1 as a constant
 
 
 class Sampler(nn.Module):
-    """The graph of model.onnx: noise, parameters and temperature in; latents, images in [0, 1] and uint8 pixels out."""
+    """The graph of model.onnx.
 
-    def __init__(self, model: Network) -> None:
+    Inputs: noise and parameters, each (n, *latent_shape), and temperature (n,); float32.
+    Outputs: latents (n, *latent_shape) and images (n, C, H, W) in [0, 1], float32; pixels uint8 (n, C, H, W).
+    """
+
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.model = model
+        self.model = network  # the attribute gives the weights in the file their names: model.decoder.0.weight
 
     def forward(self, noise: Tensor, *parameters_and_temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *parameters, temperature = parameters_and_temperature
@@ -33,40 +37,48 @@ class Sampler(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The graph of encoder.onnx: images in [0, 1] in, the parameters of q(z | x) out; never a sample."""
+    """The graph of encoder.onnx: images (n, C, H, W) in [0, 1] -> parameters of q(z | x). Nothing is sampled."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.model = model
+        self.model = network  # the attribute gives the weights in the file their names: model.decoder.0.weight
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.model.encode(images)
 
 
-def sampler_inputs(model: Network, rows: int) -> dict[str, Tensor]:
-    """Inputs of the sampler, by name, of the right shapes."""
-    latent = torch.zeros(rows, *model.latent_shape)
+def sampler_inputs(network: Network, rows: int) -> dict[str, Tensor]:
+    """Example inputs of the sampler, by name."""
+    latent = torch.zeros(rows, *network.latent_shape)
     return {
-        **{name: latent.clone() for name in ("noise", *model.family.parameter_names)},
+        **{name: latent.clone() for name in ("noise", *network.family.parameter_names)},
         "temperature": torch.ones(rows),
     }
 
 
-def export_sampler(model: Network) -> onnx.ModelProto:
-    """Raises GateError where torch cannot."""
-    return _export(Sampler(model), sampler_inputs(model, EXAMPLE_ROWS), [KINDS[model.kind].latents, *IMAGE_OUTPUTS])
+def export_sampler(network: Network) -> onnx.ModelProto:
+    """Export the sampler.
+
+    Raises: GateError if torch cannot export the network.
+    """
+    return _export(
+        Sampler(network), sampler_inputs(network, EXAMPLE_ROWS), [KINDS[network.kind].latents, *IMAGE_OUTPUTS]
+    )
 
 
-def export_encoder(model: Network) -> onnx.ModelProto:
-    """Raises GateError where torch cannot."""
-    images = torch.zeros(EXAMPLE_ROWS, *model.image_shape)
-    return _export(Encoder(model), {"images": images}, list(model.family.parameter_names))
+def export_encoder(network: Network) -> onnx.ModelProto:
+    """Export the encoder.
+
+    Raises: GateError if torch cannot export the network.
+    """
+    images = torch.zeros(EXAMPLE_ROWS, *network.image_shape)
+    return _export(Encoder(network), {"images": images}, list(network.family.parameter_names))
 
 
 def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
     batch = {0: torch.export.Dim("batch")}
     first, *others = (batch for _ in inputs)
-    # A second argument onwards arrives in one variadic parameter.
+    # `forward` takes all inputs after the first in one variadic parameter.
     shapes = (first, tuple(others)) if others else (first,)
     with _quiet():
         try:
@@ -84,16 +96,16 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str])
         except torch.onnx.OnnxExporterError as error:
             fault = str(error.__cause__ or error).partition("\n")[0]
             raise GateError(f"torch cannot export the {type(module).__name__.lower()}: {fault}") from error
-    assert program is not None  # noqa: S101  # it is only with dynamo=False
+    assert program is not None  # noqa: S101  # None only with dynamo=False
     proto = program.model_proto
     for node in [*proto.graph.node, *proto.graph.value_info]:
-        del node.metadata_props[:]  # traces of the source code
+        del node.metadata_props[:]  # remove paths and lines of the source code
     return proto
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's deprecations, and the graphs that it prints and logs where it fails."""
+    """Suppress the exporter's deprecation warnings, and the graphs printed and logged on failure."""
     log = logging.getLogger("torch")
     before = log.level
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):

@@ -1,4 +1,4 @@
-"""What an artifact says of itself, for people."""
+"""A summary of an artifact for people."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,12 @@ from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, load
 
 
 def inspect(folder: Path) -> str:
-    """Raises ArtifactError."""
+    """Summarize an artifact: contract, prior, sizes, evaluation, a line each.
+
+    folder: one version, as artifacts/NAME/1.
+
+    Raises: ArtifactError.
+    """
     artifact = load(folder / MODEL_FILE)
     contract, encoder = artifact.contract, folder / ENCODER_FILE
     lines: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""A prior fitted after training: the mixture that the encoder's latents of all training images most likely come from.
+"""A prior fitted after the training: a mixture fitted to the encoder's latents of all training images.
 
-The best prior of a trained VAE is its aggregate posterior, the mean of q(z | x) over x (Tomczak and Welling, 2018,
-https://arxiv.org/abs/1705.07120, section 2); a mixture of few components comes near it, at no cost in training
-(Ghosh et al., 2020, https://arxiv.org/abs/1903.12436, section 4).
+The best prior of a trained VAE is the aggregate posterior, the mean of q(z | x) over x (Tomczak and Welling, 2018,
+https://arxiv.org/abs/1705.07120, section 2). A mixture of a few components comes near the aggregate posterior without
+further training (Ghosh et al., 2020, https://arxiv.org/abs/1903.12436, section 4).
 """
 
 from pathlib import Path
@@ -18,21 +18,26 @@ from reparam.export.errors import RunError
 from reparam.export.run import Run
 from reparam.models import VAE, Mixture
 
-CONVERGED = 1e-4  # nats a latent, that the likelihood rises by in one round
-MOST_ROUNDS = 300
-ENCODED = 1000  # images at a time
-IMAGES_EACH, MOST_COMPONENTS = 200, 50  # by default
+CONVERGED = 1e-4  # nats per latent; stop when the likelihood rises by less in one iteration
+MAX_ITERATIONS = 300
+BATCH = 1000  # images per call of the encoder
+IMAGES_PER_COMPONENT, MAX_COMPONENTS = 200, 50  # defaults
 
 
 @torch.inference_mode()
 def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, float]:
-    """Fit a mixture to one latent of each training image; `evaluate` and `publish` find it in the run's folder.
+    """Fit a mixture to one latent of each training image, and save the mixture in the run's folder.
 
-    components: None for `default_components`.
+    The mixture is saved only if the held-out density rises; otherwise an older mixture of the same weights stays.
+    `evaluate` and `publish` use the saved mixture.
 
-    Returns the mean of log p(z) over latents of the held-out images in nats, under the prior that the model was trained
-    with and under the mixture: the difference is what the ELBO gains. If that is nothing the mixture is not kept, but
-    one that was fitted to these weights before. Raises RunError, DataError.
+    components: number of components; None: `default_components`.
+    seed: of the latents and of the initial clusters.
+
+    Returns: mean log p(z) of latents of the held-out images, in nats, under `standard`, the prior of the training, and
+        under `mixture`. The difference is the gain of the ELBO.
+
+    Raises: RunError, DataError.
     """
     run = Run(folder)
     model, data = run.trained(), run.data()
@@ -41,47 +46,51 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
     draws = generator(seed, PRIOR)
     binarize = run.config().train.binarize
     seen, unseen = (
-        encoded(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
+        sample_latents(model, torch.from_numpy(pixels.copy()), binarize, draws) for pixels in (data.train, data.test)
     )
-    with run.alone():
+    with run.locked():
         mixture = fit_mixture(model, seen, components or default_components(len(data.train)), seed)
         densities = {
-            name: torch.cat([prior.log_prob(model, part) for part in unseen.split(ENCODED)]).mean().item()
+            name: torch.cat([prior.log_prob(model, part) for part in unseen.split(BATCH)]).mean().item()
             for name, prior in (("standard", model.prior()), ("mixture", mixture))
         }
         if densities["mixture"] > densities["standard"]:
-            run.keep_prior(mixture)
+            run.save_prior(mixture)
         else:
             run.drop_stale_prior()
     return densities
 
 
 def default_components(images: int) -> int:
-    """One of every IMAGES_EACH training images, at most MOST_COMPONENTS."""
-    return min(MOST_COMPONENTS, max(1, images // IMAGES_EACH))
+    """One component per IMAGES_PER_COMPONENT training images, at least 1, at most MAX_COMPONENTS."""
+    return min(MAX_COMPONENTS, max(1, images // IMAGES_PER_COMPONENT))
 
 
 def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed: int) -> Mixture:
-    """The mixture with the largest likelihood near where k-means begins, by expectation maximization (Dempster, Laird
-    and Rubin, 1977).
+    """Fit a mixture by expectation maximization (Dempster, Laird and Rubin, 1977), starting from k-means clusters.
 
-    family: of the components, a model or its class. latents: (n, *latent_shape), one-hot codes for a categorical model.
+    family: distribution of the components: a model, or the class GaussianVAE or GumbelVAE.
+    latents: float32 (n, *latent_shape), one-hot codes for a Gumbel model.
+    components: number of components.
+    seed: of k-means.
 
-    Raises RunError if too few of them differ.
+    Raises: RunError if fewer latents differ than there are components.
     """
     latents = latents.detach()
     distinct = len(latents.flatten(1).unique(dim=0))
     if distinct < components:
-        raise RunError(f"{components} components need as many different latents, there are {distinct}: fit fewer")
-    with threadpool_limits(1, "openmp"):  # three threads or more add up in whatever order they come
+        raise RunError(
+            f"{components} components need as many different latents, there are {distinct}: fit fewer components"
+        )
+    with threadpool_limits(1, "openmp"):  # with three or more threads the order of sums, and so the result, varies
         clusters = KMeans(components, n_init=1, random_state=seed).fit_predict(latents.flatten(1).numpy())
     responsibilities = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
     before = -torch.inf
-    for _ in tqdm(range(MOST_ROUNDS), desc=f"mixture of {components}", leave=False, disable=None):
-        # A component that no latent is near keeps a trace of all of them.
+    for _ in tqdm(range(MAX_ITERATIONS), desc=f"mixture of {components}", leave=False, disable=None):
+        # A component far from every latent keeps a tiny share of all latents, so its moments stay finite.
         responsibilities = responsibilities + 1e-10
         mixture = Mixture(responsibilities.mean(0).log(), family.most_likely(latents, responsibilities))
-        log_joint = torch.cat([mixture.log_joint(family, part) for part in latents.split(ENCODED)])
+        log_joint = torch.cat([mixture.log_joint(family, part) for part in latents.split(BATCH)])
         likelihood = log_joint.logsumexp(1).mean().item()
         if likelihood - before < CONVERGED:
             break
@@ -90,11 +99,16 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
 
 
 @torch.inference_mode()
-def encoded(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
-    """One latent of each image from q(z | x), (n, *latent_shape), on the CPU. pixels: uint8 (n, C, H, W)."""
+def sample_latents(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
+    """Draw one latent of q(z | x) for each image.
+
+    pixels: uint8 (n, C, H, W).
+
+    Returns: float32 (n, *latent_shape), on the CPU.
+    """
     model.eval()
     latents = []
-    for batch in pixels.split(ENCODED):
+    for batch in pixels.split(BATCH):
         posterior = model.encode(as_images(batch, binarize, draws))
         noise = model.noise(tuple(posterior[0].shape), draws)
         latents.append(model.sample(posterior, noise, model.default_temperature).cpu())

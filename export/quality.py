@@ -1,5 +1,4 @@
-"""Sample quality: how far the images that a prior decodes to are from real ones, in the features of a classifier, and
-whether they are copies."""
+"""Sample quality: the distance between decoded samples and real images in a classifier's features, and copies."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -20,24 +19,33 @@ from reparam.models import VAE, Mixture
 
 Float64 = npt.NDArray[np.float64]
 
-DECODED = 1000  # rows at a time
-FEWEST = 100  # images that distances are measured of
-KERNEL_BLOCK = 1000  # images that are compared with as many others
-NEIGHBOURS = 2000  # images whose nearest neighbours are looked for
+BATCH = 1000  # rows per call of the decoder
+MIN_IMAGES = 100  # least number of images for a distance
+KERNEL_BLOCK = 1000  # images of each set in a block of the kernel distance
+NEIGHBOURS = 2000  # images in the search for nearest neighbours
 
 
 @torch.inference_mode()
 def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[str, float]:
-    """Compare images sampled from each prior of the run, as they are served, with the held-out images.
+    """Compare images sampled from each prior of the run, as the service decodes them, with the held-out images.
 
-    Returns for the standard prior and, if there is one, for the mixture: `frechet`, `kernel` and its standard error,
-    and `near_training`, which is about `training_share` where nothing is learnt by heart and 1 for copies. The first
-    two also for as many training images: about what a perfect sampler would reach. Written to quality.json in the run's
-    folder. Raises RunError, DataError.
+    The result is written to quality.json in the run's folder.
+
+    classifier: folder of a trained classifier.
+    samples: images drawn from each prior.
+    seed: of the draws.
+
+    Returns: for `standard`, and for `mixture` if the run has a mixture: `frechet`, `kernel` with standard error, and
+        `near_training`, which is near `training_share` without memorization and 1 for copies. For `training`, a sample
+        of the training images: `frechet` and `kernel`, about the values of a perfect sampler.
+
+    Raises: RunError, DataError.
     """
     run = Run(folder)
     model, draws = run.trained(), generator(seed, QUALITY)
-    drawn = ((name, torch.cat([*sampled(model, prior, samples, draws)])) for name, prior in run.priors(model).items())
+    drawn = (
+        (name, torch.cat([*sample_images(model, prior, samples, draws)])) for name, prior in run.priors(model).items()
+    )
     result = _compare(drawn, run.data(), classifier, samples, draws)
     write_atomically(folder / "quality.json", json.dumps(result, indent=2).encode())
     return result
@@ -45,13 +53,17 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
 
 @torch.inference_mode()
 def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> dict[str, float]:
-    """The same of an .npy file of images, wherever they come from; data: what to compare them with, as for a training.
-    Raises RunError, DataError."""
+    """Measure an .npy file of images from any sampler, as `quality` measures a run.
+
+    data: source of the real images, as for a training.
+
+    Raises: RunError, DataError.
+    """
     images, real = load_npy(path), load(data)
-    if images.shape[1:] != real.image_shape or len(images) < FEWEST:
+    if images.shape[1:] != real.image_shape or len(images) < MIN_IMAGES:
         raise RunError(
-            f"{path} holds {len(images)} images of {images.shape[1:]}: it should hold {FEWEST} or more of "
-            f"{real.image_shape}, as those of {data}"
+            f"{path} holds {len(images)} images of {images.shape[1:]}: at least {MIN_IMAGES} images of "
+            f"{real.image_shape} are needed, as in {data}"
         )
     return _compare([("samples", torch.from_numpy(images))], real, classifier, len(images), generator(seed, QUALITY))
 
@@ -59,15 +71,21 @@ def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> 
 def _compare(
     drawn: Iterable[tuple[str, Tensor]], data: Dataset, classifier: Path, samples: int, draws: torch.Generator
 ) -> dict[str, float]:
-    """What `quality` returns, of images by name; draws: of the training images that stand for a perfect sampler."""
+    """Measure each named set of images, as described in `quality`.
+
+    draws: generator for the choice of training images.
+    """
     features = Classifier.load(classifier)
     if features.image_shape != data.image_shape:
         raise RunError(
-            f"{classifier} was trained on images of {features.image_shape}, those of {data.name} are {data.image_shape}"
+            f"{classifier} was trained on images of {features.image_shape}, "
+            f"{data.name} has images of {data.image_shape}"
         )
     train, test = torch.from_numpy(data.train.copy()), torch.from_numpy(data.test.copy())
     if min(len(train), len(test)) < 2:
-        raise RunError(f"{data.name} holds out {len(test)} of {len(train) + len(test)} images: distances need two")
+        raise RunError(
+            f"{data.name} holds out {len(test)} of {len(train) + len(test)} images: distances need two of each"
+        )
     some = train[torch.randperm(len(train), generator=draws)[:samples]]
     real = features.features(test).double().numpy()
     result = dict(_distances("training", features.features(some).double().numpy(), real))
@@ -79,19 +97,29 @@ def _compare(
 
 
 def frechet(one: Float64, other: Float64) -> float:
-    """Distance of the Gaussians that fit two sets of features, (n, F) and (m, F): |mu_1 - mu_2|^2 + tr(C_1 + C_2 -
-    2 (C_1 C_2)^(1/2)) (Heusel et al., 2017, https://arxiv.org/abs/1706.08500, equation 6)."""
+    """Fréchet distance of the Gaussians fitted to two sets of features.
+
+    |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al., 2017, https://arxiv.org/abs/1706.08500,
+    equation 6).
+
+    one, other: float64 (n, F) and (m, F).
+    """
     first, second = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    # C_1 C_2 has the eigenvalues of a symmetric matrix that is nowhere negative; rounding may tell otherwise.
+    # The eigenvalues of C_1 C_2 are real and not negative, except for rounding.
     roots = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0))
     return float(((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * roots.sum())
 
 
 def kernel_distance(one: Float64, other: Float64) -> tuple[float, float | None]:
-    """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased: the mean over
-    blocks of 1000 (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4), and its standard error if
-    there are two or more."""
-    # Images may lie in an order, as MNIST's test images do by their writers, or beside those they were made of.
+    """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased.
+
+    The mean over blocks of KERNEL_BLOCK (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4).
+
+    one, other: float64 (n, F) and (m, F).
+
+    Returns: the distance, and the standard error over blocks; None with a single block.
+    """
+    # The order of images may carry information: MNIST's test images are sorted by writer.
     random = np.random.default_rng(0)
     one, other = random.permutation(one), random.permutation(other)
     n = min(len(one), len(other))
@@ -105,10 +133,15 @@ def kernel_distance(one: Float64, other: Float64) -> tuple[float, float | None]:
 
 
 def near_training(images: Tensor, train: Tensor, test: Tensor) -> float:
-    """The share of images whose nearest neighbour among all others, by squared differences of pixels, is a training
-    one: about the share of training images among them where nothing is learnt by heart, 1 for copies."""
+    """Share of images whose nearest neighbour, by squared pixel differences, is a training image rather than a test
+    image.
+
+    About the share of training images among the real images without memorization, 1 for copies.
+
+    images, train, test: uint8 (n, C, H, W).
+    """
     count = 0
-    for part in images.split(DECODED):
+    for part in images.split(BATCH):
         to_train, to_test = (
             torch.cdist(part.flatten(1).float(), real.flatten(1).float()).amin(1) for real in (train, test)
         )
@@ -129,10 +162,13 @@ def _kernel(one: Float64, other: Float64) -> Float64:
     return values
 
 
-def sampled(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
-    """uint8 (<= DECODED, C, H, W), n in all: the mean of p(x | z), as it is served."""
-    for begin in range(0, n, DECODED):
-        parameters = prior.draw(min(DECODED, n - begin), draws)
+def sample_images(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
+    """Sample images from a prior: the mean of p(x | z), as the service decodes.
+
+    Returns: batches uint8 (up to BATCH, C, H, W), n images together.
+    """
+    for begin in range(0, n, BATCH):
+        parameters = prior.draw(min(BATCH, n - begin), draws)
         noise = model.noise(tuple(parameters[0].shape), draws)
         latents = model.sample(parameters, noise, model.default_temperature)
         yield (torch.sigmoid(model.decode(latents)) * 255).round().byte()

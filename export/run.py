@@ -1,10 +1,10 @@
-"""A run: the folder in which one training writes its configuration, checkpoint, metrics and contact sheets.
+"""A run: the folder of one training.
 
-config.json             how it was started; what `--resume` must agree with
-checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced in one rename
-metrics.jsonl           one line an epoch
-prior.safetensors       the mixture that `fit-prior` found
-evaluation.json         what `evaluate` found
+config.json             configuration; `--resume` must agree with it
+checkpoint.safetensors  weights and optimizer after the last finished epoch, replaced atomically
+metrics.jsonl           one line per epoch
+prior.safetensors       mixture found by `fit-prior`
+evaluation.json         result of `evaluate`
 sheets/                 samples and reconstructions
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from reparam.export.config import WIDTHS, TrainConfig
 from reparam.export.data import Dataset, load
 from reparam.export.errors import RunError
-from reparam.export.files import DAMAGED, read_tensors, write_atomically, write_tensors
-from reparam.export.learner import under
+from reparam.export.files import READ_ERRORS, read_tensors, write_atomically, write_tensors
+from reparam.export.learner import sub_state
 from reparam.models import MODELS, VAE, Mixture, VAEConfig
 
 if sys.platform != "win32":
@@ -33,7 +33,12 @@ if sys.platform != "win32":
 
 
 class RunConfig(BaseModel):
-    """The contents of config.json."""
+    """The contents of config.json.
+
+    train: configuration of the training.
+    data_name, data_sha256: name of the data set, SHA-256 of the training and held-out images.
+    image_shape: (C, H, W).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,11 +49,15 @@ class RunConfig(BaseModel):
 
     @classmethod
     def of(cls, train: TrainConfig, data: Dataset) -> Self:
+        """The configuration of a training on these images."""
         digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
         return cls(train=train, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
 
     def build(self) -> VAE:
-        """The network with its initial weights. Raises RunError for a configuration that fits no network."""
+        """Build the network with its initial weights.
+
+        Raises: RunError for a configuration that no network has.
+        """
         train = self.train
         try:
             config = VAEConfig(
@@ -78,21 +87,32 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
 
     def start(self, config: RunConfig) -> None:
+        """Write config.json into a new folder.
+
+        Raises: RunError if the folder already holds a run.
+        """
         if (self.folder / "config.json").exists() or self.checkpoint.exists():
             raise RunError(f"{self.folder} already holds a run: add --resume to continue it, or choose another --out")
         (self.folder / "sheets").mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
 
     def resume(self, config: RunConfig) -> None:
+        """Compare the configuration with config.json.
+
+        Raises: RunError naming a field with another value.
+        """
         before = self.config()
         for name, now in _flat(config).items():
-            # Where the images lie decides nothing; what they are, data_sha256 tells.
+            # The path of the images may differ: data_sha256 identifies them.
             if name != "data" and _flat(before)[name] != now:
                 raise RunError(f"{self.folder} was started with {name}={_flat(before)[name]!r}, not {now!r}")
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other process writes into the folder meanwhile (where the system has such locks). Raises RunError."""
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder while the block runs, on systems with `flock`.
+
+        Raises: RunError if another process holds the lock.
+        """
         if sys.platform == "win32":
             yield
             return
@@ -101,24 +121,31 @@ class Run:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(f"another process works in {self.folder}: wait until it has ended") from error
+                raise RunError(f"another process works in {self.folder}: wait until that process has ended") from error
             yield
         finally:
             os.close(folder)
 
     def config(self) -> RunConfig:
+        """Read config.json.
+
+        Raises: RunError if the file is missing or damaged.
+        """
         path = self.folder / "config.json"
         try:
             return RunConfig.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise RunError(f"{self.folder} holds no run: `reparam train` makes one") from error
+            raise RunError(f"{self.folder} holds no run: `reparam train` starts one") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = "".join(f"{part}: " for part in first["loc"])
             raise RunError(f"{path} is damaged or of another version: {where}{first['msg']}") from error
 
     def data(self) -> Dataset:
-        """The images that it was trained on. Raises DataError; RunError if they have changed since."""
+        """Load the images of the training.
+
+        Raises: DataError; RunError if the images have changed since the training.
+        """
         config = self.config()
         data = load(config.train.data)
         if RunConfig.of(config.train, data) != config:
@@ -126,53 +153,65 @@ class Run:
         return data
 
     def save(self, epoch: int, state: Mapping[str, Tensor]) -> None:
-        """Write the state after `epoch` epochs; a reader sees the old file or the new one, never a part."""
+        """Write the state after `epoch` epochs atomically."""
         write_tensors(self.checkpoint, state, epoch=str(epoch))
 
     def restore(self, load: Callable[[dict[str, Tensor]], object]) -> int:
-        """Let `load` have the last state. Returns the number of finished epochs, 0 without one. Raises RunError."""
+        """Pass the last saved state to `load`.
+
+        Returns: the number of finished epochs; 0 without a checkpoint, then `load` is not called.
+
+        Raises: RunError if the checkpoint is damaged.
+        """
         if not self.checkpoint.exists():
             return 0
         try:
             state, about = read_tensors(self.checkpoint)
             epoch = int(about["epoch"])
             if epoch < 0:
-                raise ValueError(f"its epoch is {epoch}")
+                raise ValueError(f"the epoch is {epoch}")
             load(state)
-        except DAMAGED as error:
+        except READ_ERRORS as error:
             fault = str(error).partition("\n")[0]
             raise RunError(
-                f"{self.checkpoint} is damaged or of another version ({fault}): train anew, into another folder"
+                f"{self.checkpoint} is damaged or of another version ({fault}): train again, into another folder"
             ) from error
         return epoch
 
     def trained(self) -> VAE:
-        """The network with the weights of the last epoch. Raises RunError before training is finished."""
+        """The network with the weights of the last epoch, in evaluation mode.
+
+        Raises: RunError before the training has finished.
+        """
         config = self.config()
         model, evaluated = config.build(), "average" if config.train.average else "model"
-        done = self.restore(lambda state: model.load_state_dict(under(evaluated, state)))
+        done = self.restore(lambda state: model.load_state_dict(sub_state(evaluated, state)))
         if done < config.train.epochs:
             raise RunError(
                 f"{self.folder} has finished {done} of {config.train.epochs} epochs: continue it with `train --resume`"
             )
         return model.eval()
 
-    def keep_prior(self, mixture: Mixture) -> None:
-        """Write what `mixture` reads."""
+    def save_prior(self, mixture: Mixture) -> None:
+        """Write a fitted mixture; `mixture` reads the file."""
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
         write_tensors(self.prior_file, tensors, checkpoint_sha256=_sha256(self.checkpoint))
 
     def drop_stale_prior(self) -> None:
-        """Remove a fitted prior that `mixture` would refuse."""
+        """Remove a fitted prior if `mixture` would refuse the file."""
         try:
             self.mixture()
         except RunError:
             self.prior_file.unlink()
 
     def priors(self, model: VAE) -> dict[str, Mixture]:
-        """What the artifact of its network can be sampled from, by name: `standard`, one distribution, and `mixture` if
-        one was learned with the weights or fitted afterwards. Raises RunError."""
+        """Priors available for sampling.
+
+        Returns: `standard`, a single distribution, and `mixture` if a mixture was learned or fitted.
+
+        Raises: RunError.
+        """
         learned = model.prior()
         if len(learned.log_weights) > 1:
             nearest = tuple(parameter.unsqueeze(0) for parameter in model.nearest(learned))
@@ -181,7 +220,10 @@ class Run:
         return {"standard": learned} | ({} if fitted is None else {"mixture": fitted})
 
     def mixture(self) -> Mixture | None:
-        """The prior that was fitted to the weights of the last epoch, if one was. Raises RunError."""
+        """The prior fitted to the weights of the last epoch; None without a fitted prior.
+
+        Raises: RunError if the file is damaged or was fitted to other weights.
+        """
         if not self.prior_file.exists():
             return None
         try:
@@ -191,32 +233,33 @@ class Run:
             names = MODELS[self.config().train.kind].parameter_names
             mixture = Mixture(tensors["log_weights"], tuple(tensors[name] for name in names))
             self._check(mixture)
-        except DAMAGED as error:
+        except READ_ERRORS as error:
             raise RunError(f"{self.prior_file} is damaged ({error}): `reparam fit-prior {self.folder}`") from error
         return mixture
 
     def _check(self, mixture: Mixture) -> None:
-        """Raises ValueError."""
+        """Raises: ValueError for wrong shapes, dtypes or weights."""
         latent_shape = self.config().train.latent
         components = (len(mixture.log_weights),)
         for tensor, shape in ((mixture.log_weights, ()), *((each, latent_shape) for each in mixture.parameters)):
             if tensor.shape != components + shape or tensor.dtype != torch.float32:
-                raise ValueError(f"it holds {tensor.dtype}{list(tensor.shape)}, not float32{[*components, *shape]}")
+                raise ValueError(f"a tensor is {tensor.dtype}{list(tensor.shape)}, not float32{[*components, *shape]}")
         if not (mixture.log_weights.exp() > 0).all():
             raise ValueError("a component has no weight")
 
     def log(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def forget_after(self, epoch: int) -> None:
-        """Drop the metrics of an epoch that was killed before its checkpoint."""
+    def drop_metrics_after(self, epoch: int) -> None:
+        """Drop metrics of epochs later than `epoch`: written before a kill, without a checkpoint."""
         lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
         kept = [line for line in lines if 0 < _epoch_of(line) <= epoch]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def fingerprint(self) -> str:
-        """SHA-256 of weights and fitted prior: ties an evaluation to what it is of."""
+        """SHA-256 of weights and fitted prior. Ties an evaluation to the evaluated files."""
         return _sha256(self.checkpoint, *([self.prior_file] if self.prior_file.exists() else []))
 
 
@@ -225,7 +268,7 @@ def _sha256(*paths: Path) -> str:
 
 
 def _epoch_of(line: str) -> int:
-    """0 for a line that was cut short."""
+    """Epoch of a line of metrics.jsonl; 0 for a damaged line."""
     try:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Training: Adam on the evidence lower bound, the same weights for the same configuration, killed or not."""
+"""Training by Adam. The same configuration gives the same weights, also after an interruption."""
 
 import math
 import time
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reparam.export.compute import one_core_each, use_device
+from reparam.export.compute import parallel_map, use_device
 from reparam.export.config import TrainConfig
 from reparam.export.data import Dataset, anywhere, load
 from reparam.export.draws import HELD_OUT, ORDER, PRIOR, SHEET, TRAINING, as_images, generator, is_binary
 from reparam.export.errors import RunError
 from reparam.export.files import all_finite, write_atomically
-from reparam.export.learner import Learner, gradient_of
+from reparam.export.learner import Learner, flat_gradient
 from reparam.export.objectives import (
     Terms,
     cosine_decay,
@@ -28,29 +28,39 @@ from reparam.export.objectives import (
     negative_vimco,
     warm_up,
 )
-from reparam.export.prior import encoded, fit_mixture
+from reparam.export.prior import fit_mixture, sample_latents
 from reparam.export.run import Run, RunConfig
 from reparam.models import VAE
-from reparam.models.bodies import start_at
+from reparam.models.bodies import set_initial_bias
 from reparam.service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
-LEAST_SHARE = 64  # rows to decode that are worth a core
+MIN_SHARE = 64  # latents to decode in one share of a batch
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
-    """Train, or with `resume` continue, the run in the folder `out`. Raises DataError, RunError."""
+    """Train a network into the folder `out`, or with `resume` continue the run there.
+
+    config: configuration; device and shares default to the run's own settings, or to settings for this machine.
+    out: folder of the run.
+    resume: continue the run in `out`; start the run if the folder has none.
+    sheet_every: epochs between two contact sheets.
+
+    Returns: the finished run.
+
+    Raises: DataError, RunError.
+    """
     data, run = load(config.data), Run(out)
-    goes_on = resume and (out / "config.json").exists()
-    config = _settled(config, run.config().train if goes_on else None)
+    resumes = resume and (out / "config.json").exists()
+    config = _with_compute_settings(config, run.config().train if resumes else None)
     run_config = RunConfig.of(config.model_copy(update={"data": anywhere(config.data)}), data)
-    if goes_on:
+    if resumes:
         run.resume(run_config)
     model = run_config.build()
-    if not goes_on:
+    if not resumes:
         run.start(run_config)
-    with run.alone():
+    with run.locked():
         _train(model, data, config, run, sheet_every)
     return run
 
@@ -59,15 +69,15 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
     where = use_device(config.device)
     images, held_out = (torch.from_numpy(pixels.copy()).to(where) for pixels in (data.train, data.test))
     if is_binary(images) and is_binary(held_out):
-        config = config.model_copy(update={"binarize": False})  # the same images, without draws
+        config = config.model_copy(update={"binarize": False})  # the images stay the same; saves the draws
     model.to(where)
-    start_at(model.decoder, images.float().mean(0) / 255)
+    set_initial_bias(model.decoder, images.float().mean(0) / 255)
     learner = Learner(model, config.average)
     done = run.restore(learner.load)
-    run.forget_after(done)
+    run.drop_metrics_after(done)
     for epoch in range(done, config.epochs):
-        if config.prior_components > 1 and epoch == config.alike_epochs:
-            latents = encoded(model, images, config.binarize, generator(config.seed, PRIOR, device=where))
+        if config.prior_components > 1 and epoch == config.equal_prior_epochs:
+            latents = sample_latents(model, images, config.binarize, generator(config.seed, PRIOR, device=where))
             mixture = fit_mixture(model, latents, config.prior_components, config.seed)
             for each in (model, learner.evaluated):
                 each.set_prior(mixture)
@@ -75,7 +85,7 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
         metrics |= _held_out_metrics(learner.evaluated, held_out, config)
         state = learner.state()
         if not (math.isfinite(metrics["elbo"] + metrics["held_out_elbo"]) and all_finite(state.values())):
-            raise RunError(f"bound or weights are no numbers any more in epoch {epoch + 1}: lower --learning-rate")
+            raise RunError(f"the bound or the weights are NaN or infinite in epoch {epoch + 1}: lower --learning-rate")
         run.log({"epoch": epoch + 1, **metrics})
         if (epoch + 1) % sheet_every == 0 or epoch + 1 == config.epochs:
             path = run.folder / "sheets" / f"epoch-{epoch + 1:04d}.png"
@@ -84,24 +94,40 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-def _settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
-    """With the device and the shares that are given; or those of the run that goes on; or what suits this machine."""
+def _with_compute_settings(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
+    """The configuration with device and shares filled in.
+
+    In order of priority: the given values, the values of the resumed run `before`, defaults for this machine.
+    """
     if before is None:
         device = use_device(config.device)
-        return config.model_copy(update={"device": device.type, "shares": config.shares or _shares(config, device)})
+        return config.model_copy(
+            update={"device": device.type, "shares": config.shares or _default_shares(config, device)}
+        )
     return config.model_copy(
         update={name: getattr(config, name) or getattr(before, name) for name in ("device", "shares")}
     )
 
 
-def _shares(config: TrainConfig, device: torch.device) -> int:
-    """Free bits are counted in the mean over a whole batch."""
-    worth = 1 if config.free_bits or device.type == "cuda" else config.batch_size * config.samples // LEAST_SHARE
+def _default_shares(config: TrainConfig, device: torch.device) -> int:
+    """Shares of a batch for this device: at most one per CPU thread, with MIN_SHARE latents each.
+
+    One share with free bits, because free bits use the mean over a whole batch.
+    """
+    worth = 1 if config.free_bits or device.type == "cuda" else config.batch_size * config.samples // MIN_SHARE
     return max(1, min(torch.get_num_threads(), worth))
 
 
 def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: int) -> dict[str, float]:
-    """One pass over the images, uint8 (n, C, H, W). Returns the means of what its steps saw."""
+    """Train one epoch.
+
+    learner: network in training; changed in place.
+    pixels: uint8 (n, C, H, W).
+    epoch: number of the epoch, from 0.
+
+    Returns: metrics: means over all images in nats (`elbo`, `kl`), `temperature` of the last step, `images_per_second`,
+        and `components` in use if the prior is a mixture.
+    """
     model = learner.model
     if epoch < config.elbo_epochs:
         config = config.model_copy(update={"objective": "elbo", "samples": 1, "straight_through": False})
@@ -113,15 +139,15 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
     started = time.perf_counter()
     seen: list[Tensor] = []
     model.train()
-    with one_core_each(shares) as in_parallel:
+    with parallel_map(shares) as map_shares:
         for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=None), first_step):
-            now = schedule(config, step, len(batches))
-            compute = partial(share_gradient, model, config, now, 1 / len(rows))
-            parts = in_parallel(compute, pixels.index_select(0, rows).chunk(shares), draws)
+            settings = step_settings(config, step, len(batches))
+            compute = partial(share_gradient, model, config, settings, 1 / len(rows))
+            parts = map_shares(compute, pixels.index_select(0, rows).chunk(shares), draws)
             gradients, terms = zip(*parts, strict=True)
             seen += terms
             learner.step(
-                reduce(Tensor.add_, gradients), config.learning_rate * cosine_decay(step, last_step), now.kl_weight
+                reduce(Tensor.add_, gradients), config.learning_rate * cosine_decay(step, last_step), settings.kl_weight
             )
     likelihood_mean, kl_mean = torch.cat(seen, 1).double().mean(1).tolist()
     seconds = time.perf_counter() - started
@@ -130,27 +156,34 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
         "elbo": likelihood_mean - kl_mean,
         "kl": kl_mean,
         **({"components": _perplexity(log_weights)} if len(log_weights) > 1 else {}),
-        "temperature": now.temperature,
+        "temperature": settings.temperature,
         "images_per_second": len(pixels) / seconds,
     }
 
 
 def _perplexity(log_weights: Tensor) -> float:
-    """exp of the weights' entropy in nats: how many components are in use."""
+    """Perplexity of mixture weights, exp(entropy): the number of components in use."""
     return math.exp(-(log_weights.exp() * log_weights).sum().item())
 
 
-class Schedule(NamedTuple):
-    """What of the objective changes from step to step."""
+class StepSettings(NamedTuple):
+    """Settings of the objective for one step.
+
+    temperature: of relaxed codes; 1 for a Gaussian latent.
+    kl_weight: weight of the KL term, 0 .. 1.
+    """
 
     temperature: float
     kl_weight: float
 
 
-def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
-    """`step` counts from the first of the training."""
+def step_settings(config: TrainConfig, step: int, steps_per_epoch: int) -> StepSettings:
+    """The settings of a step.
+
+    step: number of the step, counted from the first step of the training.
+    """
     temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
-    return Schedule(
+    return StepSettings(
         temperature if config.kind == "gumbel" else 1.0,
         warm_up(step, config.kl_warm_up * steps_per_epoch),
     )
@@ -159,20 +192,30 @@ def schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> Schedule:
 def share_gradient(
     model: VAE,
     config: TrainConfig,
-    now: Schedule,
+    settings: StepSettings,
     image_weight: float,
     pixels: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """What some images of a batch add to its gradient, and their two terms of the ELBO, (2, images)."""
-    terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, now)
+    """Compute one share of a batch.
+
+    settings: of the step.
+    image_weight: weight of an image in the batch's mean.
+    pixels: uint8 (n, C, H, W), the images of the share.
+
+    Returns: the share's part of the batch's gradient, as one vector, and the images' likelihood and KL terms (2, n) in
+        nats.
+    """
+    terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, settings)
     loss = terms.loss * (len(pixels) * image_weight)
-    return gradient_of(loss, model), torch.stack([terms.likelihood, terms.kl])
+    return flat_gradient(loss, model), torch.stack([terms.likelihood, terms.kl])
 
 
-def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, now: Schedule) -> Terms:
+def _objective(
+    model: VAE, images: Tensor, draws: torch.Generator, config: TrainConfig, settings: StepSettings
+) -> Terms:
     if config.objective == "vimco":
-        return negative_vimco(model, images, draws, samples=config.samples, kl_weight=now.kl_weight)
+        return negative_vimco(model, images, draws, samples=config.samples, kl_weight=settings.kl_weight)
     if config.objective in ("iwae", "dreg"):
         doubly = config.objective == "dreg"
         return negative_iwae(
@@ -180,7 +223,7 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
             images,
             draws,
             samples=config.samples,
-            kl_weight=now.kl_weight,
+            kl_weight=settings.kl_weight,
             doubly=doubly,
             resampled=config.resampled,
         )
@@ -188,9 +231,9 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
         model,
         images,
         draws,
-        temperature=now.temperature,
+        temperature=settings.temperature,
         samples=config.samples,
-        kl_weight=now.kl_weight,
+        kl_weight=settings.kl_weight,
         free_bits=config.free_bits,
         straight_through=config.straight_through,
     )
@@ -198,7 +241,7 @@ def _objective(model: VAE, images: Tensor, draws: torch.Generator, config: Train
 
 @torch.inference_mode()
 def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[str, float]:
-    """The one-sample ELBO of the held-out images, at the temperature that is served."""
+    """One-sample ELBO of the held-out images, at the temperature of the service."""
     model.eval()
     draws = generator(config.seed, HELD_OUT, device=pixels.device)
     total = 0.0
@@ -211,7 +254,7 @@ def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[s
 
 @torch.inference_mode()
 def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
-    """A PNG: samples of the prior on the left; on the right held-out images, each above its reconstruction."""
+    """A PNG with samples of the prior on the left, and held-out images above their reconstructions on the right."""
     model.eval()
     draws = generator(config.seed, SHEET, device=pixels.device)
     images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)
@@ -219,10 +262,10 @@ def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
     prior = model.prior().draw(SHEET_ROWS, draws)
     samples = _decode(model, model.sample(prior, noise, model.default_temperature))
     posterior = model.encode(images)
-    noise = torch.zeros_like(posterior[0])  # the most likely latents
+    noise = torch.zeros_like(posterior[0])  # zero noise at temperature 0: the most likely latents
     reconstructions = _decode(model, model.sample(posterior, noise, 0.0))
     pairs = torch.stack([(images * 255).byte().cpu(), reconstructions], 1).flatten(0, 1)
-    # Eight columns of pairs read across: originals in the even rows, reconstructions in the odd ones.
+    # Order the pairs for eight columns: even rows show originals, odd rows show reconstructions.
     pairs = pairs.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten(0, 2) if len(pairs) % 16 == 0 else pairs
     left, right = sheet(samples.numpy(), 8), sheet(pairs.numpy(), 8)
     right = np.pad(right, ((0, 0), (0, left.shape[1] - right.shape[1]), (0, 0)))

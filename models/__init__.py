@@ -1,4 +1,4 @@
-"""The variational autoencoders: networks and their distributions, in PyTorch."""
+"""Variational autoencoders in PyTorch: networks and their distributions."""
 
 from reparam.models.bodies import VAEConfig
 from reparam.models.gaussian import GaussianVAE

@@ -1,4 +1,4 @@
-"""Encoder and decoder bodies: what lies between images and the parameters of a distribution."""
+"""Encoder and decoder bodies: the layers between images and the parameters of a distribution."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,25 +12,24 @@ from torch.nn.functional import fold
 
 Activation = Literal["relu", "tanh"]
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-RAREST = 1e-3  # a pixel's mean is taken to lie between this and 1 less this
+MIN_MEAN = 1e-3  # pixel means are clamped to [MIN_MEAN, 1 - MIN_MEAN], so that their logits are finite
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The architecture of one VAE.
+    """The architecture of one VAE. All sizes run from the image towards the latent; the decoder mirrors the encoder.
 
     image_shape: (C, H, W).
-    latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel one.
+    latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel latent.
     body: "mlp" or "conv".
-    width: sizes of the hidden layers of an MLP, of which there may be none, or channels of the convolutions, each of
-        which halves the image.
-    dense: sizes of the hidden layers between the convolutions and the latent.
-    activation: after each layer but the last.
-    decoder_width: like width, of an MLP's decoder alone; None for the same.
-    prior_components: of the prior, a mixture that is learned if they are two or more.
+    width: hidden layer sizes of an MLP (may be empty), or channels of the convolutions. Each convolution halves the
+        image.
+    dense: hidden layer sizes between the convolutions and the latent.
+    activation: function after each layer except the last.
+    decoder_width: hidden layer sizes of an MLP's decoder; None: same as width.
+    prior_components: mixture components of the prior. From 2 on the mixture is learned.
 
-    All run from the image towards the latent; the decoder mirrors the encoder. Raises ValueError for what no network
-    has.
+    Raises: ValueError for sizes or combinations that no network has.
     """
 
     image_shape: tuple[int, int, int]
@@ -57,35 +56,39 @@ class VAEConfig:
 
 
 def encoder(config: VAEConfig, features: int) -> nn.Sequential:
-    """Images (n, C, H, W) in [0, 1] -> (n, features), unbounded."""
+    """Build an encoder with initial weights: images (n, C, H, W) in [0, 1] -> (n, features), unbounded."""
     network = _mlp_encoder(config, features) if config.body == "mlp" else _conv_encoder(config, features)
     return _initialized(network, config.activation)
 
 
 def decoder(config: VAEConfig) -> nn.Sequential:
-    """Latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
+    """Build a decoder with initial weights: latents (n, *latent_shape) -> pixel logits (n, C, H, W)."""
     network = _mlp_decoder(config) if config.body == "mlp" else _conv_decoder(config)
     return _initialized(network, config.activation)
 
 
 @torch.no_grad()
-def start_at(decoder: nn.Sequential, mean: Tensor) -> None:
-    """Let a fresh decoder's pixel logits lie around those of a mean image, (C, H, W) in [0, 1], so that training need
-    not find out first where images are black (Burda, Grosse and Salakhutdinov, 2016, appendix C). Convolutions have one
-    bias a channel."""
+def set_initial_bias(decoder: nn.Sequential, mean: Tensor) -> None:
+    """Set the last bias of a fresh decoder to the logits of the mean image.
+
+    Training then starts with dark pixels dark, instead of learning them first (Burda, Grosse and Salakhutdinov, 2016,
+    appendix C). Convolutions have one bias a channel, so the mean is taken over each channel.
+
+    mean: (C, H, W), float32 in [0, 1].
+    """
     *_, last = (layer for layer in decoder if isinstance(layer, nn.Linear | nn.ConvTranspose2d))
     mean = mean if isinstance(last, nn.Linear) else mean.mean((1, 2))
-    assert last.bias is not None  # noqa: S101  # every layer here has one
-    last.bias.copy_(torch.logit(mean.clamp(RAREST, 1 - RAREST)).flatten())
+    assert last.bias is not None  # noqa: S101  # every layer here has a bias
+    last.bias.copy_(torch.logit(mean.clamp(MIN_MEAN, 1 - MIN_MEAN)).flatten())
 
 
-def halved(decoder: nn.Module) -> nn.Sequential:
-    """Round a decoder's weights to float16, in place, and let it compute so; float32 in and out."""
+def to_float16(decoder: nn.Module) -> nn.Sequential:
+    """Round a decoder's weights to float16, in place. Inputs and outputs of the result are float32."""
     return nn.Sequential(_Cast(torch.float16), decoder.half(), _Cast(torch.float32))
 
 
 class _Cast(nn.Module):
-    """To numbers of this type."""
+    """A layer converting values to a dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -132,14 +135,16 @@ def _conv_decoder(config: VAEConfig) -> nn.Sequential:
     layers += [nn.Linear(dense[-1], prod(top)), nn.Unflatten(1, top)]
     for (after, before), size in reversed(list(zip(pairwise(channels), sizes, strict=False))):
         layers += [_ACTIVATIONS[config.activation]()]
-        transposed = _ToOneChannel if after == 1 else nn.ConvTranspose2d
+        transposed = _OneChannelConvTranspose2d if after == 1 else nn.ConvTranspose2d
         layers += [transposed(before, after, _kernel(size), stride=2, padding=1)]
     return nn.Sequential(*layers)
 
 
-class _ToOneChannel(nn.ConvTranspose2d):
-    """The same as a product of matrices, on a CPU: oneDNN's kernels, made for many channels, take two to five times as
-    long for one."""
+class _OneChannelConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution to one channel, computed as a matrix product on a CPU.
+
+    oneDNN's kernels are made for many channels and take two to five times as long for one channel.
+    """
 
     def forward(self, values: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None or values.is_cuda or torch.compiler.is_exporting():
@@ -147,20 +152,22 @@ class _ToOneChannel(nn.ConvTranspose2d):
         columns = torch.bmm(self.weight.flatten(1).T.expand(len(values), -1, -1), values.flatten(2))
         size = tuple(2 * size - 4 + kernel for size, kernel in zip(values.shape[2:], self.kernel_size, strict=True))
         folded = fold(columns, size, self.kernel_size, padding=1, stride=2)
-        assert self.bias is not None  # noqa: S101  # every layer here has one
+        assert self.bias is not None  # noqa: S101  # every layer here has a bias
         return folded + self.bias.reshape(-1, 1, 1)
 
 
 def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequential:
-    """Initial weights that keep the scale of activations through ReLU (He et al., 2015,
-    https://arxiv.org/abs/1502.01852), or through another activation by its gain; PyTorch's own shrink it layer by
-    layer, and deep bodies never learn to use the latent."""
+    """Draw the initial weights (He et al., 2015, https://arxiv.org/abs/1502.01852), scaled by the activation's gain.
+
+    The scale of activations stays constant through the layers. PyTorch's default shrinks activations layer by layer,
+    and deep bodies then never learn to use the latent.
+    """
     gain = nn.init.calculate_gain(activation)
     for layer in network:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity=activation)
         elif isinstance(layer, nn.ConvTranspose2d):
-            inputs = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)  # that meet in one output
+            inputs = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)  # terms in each output
             nn.init.normal_(layer.weight, std=gain / sqrt(inputs))
         else:
             continue
@@ -170,7 +177,10 @@ def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequentia
 
 
 def _pyramid(config: VAEConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Channels and image sizes from the image to the top; each size is half the one before, rounded up."""
+    """Channels, and image sizes (height, width), of each level from the image to the top.
+
+    Each size is half of the size below, rounded up.
+    """
     sizes = [config.image_shape[1:]]
     for _ in config.width:
         height, width = sizes[-1]
@@ -179,7 +189,10 @@ def _pyramid(config: VAEConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]
 
 
 def _kernel(size: tuple[int, int]) -> tuple[int, int]:
-    """4 for an even size, 3 for an odd one: then stride 2 and padding 1 halve it exactly, and back, without the
-    output padding on which exporters and runtimes disagree."""
+    """Kernel size for an image size: 4 for even, 3 for odd.
+
+    With stride 2 and padding 1 a convolution then halves the size exactly and a transposed convolution restores the
+    size. Output padding is not needed; exporters and runtimes disagree about output padding.
+    """
     height, width = size
     return 4 - height % 2, 4 - width % 2

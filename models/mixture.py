@@ -1,15 +1,15 @@
-"""A prior that is a mixture of distributions of the model's kind."""
+"""A mixture prior: components are distributions of the model's kind."""
 
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-LEAST_WEIGHT = 1e-6  # of a component
+MIN_WEIGHT = 1e-6  # floor for the weight of a component
 
 
 class Family(Protocol):
-    """What a mixture asks of its components' family of distributions: of a GaussianVAE or a GumbelVAE."""
+    """The family of a mixture's components: GaussianVAE or GumbelVAE. Shapes and units are documented there."""
 
     def pairwise_log_prob(self, latents: Tensor, parameters: tuple[Tensor, ...], /) -> Tensor: ...
 
@@ -20,41 +20,57 @@ class Family(Protocol):
 class Mixture(NamedTuple):
     """p(z) = sum_c weight_c p(z; parameters_c).
 
-    log_weights: (C,). parameters: each (C, *latent_shape).
+    log_weights: (C,).
+    parameters: one tensor (C, *latent_shape) for each parameter of the family.
     """
 
     log_weights: Tensor
     parameters: tuple[Tensor, ...]
 
     def to(self, device: torch.device) -> "Mixture":
+        """A copy on the device."""
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
     def log_joint(self, family: Family, latents: Tensor) -> Tensor:
-        """log of weight_c p(z; parameters_c) in nats, (n, *latent_shape) -> (n, C)."""
+        """Log of weight_c p(z; parameters_c) for each component: latents (n, *latent_shape) -> (n, C), in nats."""
         return self.log_weights + family.pairwise_log_prob(latents, self.parameters)
 
     def log_prob(self, family: Family, latents: Tensor) -> Tensor:
-        """In nats, (n, *latent_shape) -> (n,)."""
+        """Log density: latents (n, *latent_shape) -> (n,), in nats."""
         return self.log_joint(family, latents).logsumexp(1)
 
     def kl(self, family: Family, posterior: tuple[Tensor, ...]) -> Tensor:
-        """KL(posterior || self) in nats for one component, and for more its upper bound
-        -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007), so that what it is taken from stays
-        a lower bound on log p(x). posterior: each (n, *latent_shape) -> (n,)."""
+        """KL(posterior || self) for one component, an upper bound of the KL for more components.
+
+        The bound is -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007). An ELBO with this KL term
+        is still a lower bound on log p(x).
+
+        posterior: each (n, *latent_shape).
+
+        Returns: (n,), in nats.
+        """
         if len(self.log_weights) == 1:
             return family.kl(posterior, self.parameters).sum(1)
         return -(self.log_weights - family.pairwise_kl(posterior, self.parameters)).logsumexp(1)
 
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
-        """The parameters of the component that each row is drawn from, each (rows, *latent_shape)."""
+        """Draw a component for each row.
+
+        Returns: the components' parameters, each (rows, *latent_shape).
+        """
         components = torch.multinomial(self.log_weights.exp(), rows, replacement=True, generator=draws)
         return tuple(parameter[components] for parameter in self.parameters)
 
 
 @torch.no_grad()
 def learn_weights(logits: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """Follow the gradient of a loss by the logits of a mixture's weights, in the weights themselves. Returns the
-    weights, (C,)."""
-    weights = (logits.softmax(0) - rate * gradient).clamp_min(LEAST_WEIGHT)
+    """Update the weights of a mixture: weights <- weights - rate * gradient, in place.
+
+    logits: (C,), softmax gives the weights.
+    gradient: (C,), gradient of the loss by the logits.
+
+    Returns: the new weights, (C,).
+    """
+    weights = (logits.softmax(0) - rate * gradient).clamp_min(MIN_WEIGHT)
     logits.copy_(weights.log())
     return weights

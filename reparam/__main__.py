@@ -1,4 +1,4 @@
-"""python -m reparam: the command line, where its script is not on the path."""
+"""Runs the command line as `python -m reparam`, for an environment whose scripts are not on the PATH."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""The command line: `reparam COMMAND`, each command with the packages of its extra."""
+"""The command line: `reparam COMMAND`. Each command imports the packages of its extra."""
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ class Command(NamedTuple):
     """A command of `reparam`.
 
     module: has `main(argv)`, called with the command and its options.
-    extra: optional dependencies of this distribution that the command imports; "" for none.
+    extra: optional dependencies of this distribution that the command imports; "" if it needs none.
+    help: a line of `reparam --help`.
     """
 
     module: str
@@ -19,19 +21,28 @@ class Command(NamedTuple):
 
 
 _SDK, _SERVICE, _EXPORT = "reparam._cli", "reparam.service.__main__", "reparam.export.__main__"
-COMMANDS = {
-    "sample": Command(_SDK, "", "write samples of a served model to a file"),
-    "models": Command(_SDK, "", "list the models of a service"),
-    "serve": Command(_SERVICE, "serve", "serve a folder of models over HTTP"),
-    "train": Command(_EXPORT, "export", "train a VAE on images"),
-    "fit-prior": Command(_EXPORT, "export", "fit a mixture to the latents, as the prior to sample from"),
-    "evaluate": Command(_EXPORT, "export", "bounds on log p(x) of the held-out images"),
-    "classifier": Command(_EXPORT, "export", "train the classifier that quality is measured with"),
-    "quality": Command(_EXPORT, "export", "how far samples are from held-out images"),
-    "publish": Command(_EXPORT, "export", "export a run to ONNX and add it to a folder of models"),
-    "inspect": Command(_EXPORT, "export", "print the contract, sizes and evaluation of an artifact"),
-    "verify": Command(_EXPORT, "export", "check an artifact, without torch"),
+GROUPS = {
+    "Sample a service": {
+        "sample": Command(_SDK, "", "write samples of a served model to a file"),
+        "models": Command(_SDK, "", "list the models of a service"),
+    },
+    "Serve": {
+        "serve": Command(_SERVICE, "serve", "serve a folder of models over HTTP"),
+    },
+    "Train": {
+        "train": Command(_EXPORT, "export", "train a VAE on images"),
+        "fit-prior": Command(_EXPORT, "export", "fit a mixture to the latents, as the prior to sample from"),
+        "evaluate": Command(_EXPORT, "export", "compute bounds on log p(x) of the held-out images"),
+        "classifier": Command(_EXPORT, "export", "train the classifier that `quality` compares images with"),
+        "quality": Command(_EXPORT, "export", "measure how far samples are from held-out images"),
+    },
+    "Publish": {
+        "publish": Command(_EXPORT, "export", "export a run to ONNX and add it to a folder of models"),
+        "inspect": Command(_EXPORT, "artifact", "print the contract, sizes and evaluation of an artifact"),
+        "verify": Command(_EXPORT, "artifact", "check an artifact, without torch"),
+    },
 }
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words after `reparam`; default: those of the process.
 
-    Returns the exit status: 0, 1 for a failure, 2 for wrong usage.
+    Returns: the exit status: 0, 1 for a failure, 2 for wrong usage.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0] if words else "--help"
+    if not words:
+        print(_help(), file=sys.stderr)
+        return 2
+    name = words[0]
     if name in ("-h", "--help"):
         print(_help())
         return 0
@@ -53,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(name)
     if command is None:
-        print(f"reparam: unknown command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(_unknown(name), file=sys.stderr)
         return 2
     try:
         status: int = import_module(command.module).main(words)
@@ -65,18 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _unknown(name: str) -> str:
+    nearest = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "`reparam --help` lists the commands"
+    return f"reparam: unknown command {name!r}; {hint}"
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    lines = ["usage: reparam COMMAND [options]", "", "Train, publish, serve and sample variational autoencoders."]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:{width}}  {command.help}" for name, command in commands.items())]
     return "\n".join(
         [
-            "usage: reparam COMMAND [--help] [options]",
-            "",
-            "Train, publish, serve and sample variational autoencoders.",
-            "",
             *lines,
             "",
-            "For example: reparam serve",
-            "             reparam sample -n 64 -o grid.png",
+            "`reparam COMMAND --help` has the options of a command. Examples:",
+            "  reparam serve",
+            "  reparam sample -n 64 -o grid.png",
         ]
     )

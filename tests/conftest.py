@@ -15,7 +15,7 @@ import pytest
 from reparam.export.config import TrainConfig
 from reparam.export.evaluate import evaluate
 from reparam.export.prior import fit_prior
-from reparam.export.publish import publish_run
+from reparam.export.publication import publish_run
 from reparam.export.train import train
 from reparam.service.app import create_app
 from reparam.service.lifespan import Lifespan

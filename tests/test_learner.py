@@ -11,11 +11,11 @@ from torch import Tensor
 
 from reparam.export.data import load
 from reparam.export.draws import HELD_OUT, as_images, generator
-from reparam.export.learner import PRIOR_RATE, Learner, gradient_of
+from reparam.export.learner import PRIOR_RATE, Learner, flat_gradient
 from reparam.export.objectives import elbo_terms, negative_elbo
 from reparam.export.train import contact_sheet, train, train_epoch
 from reparam.models import MODELS, GaussianVAE, VAEConfig
-from reparam.models.bodies import start_at
+from reparam.models.bodies import set_initial_bias
 from tests.conftest import small
 
 
@@ -79,7 +79,7 @@ def test_a_step_is_one_of_adam_and_of_the_average(kind: str) -> None:
     adam = torch.optim.Adam([*plain.encoder.parameters(), *plain.decoder.parameters()], lr=1e-2, foreach=False)
     for step in range(3):
         loss = negative_elbo(model, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss
-        learner.step(gradient_of(loss, model), 1e-2, 1.0)
+        learner.step(flat_gradient(loss, model), 1e-2, 1.0)
         plain.zero_grad()
         negative_elbo(plain, pixels / 255, torch.Generator().manual_seed(step), temperature=1.0).loss.backward()
         adam.step()
@@ -147,6 +147,6 @@ def test_what_is_told_and_shown_of_an_epoch_is_of_the_averaged_weights(tmp_path:
 def test_training_starts_at_the_mean_image(tmp_path: Path) -> None:
     run = train(small(body="mlp", learning_rate=1e-9), tmp_path, resume=False, sheet_every=1)
     expected = run.config().build().decoder
-    start_at(expected, torch.from_numpy(run.data().train).float().mean(0) / 255)
+    set_initial_bias(expected, torch.from_numpy(run.data().train).float().mean(0) / 255)
     for found, started in zip(run.trained().decoder.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(found, started, atol=1e-4, rtol=0)

@@ -14,7 +14,7 @@ from reparam import Client
 from reparam.export.errors import GateError
 from reparam.export.network import Method, Network
 from reparam.export.prior import fit_mixture
-from reparam.export.publish import publish
+from reparam.export.publication import publish
 from reparam.export.verify import verify
 from reparam.models import GaussianVAE, Mixture
 from reparam.service.artifact import noise
@@ -214,7 +214,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_written(
     [
         ({"name": "../mine"}, r"'\.\./mine' cannot be a model's name"),
         ({"precision": "float64"}, "precision cannot be 'float64': input should be 'float32' or 'float16'"),
-        ({"trained_on": {"data": ["a"]}}, r"trained_on\.data cannot be \['a'\]: names stand for text or finite"),
+        ({"trained_on": {"data": ["a"]}}, r"trained_on\.data cannot be \['a'\]: values must be text or finite"),
         ({"evaluation": {"elbo": np.nan}}, r"evaluation\.elbo cannot be nan"),
         ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 3),))}, "has 1 parameters, not mu and log_var"),
         ({"mixture": MIXTURE._replace(parameters=(torch.zeros(2, 4),) * 2)}, r"does not fit the shape \[2, 3\]"),

@@ -25,7 +25,7 @@ from reparam.export.objectives import (
     warm_up,
 )
 from reparam.models import VAE, GaussianVAE, GumbelVAE, Mixture, VAEConfig
-from reparam.models.bodies import start_at
+from reparam.models.bodies import set_initial_bias
 
 IMAGE = (1, 2, 2)
 
@@ -258,7 +258,7 @@ def test_how_many_are_decoded_together_decides_nothing_but_time() -> None:
 def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int, ...]) -> None:
     model = GaussianVAE(VAEConfig((1, 8, 8), (2,), body, width))  # type: ignore[arg-type]  # a Literal
     mean = torch.from_numpy(np.random.default_rng(0).random((1, 8, 8), np.float32)) * 0.5
-    start_at(model.decoder, mean)
+    set_initial_bias(model.decoder, mean)
     with torch.no_grad():
         found = torch.sigmoid(model.decode(torch.zeros(1, 2)))[0]
     if body == "mlp":

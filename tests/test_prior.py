@@ -17,7 +17,7 @@ from reparam.export.errors import RunError
 from reparam.export.evaluate import evaluate
 from reparam.export.objectives import importance_weighted_bound, log_likelihood
 from reparam.export.prior import default_components, fit_mixture, fit_prior
-from reparam.export.publish import publish_run
+from reparam.export.publication import publish_run
 from reparam.export.run import Run
 from reparam.export.train import train
 from reparam.models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
@@ -165,7 +165,7 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
         mixture._replace(parameters=(mixture.parameters[0].double(), mixture.parameters[1])),
         mixture._replace(parameters=(nan, mixture.parameters[1])),
     ):
-        Run(folder).keep_prior(broken)
+        Run(folder).save_prior(broken)
         with pytest.raises(RunError, match=r"prior\.safetensors is damaged"):
             Run(folder).mixture()
     (folder / "prior.safetensors").write_bytes(b"none")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from reparam.export import publish as publication
+from reparam.export import publication
+from reparam.export.checks import varied_feeds
 from reparam.export.config import TrainConfig
 from reparam.export.errors import GateError, RunError
 from reparam.export.evaluate import evaluate
@@ -20,10 +21,10 @@ from reparam.export.gate import gate
 from reparam.export.graph import export_sampler
 from reparam.export.inspect import inspect
 from reparam.export.network import Network
-from reparam.export.publish import network_of, publish_run, write
+from reparam.export.publication import network_and_contract, publish_run, write_files
 from reparam.export.run import Run
 from reparam.export.train import train
-from reparam.export.verify import varied_feeds, verify
+from reparam.export.verify import verify
 from reparam.models import MODELS
 from reparam.service.artifact.contract import ArtifactError
 from reparam.service.artifact.file import load
@@ -56,8 +57,8 @@ def test_a_decoder_in_float16_answers_nearly_the_same(
 
 
 def test_the_gate_refuses_a_float16_decoder_of_other_weights(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = network_of(Run(runs["tiny-gaussian"]), "float16")
-    write(network, contract, tmp_path)
+    network, contract = network_and_contract(Run(runs["tiny-gaussian"]), "float16")
+    write_files(network, contract, tmp_path)
     with torch.no_grad():
         next(network.decoder.parameters()).view(-1)[0] += 1e-2
     with pytest.raises(GateError, match=r"weight model\.decoder\.1\.\d\.weight is .* instead of"):
@@ -71,7 +72,7 @@ def test_a_decoder_that_overflows_float16_is_refused_with_the_way_out(runs: dict
     tensors[name].view(-1)[0] = 1e6
     (folder / "checkpoint.safetensors").write_bytes(save(tensors, {"epoch": "1"}))
     evaluate(folder, samples=2, rows=20, seed=0)
-    with pytest.raises(GateError, match=r"does not fit float16, publish it in float32: .*NaN or infinity"):
+    with pytest.raises(GateError, match=r"does not fit float16, publish in float32: .*NaN or infinity"):
         publish_run(folder, "m", tmp_path / "artifacts", "float16")
     publish_run(folder, "m", tmp_path / "artifacts")
 
@@ -120,8 +121,8 @@ def test_nothing_of_the_machine_is_in_the_file(repository: Path) -> None:
 def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
     runs: dict[str, Path], tmp_path: Path, name: str, by: float
 ) -> None:
-    network, contract = network_of(Run(runs[name]))
-    write(network, contract, tmp_path)
+    network, contract = network_and_contract(Run(runs[name]))
+    write_files(network, contract, tmp_path)
     gate(network, tmp_path, exact=True)
     with torch.no_grad():
         next(network.decoder.parameters()).view(-1)[0] += by
@@ -130,8 +131,8 @@ def test_the_gate_refuses_a_decoder_altered_by_one_weight_after_tracing(
 
 
 def test_the_gate_refuses_an_altered_encoder_and_a_missing_weight(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = network_of(Run(runs["tiny-gaussian"]))
-    write(network, contract, tmp_path)
+    network, contract = network_and_contract(Run(runs["tiny-gaussian"]))
+    write_files(network, contract, tmp_path)
     operate(tmp_path / "encoder.onnx", tmp_path / "encoder.onnx", nudge_weight("model.encoder.0.bias", 1e-3))
     with pytest.raises(GateError, match=r"weight model\.encoder\.0\.bias"):
         gate(network, tmp_path, exact=True)
@@ -141,8 +142,8 @@ def test_the_gate_refuses_an_altered_encoder_and_a_missing_weight(runs: dict[str
 
 
 def test_the_gate_refuses_a_graph_that_only_works_at_one_batch(runs: dict[str, Path], tmp_path: Path) -> None:
-    network, contract = network_of(Run(runs["tiny-gaussian"]))
-    write(network, contract, tmp_path)
+    network, contract = network_and_contract(Run(runs["tiny-gaussian"]))
+    write_files(network, contract, tmp_path)
     good = (tmp_path / "model.onnx").read_bytes()
     operate(tmp_path / "model.onnx", tmp_path / "model.onnx", fix_batch(2))
     with pytest.raises(ArtifactError, match="fixed batch of 2"):

@@ -18,7 +18,7 @@ from reparam.export.data import load, load_labels
 from reparam.export.draws import generator
 from reparam.export.errors import DataError, ExportError, RunError
 from reparam.export.prior import fit_prior
-from reparam.export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sampled
+from reparam.export.quality import frechet, kernel_distance, near_training, quality, quality_of_images, sample_images
 from reparam.models import GaussianVAE, Mixture, VAEConfig
 
 
@@ -72,7 +72,7 @@ def test_components_are_sampled_as_often_as_they_weigh() -> None:
     mixture = Mixture(torch.tensor([0.25, 0.75]).log(), (torch.tensor([[-9.0], [9.0]]), torch.full((2, 1), -9.0)))
     with torch.inference_mode():
         first, _ = (torch.sigmoid(model.decode(mu[None])) * 255 for mu in mixture.parameters[0])
-        images = torch.cat(list(sampled(model, mixture, 4000, generator(0, 0))))
+        images = torch.cat(list(sample_images(model, mixture, 4000, generator(0, 0))))
     from_first = ((images - first).abs() < 20).flatten(1).all(1)
     assert len(images) == 4000
     assert from_first.double().mean().item() == pytest.approx(0.25, abs=0.03)

@@ -46,7 +46,7 @@ def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> Non
 def test_two_do_not_write_into_one_folder(tmp_path: Path) -> None:
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
     before = run.metrics.read_bytes()
-    with run.alone():
+    with run.locked():
         with pytest.raises(RunError, match=r"another process works in .*r: wait"):
             train(small(), tmp_path / "r", resume=True, sheet_every=1)
         with pytest.raises(RunError, match="another process"):
@@ -108,7 +108,7 @@ def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Te
         tensors[name] = damaged.expand_as(before).contiguous() if damaged.isnan().any() else damaged
     run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
     with pytest.raises(
-        RunError, match=r"checkpoint\.safetensors is damaged or of another version \([^\n]*\): train anew"
+        RunError, match=r"checkpoint\.safetensors is damaged or of another version \([^\n]*\): train again"
     ):
         train(config, tmp_path, resume=True, sheet_every=9)
 

@@ -8,7 +8,7 @@ from reparam.export import recipes
 from reparam.export.config import TrainConfig
 from reparam.export.network import Network
 from reparam.export.run import RunConfig
-from reparam.models.bodies import halved
+from reparam.models.bodies import to_float16
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
 CHANNELS = (512, 512, 256, 128)  # each but the first doubles the image
@@ -29,7 +29,7 @@ def autoencoder() -> Network:
         latent_shape=(4, 64, 64),
         image_shape=(3, 512, 512),
         encoder=nn.Identity(),
-        decoder=halved(nn.Sequential(*_layers(CHANNELS))),
+        decoder=to_float16(nn.Sequential(*_layers(CHANNELS))),
         logits=True,
     )
 

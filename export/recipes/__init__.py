@@ -1,4 +1,4 @@
-"""Recipes: whole configurations of a training, one file each. A recipe is data: the fields of TrainConfig."""
+"""Recipes: complete training configurations, a TOML file each with fields of TrainConfig."""
 
 import tomllib
 from pathlib import Path
@@ -10,11 +10,15 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
+    """Names of all recipes, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The fields that the recipe sets. Raises RunError."""
+    """Fields set by a recipe.
+
+    Raises: RunError for an unknown name.
+    """
     if name not in names():
         raise RunError(f"no recipe {name!r}; there are: {', '.join(names())}")
     return tomllib.loads((_FOLDER / f"{name}.toml").read_text())

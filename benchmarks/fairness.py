@@ -28,12 +28,12 @@ def measure(options: Options) -> Report:
     for name in options.only:
         with serving(name) as running:
             probe(running, _after(1))
-            rounds = [_round(running, options, batch) for _ in range(options.rounds)]
+            rounds = [measure_round(running, options, batch) for _ in range(options.rounds)]
         cases |= {f"{name}, {case}": _medians([seen[case] for seen in rounds]) for case in rounds[0]}
     return _report(cases, batch)
 
 
-def _round(running: Running, options: Options, batch: float) -> dict[str, dict[str, float]]:
+def measure_round(running: Running, options: Options, batch: float) -> dict[str, dict[str, float]]:
     """What the prober saw beside nothing, beside a stream where there are streams, and beside many requests."""
     seen = {"nothing else": _percentiles(probe(running, _after(options.seconds)))}
     quiet = seen["nothing else"]["p99"]

@@ -102,8 +102,11 @@ def seeded(request: str, seed: int) -> bytes:
 
 
 @contextmanager
-def serving(name: str) -> Iterator[Running]:
-    """Start a server, wait until it answers, stop it at the end of the block."""
+def serving(name: str, checkout: Path = ROOT) -> Iterator[Running]:
+    """Start a server, wait until the server answers, and stop it at the end of the block.
+
+    checkout: of Reparam, whose service is started
+    """
     server = SERVERS[name]
     programs = Path(sys.executable).parent
     if server.peer:
@@ -115,13 +118,15 @@ def serving(name: str) -> Iterator[Running]:
         "BENTOML_HOST": "127.0.0.1",
         "MODEL": str(model_path()),
         "SCRATCH": str(SCRATCH),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(checkout),
         "REPARAM_PORT": str(port),
         "REPARAM_ARTIFACTS": str(SCRATCH / "artifacts"),
     }
     program, *arguments = server.command
+    if checkout != ROOT and not (checkout / "reparam" / "service").exists():  # older than `reparam serve`
+        program, *arguments = "python", "-m", "service"
     log = SCRATCH / "logs" / f"{name}.log"
-    with running([str(programs / program), *arguments], variables, ROOT, log) as process:
+    with running([str(programs / program), *arguments], variables, checkout, log) as process:
         started = Running(server, process, port)
         _wait_until_it_answers(started, log)
         yield started

@@ -4,7 +4,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from reparam.export.publication import publish_run
 from reparam.export.train import train
 from reparam.service.app import create_app
 from reparam.service.lifespan import Lifespan
+from reparam.service.operations import OPERATIONS
+from reparam.service.operations.operation import Operation
 from reparam.service.process.server import Server
 from reparam.service.settings import Settings
 from tests.graphs import make_trouble
@@ -94,10 +96,10 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
     """Start a server with these settings; it runs until the tests end."""
     started: list[tuple[Running, threading.Thread]] = []
 
-    def start(**settings: Any) -> Running:
+    def start(operations: Sequence[Operation] = OPERATIONS, **settings: Any) -> Running:
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         chosen = Settings(**{"artifacts": repository, "default_model": "tiny-gaussian", **settings})
-        app = create_app(chosen)
+        app = create_app(chosen, operations=operations)
         server = Server(app, chosen)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -66,6 +66,9 @@ def _best(media_types: Sequence[str], accept: str) -> str:
         return ""
 
 
+_FORMATS = {int: b"%d", float: b"%a"}  # of facts in headers
+
+
 class HeaderBlock:
     """Writes the headers of an operation's responses as lines."""
 
@@ -74,7 +77,9 @@ class HeaderBlock:
         varying = [fact for fact in facts if not fact.per_model]
         self._names = [fact.name for fact in varying]
         self._template = b"content-length: %d\r\nserver-timing: queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f\r\n"
-        self._template += b"".join(f"{fact.header}: ".lower().encode() + b"%d\r\n" for fact in varying) + b"%b"
+        self._template += (
+            b"".join(f"{fact.header}: ".lower().encode() + _FORMATS[fact.type] + b"\r\n" for fact in varying) + b"%b"
+        )
         self._of_model = [fact for fact in facts if fact.per_model]
         self._lines_of_model: dict[tuple[Graph, str], bytes] = {}
 

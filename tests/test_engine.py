@@ -229,7 +229,7 @@ def test_a_device_without_memory_gets_smaller_batches(engine: Running) -> None:
     assert len(response.json()["latents"]) == 50
     assert metric(engine.url, "out_of_memory_total") >= 1
     graph = engine.lifespan.repository.find("trouble", None).sampler
-    assert engine.lifespan.engine._scheduler.limit(graph) <= MODEST
+    assert engine.lifespan.engine._queue.limits[graph] <= MODEST
     again = rows_of(engine.post({"model": "trouble", "seed": 3, "n": 50, "temperature": 1.0}, headers=NPY))
     assert np.array_equal(again, expected)
 
@@ -246,28 +246,28 @@ def test_rows_are_answered_when_a_batch_has_room_for_fewer(engine: Running) -> N
 def test_batches_grow_again_when_there_may_be_memory_again(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
     graph = engine.lifespan.repository.find("tiny-gaussian", None).sampler
-    limit = engine.lifespan.engine._scheduler.limit
-    before = limit(graph)
+    limits = engine.lifespan.engine._queue.limits
+    before = limits[graph]
     for rows in (64, 2):
         engine.lifespan.engine._thread_out_of_memory(graph, rows)
-    assert limit(graph) == 1 < before
-    wait_until(lambda: limit(graph) == before)
+    assert limits[graph] == 1 < before
+    wait_until(lambda: limits[graph] == before)
 
 
 def test_one_recovery_follows_many_failures(engine: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would bring new failures."""
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 0.5)
     graph = engine.lifespan.repository.find("tiny-gaussian", None).sampler
-    limit = engine.lifespan.engine._scheduler.limit
-    before = limit(graph)
+    limits = engine.lifespan.engine._queue.limits
+    before = limits[graph]
     engine.lifespan.engine._thread_out_of_memory(graph, 64)
     time.sleep(0.3)  # a recovery from the next failure would come so much after that from the first
     engine.lifespan.engine._thread_out_of_memory(graph, 2)
-    wait_until(lambda: limit(graph) == before)
+    wait_until(lambda: limits[graph] == before)
     monkeypatch.setattr("reparam.service.engine.engine.RECOVERY", 60.0)
     engine.lifespan.engine._thread_out_of_memory(graph, 2)
     time.sleep(0.5)  # until it would have come
-    assert limit(graph) == 1
+    assert limits[graph] == 1
 
 
 @pytest.mark.parametrize("runners", [1, 2])

@@ -374,7 +374,7 @@ def test_a_client_that_leaves_costs_nobody_anything(service: Running) -> None:
 def test_a_runner_that_died_is_no_life(serve: Any) -> None:
     service: Running = serve()
     assert service.get("/livez").status_code == 200
-    service.lifespan.engine._scheduler.take = None  # type: ignore[method-assign,assignment]  # so that the thread dies
+    service.lifespan.engine._queue.wait = None  # type: ignore[method-assign,assignment]  # so that the thread dies
     problem(service.post({"n": 500}), "unavailable")  # more than are computed without a runner
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")

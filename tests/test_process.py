@@ -228,7 +228,7 @@ def test_signals_that_interrupt_the_engine_do_not_wait_for_its_lock(serve: Calla
     engine, server = service.lifespan.engine, service.server
 
     def interrupted() -> None:
-        with engine._lock:
+        with engine._queue._lock:
             server.handle_exit(signal.SIGINT, None)
             server.handle_exit(signal.SIGTERM, None)
 

@@ -24,6 +24,8 @@ class Model:
     provider: execution provider of onnxruntime that runs the model.
     """
 
+    __module__ = "reparam"  # pickles name the public class, not this module
+
     name: str
     version: int
     versions: tuple[int, ...]

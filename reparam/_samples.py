@@ -40,6 +40,8 @@ class Samples:
     Arrays that the call did not ask for are None.
     """
 
+    __module__ = "reparam"  # pickles name the public class, not this module
+
     images: Pixels | None = None
     latents: npt.NDArray[np.float32] | None = None
     codes: npt.NDArray[np.float32] | None = None
@@ -183,6 +185,9 @@ def _joined(parts: list[Samples]) -> Samples:
 
 def _mismatch(before: Samples, part: Samples) -> str:
     """Returns: why no call gives both parts, one behind the other; "" where a call does."""
+    each = _of_each_row(before), _of_each_row(part)
+    if each[0] != each[1]:
+        return f"parameters of each row are {each[0]} and {each[1]}"
     left, right = _shared(before), _shared(part)
     for name in left | right:
         values = left.get(name), right.get(name)
@@ -192,17 +197,18 @@ def _mismatch(before: Samples, part: Samples) -> str:
     return "" if part.start == end else f"the next row is {end}, and not {part.start}"
 
 
-def _shared(samples: Samples) -> dict[str, Any]:
-    """Returns: what all parts of one call have in common."""
-    origin = {name: getattr(samples, name) for name in (*ORIGIN, "noise_version") if name != "start"}
-    each = {name: f"an array of shape (n, {str(shape)[1:-1]})" for name, shape in _of_each_row(samples).items()}
-    return {**origin, "outputs": tuple(samples.outputs), **samples.options, **each}
-
-
 def _of_each_row(samples: Samples) -> dict[str, tuple[int, ...]]:
     """Returns: the shape of one row of each parameter that has rows."""
     arrays = parameters(samples.options)
     return {name: array.shape[1:] for name, array in arrays.items() if array.ndim > samples._dims}
+
+
+def _shared(samples: Samples) -> dict[str, Any]:
+    """Returns: what the parts of one call have in common."""
+    origin = {name: getattr(samples, name) for name in (*ORIGIN, "noise_version") if name != "start"}
+    each = _of_each_row(samples)
+    options = {name: value for name, value in samples.options.items() if name not in each}
+    return {**origin, "outputs": tuple(samples.outputs), **options}
 
 
 def _equal(left: Any, right: Any) -> bool:

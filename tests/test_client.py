@@ -1,7 +1,5 @@
 """The clients against the real service."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -140,10 +138,3 @@ def test_threads_may_share_a_client(service: Running) -> None:
     with Client(service.url) as client, ThreadPoolExecutor(8) as threads:
         rows = threads.map(lambda start: client.sample(seed=3, start=start).outputs["images"], range(32))
         np.testing.assert_array_equal(np.concatenate(list(rows)), client.sample(32, seed=3).outputs["images"])
-
-
-def test_importing_the_package_loads_little() -> None:
-    heavy = {"PIL", "argparse", "asyncio", "importlib.metadata", "numpy.random"}
-    script = "import sys, httpx, numpy; before = set(sys.modules); import reparam; print(*(set(sys.modules) - before))"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not heavy & set(loaded.stdout.split())

@@ -235,16 +235,3 @@ def test_a_password_in_the_address_stays_out_of_messages() -> None:
         client.sample()
     assert "secret" not in str(raised.value)
     assert peer.requests[0].headers["authorization"].startswith("Basic ")
-
-
-# Transports
-
-
-def test_a_transport_of_the_user_sees_ordinary_timeouts() -> None:
-    def respond(request: httpx.Request) -> httpx.Response:
-        timeout = httpx.Timeout(**request.extensions["timeout"])
-        assert 0 < (timeout.read or 0) <= 9
-        return httpx.Response(200, json=MODEL)
-
-    with Client(timeout=9, transport=httpx.MockTransport(respond)) as client:
-        assert client.model("peer").name == "peer"

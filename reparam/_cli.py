@@ -124,7 +124,7 @@ def _stream(client: Client, path: Path, n: int, output: str, options: dict[str, 
 
 
 def _as_words(arguments: dict[str, Any]) -> str:
-    """Returns: the arguments as typed in a shell, without those that are None."""
+    """Returns: the arguments as typed in a shell, without arguments that are None."""
     words: list[str] = []
     for name, value in arguments.items():
         option = f"--{name}" if len(name) > 1 else f"-{name}"

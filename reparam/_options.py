@@ -22,7 +22,7 @@ class SampleOptions(TypedDict, total=False):
     seed: 0 .. 2**64 - 1. Default: a fresh seed, drawn by the client.
     start: number of the first row of the seed. Default: 0.
     mu, log_var: parameters of a Gaussian model, in place of `prior`. The latent shape means the same parameters for
-        every row, (n, *latent_shape) parameters of each row. Default: those of the standard prior. The service takes
+        every row, (n, *latent_shape) parameters of each row. Default: the standard prior. The service takes
         8 MiB of parameters in one request: send parameters of more rows in parts, each from its own `start`.
     logits: parameters of a Gumbel model, likewise.
     """

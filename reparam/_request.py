@@ -61,7 +61,7 @@ def sample_request(
     Raises: ValueError, TypeError.
     """
     rows = check.count("n", n)
-    # The client draws the seed, so that a retry asks for the same rows. Any reader of JSON keeps 53 bits.
+    # The client draws the seed, so that a retry gives the same rows. Every reader of JSON keeps integers of 53 bits.
     given = {"seed": secrets.randbelow(2**53), "start": 0, **checked(options, others)}
     return SampleRequest(rows, _names(outputs), given, latent_dims(rows, given))
 

@@ -180,7 +180,7 @@ def _joined(parts: list[Samples]) -> Samples:
     first = parts[0]
     arrays: dict[str, Any] = {name: np.concatenate([part.outputs[name] for part in parts]) for name in first.outputs}
     each = {name: np.concatenate([part.options[name] for part in parts]) for name in _of_each_row(first)}
-    return replace(first, **arrays, options={**first.options, **each})
+    return replace(first, **arrays, options={**first.options, **each}, _latent_dims=first._dims)
 
 
 def _mismatch(before: Samples, part: Samples) -> str:
@@ -238,7 +238,7 @@ def _write_png(samples: Samples, file: BinaryIO) -> None:
 
 SUFFIXES: dict[str, Callable[[Samples, BinaryIO], None]] = {".npy": _write_npy, ".npz": _write_npz, ".png": _write_png}
 
-ORIGIN = ("model", "version", "seed", "start")  # options that the response answers
+ORIGIN = ("model", "version", "seed", "start")  # options that every response states
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "images": np.dtype("u1"),

@@ -134,7 +134,7 @@ def test_an_impossible_path_is_refused_in_one_line_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["-o", "x.gif"], "-o must end in .npy, .npz, .png, got 'x.gif'"),
         (["-o", "x.npy", "--output", "codes", "--output", "images"], ".npy holds one output, got codes, images"),
@@ -144,11 +144,11 @@ def test_an_impossible_path_is_refused_in_one_line_before_anything_is_sent(
         ([], "the following arguments are required: -o"),
     ],
 )
-def test_wrong_usage_exits_with_2(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["sample", *options])
     assert exit.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture

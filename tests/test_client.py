@@ -1,7 +1,9 @@
 """The clients against the real service."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +140,12 @@ def test_threads_may_share_a_client(service: Running) -> None:
     with Client(service.url) as client, ThreadPoolExecutor(8) as threads:
         rows = threads.map(lambda start: client.sample(seed=3, start=start).outputs["images"], range(32))
         np.testing.assert_array_equal(np.concatenate(list(rows)), client.sample(32, seed=3).outputs["images"])
+
+
+def test_the_examples_of_the_guide_run(service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = Path("docs/client.md").read_text().replace("http://127.0.0.1:8000", service.url)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in re.findall("```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(example.replace("Client()", f'Client("{service.url}")'), "docs/client.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", *(f"row-{row}.png" for row in range(16))}

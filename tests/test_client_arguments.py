@@ -61,7 +61,7 @@ def test_a_fresh_seed_is_below_2_to_the_53() -> None:
 
 @both
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"n": 0}, "n must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 .. 2\\*\\*64 - 1, got -1"),
@@ -83,15 +83,15 @@ def test_a_fresh_seed_is_below_2_to_the_53() -> None:
         ({"outputs": "pixels"}, "got 'pixels'"),
     ],
 )
-def test_a_wrong_value_is_refused_before_anything_is_sent(connect: Connect, wrong: Any, said: str) -> None:
-    with Peer(rows()) as peer, connect(peer.url) as client, pytest.raises(ValueError, match=said):
+def test_a_wrong_value_is_refused_before_anything_is_sent(connect: Connect, wrong: Any, message: str) -> None:
+    with Peer(rows()) as peer, connect(peer.url) as client, pytest.raises(ValueError, match=message):
         client.sample(**wrong)
     assert peer.requests == []
 
 
 @both
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"n": "3"}, "n must be an integer, got '3'"),
         ({"n": True}, "n must be an integer, got True"),
@@ -113,14 +113,14 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(connect: Connect, wron
         ({"output": "images"}, "unknown option 'output'; the options are n, outputs, model"),
     ],
 )
-def test_an_argument_of_a_wrong_type_is_refused_by_name(connect: Connect, wrong: Any, said: str) -> None:
-    with Peer(rows()) as peer, connect(peer.url) as client, pytest.raises(TypeError, match=said):
+def test_an_argument_of_a_wrong_type_is_refused_by_name(connect: Connect, wrong: Any, message: str) -> None:
+    with Peer(rows()) as peer, connect(peer.url) as client, pytest.raises(TypeError, match=message):
         client.sample(**wrong)
     assert peer.requests == []
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"base_url": "localhost:8000"}, "must look like http://127.0.0.1:8000, got 'localhost:8000'"),
         ({"base_url": "http://host/?x=1"}, "must look like http://127.0.0.1:8000, got"),
@@ -134,8 +134,8 @@ def test_an_argument_of_a_wrong_type_is_refused_by_name(connect: Connect, wrong:
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
     ],
 )
-def test_wrong_settings_are_refused(settings: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_settings_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Client(**settings)
 
 
@@ -145,7 +145,7 @@ def test_a_malformed_host_is_refused_by_the_settings_or_the_resolver() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"base_url": None}, "base_url must be a string, got None"),
         ({"api_key": 5}, "api_key must be a string, got 5"),
@@ -153,8 +153,8 @@ def test_a_malformed_host_is_refused_by_the_settings_or_the_resolver() -> None:
         ({"max_retries": 1.5}, "max_retries must be an integer, got 1.5"),
     ],
 )
-def test_settings_of_a_wrong_type_are_refused_by_name(settings: Any, said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_settings_of_a_wrong_type_are_refused_by_name(settings: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Client(**settings)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from reparam import AsyncClient, Client
 from reparam._http import httpx
-from tests.peer import MODEL, Peer, as_json, rows
+from tests.peer import MODEL, Peer, Received, as_json, rows
 
 LIBRARIES = ["httpx2", "httpx"]  # the preferred one first
 INSTALLED = [name for name in LIBRARIES if find_spec(name)]
@@ -39,20 +40,20 @@ def run(url: str, *blocked: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def answer(request: Any, handler: Any) -> None:
+def respond(request: Received, handler: BaseHTTPRequestHandler) -> None:
     (rows() if request.method == "POST" else as_json(MODEL))(request, handler)
 
 
 @pytest.mark.parametrize("library", INSTALLED)
 def test_both_clients_work_with_each_library_alone(library: str) -> None:
-    with Peer(answer) as peer:
+    with Peer(respond) as peer:
         ran = run(peer.url, *(name for name in LIBRARIES if name != library))
     assert ran.stderr == ""
     assert ran.stdout.splitlines() == ["peer 3 100000", "peer 3 100000", str({library})]
 
 
 def test_where_both_are_installed_only_httpx2_is_loaded() -> None:
-    with Peer(answer) as peer:
+    with Peer(respond) as peer:
         ran = run(peer.url)
     assert ran.stdout.splitlines()[-1] == str({INSTALLED[0]})
     assert httpx.__name__ == INSTALLED[0]
@@ -66,8 +67,8 @@ def test_without_either_library_the_error_says_what_to_install() -> None:
 def test_a_transport_of_the_other_library_is_refused() -> None:
     for library in INSTALLED[1:]:
         other = import_module(library)
-        said = f"must be an httpx2.BaseTransport, got HTTPTransport of {library}: .* make the transport with httpx2"
-        with pytest.raises(TypeError, match=said):
+        message = f"must be an httpx2.BaseTransport, got HTTPTransport of {library}: .* make the transport with httpx2"
+        with pytest.raises(TypeError, match=message):
             Client(transport=other.HTTPTransport())
         with pytest.raises(TypeError, match=rf"must be an httpx2.AsyncBaseTransport, got MockTransport of {library}:"):
             AsyncClient(transport=other.MockTransport(print))
@@ -91,11 +92,3 @@ def test_a_transport_of_the_user_sees_ordinary_timeouts() -> None:
 
     with Client(timeout=9, transport=httpx.MockTransport(respond)) as client:
         assert client.model("peer").name == "peer"
-
-
-def test_samples_of_an_application_in_this_process() -> None:
-    def respond(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={"models": [MODEL], "default": "peer"})
-
-    with Client(transport=httpx.MockTransport(respond)) as client:
-        assert [model.name for model in client.models()] == ["peer"]

@@ -61,7 +61,7 @@ def test_columns_choose_the_shape_of_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "name", "said"),
+    ("arrays", "name", "message"),
     [
         ({"images": GREY}, "rows.jpg", "cannot save as 'rows.jpg': the name must end in .npy, .npz, .png"),
         ({"images": GREY, "latents": GREY}, "rows.npy", "the samples have images, latents; save them as .npz"),
@@ -69,8 +69,8 @@ def test_columns_choose_the_shape_of_the_grid() -> None:
         ({"images": GREY.reshape(5, 2, 8, 4)}, "rows.png", "a PNG has 1 or 3 channels, the images have 2"),
     ],
 )
-def test_samples_that_do_not_fit_a_file_leave_no_file(arrays: Any, name: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_samples_that_do_not_fit_a_file_leave_no_file(arrays: Any, name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         samples(**arrays).save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,6 +7,7 @@ import pytest
 
 import reparam
 from reparam import Client
+from reparam._options import CHECKS
 from tests.clients import Connect, both
 from tests.peer import Peer, rows
 
@@ -21,6 +22,13 @@ def test_a_request_holds_only_the_options_given() -> None:
     assert short == {"n": 3, "seed": 7, "start": 0, "outputs": ["images"]}
     assert set(long) - set(short) == {"temperature", "hard", "version", "mu"}
     assert (long["temperature"], long["mu"]) == (0.5, [0.0, 0.0])
+
+
+def test_none_means_the_default_of_every_option() -> None:
+    with Peer(rows()) as peer, Client(peer.url) as client:
+        nothing: dict[str, Any] = dict.fromkeys(CHECKS)
+        client.sample(**nothing)
+    assert peer.requests[0].body.keys() == {"n", "seed", "start", "outputs"}
 
 
 def test_numbers_may_be_numpy_scalars() -> None:
@@ -167,5 +175,7 @@ def test_impossible_names_of_models_and_outputs_are_refused_before_anything_is_s
         with pytest.raises(TypeError, match="name must be a string, got 5"):
             client.model(5)  # type: ignore[arg-type]  # a wrong type on purpose
         with pytest.raises(TypeError, match=r"output must be a string, got \('images',\)"):
-            next(client.iter_samples(3, output=("images",)))  # type: ignore[arg-type]  # a wrong type on purpose
+            client.iter_samples(3, output=("images",))  # type: ignore[arg-type]  # a wrong type on purpose
+        with pytest.raises(TypeError, match="unknown option 'outputs'; the options are n, output, progress, model"):
+            client.iter_samples(3, outputs="images")  # type: ignore[call-arg]  # a wrong name on purpose
     assert peer.requests == []

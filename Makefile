@@ -22,7 +22,7 @@ check: .venv/all ## format, lint and types
 	$(BIN)/mypy
 
 check-wheel: .venv/all ## install the wheel into empty environments and use it there; minutes, and it downloads
-	tests/wheel.sh $(PYTHON) $(BIN)/python
+	BUILDER=$(BIN)/python PYTHON=$(PYTHON) tests/packaging.sh
 
 fix: .venv/all ## format, and mend what the linter can
 	$(BIN)/ruff format .

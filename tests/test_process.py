@@ -41,11 +41,11 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-def refused(*arguments: str, **environment: str) -> str:
-    """The one thing it says before it exits with 1."""
+def refused(*arguments: str, status: int = 1, **environment: str) -> str:
+    """The one thing it says before it exits with this status."""
     process = start(*arguments, **environment)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert "Traceback" not in said
     return said
 
@@ -270,7 +270,7 @@ def test_help_lists_every_setting() -> None:
 
 
 def test_the_command_line_wins_over_the_environment() -> None:
-    assert "--port or REPARAM_PORT='70000'" in refused("--port", "70000", REPARAM_PORT="1234")
+    assert "--port or REPARAM_PORT='70000'" in refused("--port", "70000", status=2, REPARAM_PORT="1234")
 
 
 def test_what_only_looks_like_a_setting_is_told(repository: Path) -> None:
@@ -301,7 +301,7 @@ def test_compose_hands_every_setting_on() -> None:
     ],
 )
 def test_a_bad_setting_is_named(arguments: tuple[str, ...], environment: dict[str, str], says: str) -> None:
-    said = refused(*arguments, **environment)
+    said = refused(*arguments, status=2, **environment)
     assert says in said
     assert "--help" in said
     assert "two words" not in said

@@ -49,7 +49,7 @@ def test_gradients_of_shares_add_up_to_the_gradient_of_the_batch() -> None:
     def gradient(shares: int) -> Tensor:
         learner = Learner(copy.deepcopy(model), 0.0)
         train_epoch(learner, pixels, small(binarize=False, shares=shares, kl_warm_up=0), 0)
-        return 10 * learner.state()["optimizer.exp_avg"]  # after a step Adam's moment is a tenth of it
+        return 10 * learner.state()["optimizer.exp_avg"]  # Adam's first moment is 0.1 * gradient
 
     whole, parts = gradient(1), gradient(3)
     assert len(whole) == sum(parameter.numel() for parameter in model.parameters())

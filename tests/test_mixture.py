@@ -1,4 +1,4 @@
-"""Mixture priors in the service: stored in the artifact, drawn by a noise stream of their own."""
+"""Mixture priors in the service: stored in the artifact, drawn by a separate noise stream."""
 
 import io
 import json

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def saturated() -> Network:
 
 
 def categorical() -> Network:
-    """A decoder with `view`, which needs contiguous codes."""
+    """A decoder with `view`: codes must be contiguous."""
     decoder = (Call(lambda codes: codes.view(-1, 20)), nn.Linear(20, 64), nn.Sigmoid())
     return Network(
         "gumbel",
@@ -99,32 +100,49 @@ def categorical() -> Network:
 NETWORKS = {make.__name__: make for make in (flat, normalized, saturated, categorical)}
 
 
+@dataclass
+class Published:
+    """A model repository, its networks by model name, and their states before the publication."""
+
+    repository: Path
+    networks: dict[str, Network]
+    states: dict[str, dict[str, Tensor]]
+
+
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Network]]:
-    """A model repository with a model for each of NETWORKS, and the networks as they were before the publication."""
-    repository, networks = tmp_path_factory.mktemp("artifacts"), {}
-    facts: dict[str, Any] = {"trained_on": {"data": "rings", "rate": 0.1}, "evaluation": {"elbo": -9.5}}
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """All of NETWORKS, published in training mode."""
+    repository = tmp_path_factory.mktemp("artifacts")
+    networks, states = {}, {}
     for name, make in NETWORKS.items():
         torch.manual_seed(0)
         networks[name] = make()
-        network = copy.deepcopy(networks[name]).train()
-        verify(publish(network, name, repository, **facts))
-        for key, tensor in network.state_dict().items():
-            assert torch.equal(tensor, networks[name].state_dict()[key]), f"publication changed {key} of {name}"
-    return repository, networks
+        states[name] = copy.deepcopy(networks[name].state_dict())
+        facts: dict[str, Any] = {"trained_on": {"data": "rings", "rate": 0.1}, "evaluation": {"elbo": -9.5}}
+        publish(networks[name].train(), name, repository, **facts)
+    return Published(repository, networks, states)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_publication_does_not_change_the_network(published: Published, name: str) -> None:
+    state = published.networks[name].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in published.states[name].items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_network_verifies(published: Published, name: str) -> None:
+    verify(published.repository / name / "1")
 
 
 @pytest.fixture(scope="module")
-def client(serve: Callable[..., Running], published: tuple[Path, dict[str, Network]]) -> Iterator[Client]:
-    with Client(serve(artifacts=published[0], default_model="flat").url) as client:
+def client(serve: Callable[..., Running], published: Published) -> Iterator[Client]:
+    with Client(serve(artifacts=published.repository, default_model="flat").url) as client:
         yield client
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_is_served_as_torch_computes(
-    client: Client, published: tuple[Path, dict[str, Network]], name: str
-) -> None:
-    network = published[1][name]
+def test_network_is_served_as_torch_computes(client: Client, published: Published, name: str) -> None:
+    network = published.networks[name]
     latents = "codes" if network.kind == "gumbel" else "latents"
     samples = client.sample(64, model=name, seed=3, outputs=("images", latents))
     model = client.model(name)

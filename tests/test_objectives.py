@@ -144,7 +144,7 @@ def test_free_bits_charge_only_the_kl_above() -> None:
 
 
 def test_straight_through_decodes_one_hot_codes_with_the_relaxed_gradient() -> None:
-    """By the chain rule: d loss / d codes at the one-hot code, times d codes / d logits of the relaxed code."""
+    """The chain rule by hand: d loss / d codes at the one-hot code, times d codes / d logits of the relaxed code."""
     torch.manual_seed(0)
     model, batch = GumbelVAE(VAEConfig(IMAGE, (2, 3), "mlp", ())).double(), images(4)
     loss = negative_elbo(model, batch, generator(0, 0), temperature=0.7, kl_weight=0.0, straight_through=True).loss
@@ -180,7 +180,7 @@ def test_learned_prior_is_the_mean_posterior_with_the_least_kl() -> None:
 
 @pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
 def test_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
-    """At rate 1 a step is an iteration over the batch: a component's moments are those weighted by responsibility."""
+    """At rate 1 a step is an iteration over the batch: a component's moments are weighted by responsibility."""
     torch.manual_seed(0)
     model, batch = kind(VAEConfig(IMAGE, (5, 3), "mlp", (4,), prior_components=3)).double(), images(40)
     model.set_prior(Mixture(torch.rand(3).log_softmax(0), tuple(map(torch.randn_like, model.prior().parameters))))
@@ -220,7 +220,7 @@ def test_component_far_from_all_images_stays_finite(kind: type[GaussianVAE] | ty
 
 
 def test_bound_is_exact_for_an_exact_posterior() -> None:
-    """With one variable and linear maps, log p(z | x) is linear in x, so a linear encoder can be exact.
+    """A linear encoder can be exact: log p(z | x) is linear in x for one variable and a linear decoder.
 
     Every importance weight is then p(x), a finite sum over all codes.
     """

@@ -105,7 +105,7 @@ def test_decoder_with_float16_overflow_is_refused_with_the_way_out(runs: dict[st
 
 
 def test_equal_weights_may_be_stored_once(tmp_path: Path) -> None:
-    """With black images the biases keep their initial zeros."""
+    """Black images leave the biases at zero."""
     np.savez(tmp_path / "black.npz", images=np.zeros((20, 8, 8), np.uint8))
     config = TrainConfig(kind="gaussian", data=str(tmp_path / "black.npz"), epochs=1, width=(4, 4))
     train(config, tmp_path / "run", resume=False, sheet_every=1)

@@ -165,7 +165,7 @@ def test_classifier_is_not_overwritten(classifier: Path) -> None:
 
 
 def test_kernel_distance_does_not_depend_on_the_order_of_images() -> None:
-    """Images sorted by class, and images next to the images they were made from."""
+    """Images sorted by class, and images next to slightly changed copies."""
     random = np.random.default_rng(0)
     one, other = (random.normal(size=(6_000, 3)) + random.integers(0, 2, (6_000, 1)) for _ in range(2))
     value, _ = kernel_distance(one, other[other[:, 0].argsort()])

@@ -49,11 +49,11 @@ def verify(folder: Path) -> list[str]:
     _check_encoder(folder, contract)
     return [
         f"the contract holds: {contract.kind}, latent {contract.latent_shape}, image {contract.image_shape}",
-        f"batches of {_list(sizes)} answer the same rows, in range, at {_list(temperatures(contract))} temperature",
+        f"batches of {_list(sizes)} give the same rows, in range, at temperature {_list(temperatures(contract))}",
         f"{contract.traits.latents} follow the formula within {TOLERANCE}",
-        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, images within "
+        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} equal the rows of the original network, images within "
         f"{tolerance_of('images', contract.precision)}",
-        f"the encoder answers {_list(list(contract.traits.parameters))} for batches of {_list(sizes)}",
+        f"the encoder gives {_list(list(contract.traits.parameters))} for batches of {_list(sizes)}",
     ]
 
 
@@ -104,7 +104,7 @@ def _check_reference(artifact: Artifact) -> None:
         try:
             values = np.array(contract.reference.get(key, []), np.float64)
         except (ValueError, TypeError) as error:
-            raise GateError(f"the reference rows in the metadata are no numbers: {error}") from error
+            raise GateError(f"the reference rows in the metadata are not numbers: {error}") from error
         tolerance = tolerance_of(name, contract.precision)
         compare(name, thinned(found[name]), values, "in the reference rows", tolerance)
 

@@ -58,7 +58,7 @@ def test_kernel_distance_equals_the_double_sum_and_is_unbiased() -> None:
     assert abs(value) < 3 * error
 
 
-def test_copies_are_nearer_to_training_images_than_new_images() -> None:
+def test_near_training_tells_copies_from_new_images() -> None:
     images = torch.from_numpy(load("digits").train.copy())
     train, test, new = images[:900], images[900:1200], images[1200:]
     assert near_training(train, train, test) == 1

@@ -102,7 +102,7 @@ def _ways(model: Network, served: Model, rows: int, device: str) -> Iterator[tup
     for name, array in inputs.items():
         graph.arrays[name][:rows] = array
     yield "reparam", lambda: graph.run(rows)["pixels"]
-    asked = (served.contract.traits.latents, "pixels")
+    asked = (served.contract.family.latents, "pixels")
     yield "onnxruntime", lambda: served.artifact.run(inputs, asked)["pixels"]
     sampler = Sampler(model).to(where).eval()
     yield "torch", lambda: _through(sampler, inputs, where)

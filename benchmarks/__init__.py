@@ -1,5 +1,5 @@
-"""Reparam beside other servers and beside its own limits: `python -m benchmarks --help`."""
+"""Reparam compared with other servers and with the limits of the machine: `python -m benchmarks --help`."""
 
 import os
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for all servers, as the service has it
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for all servers, as in the service

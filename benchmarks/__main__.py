@@ -26,13 +26,13 @@ RESULTS = Path(__file__).with_name("results")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Reparam and its peers.")
-    parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="each prints a table; last comes the JSON of all")
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="prints a table for each, then the JSON of all")
     parser.add_argument("--only", type=_servers, default=list(SERVERS), help=f"some of {','.join(SERVERS)}")
-    parser.add_argument("--seconds", type=int, default=5, help="of each measured point (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these (default: 3)")
-    parser.add_argument("--rows", type=int, help="of the large requests (default: each benchmark's own)")
+    parser.add_argument("--seconds", type=int, default=5, help="seconds per measured point (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are over rounds (default: 3)")
+    parser.add_argument("--rows", type=int, help="rows of the large requests (default: depends on the benchmark)")
     parser.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/NAME.json")
-    parser.add_argument("--label", help="of what is saved: NAME-LABEL.json")
+    parser.add_argument("--label", help="save as NAME-LABEL.json")
     arguments = parser.parse_args()
     options = Options(arguments.only, arguments.seconds, arguments.rounds, arguments.rows)
     records: dict[str, dict[str, Any]] = {}
@@ -47,7 +47,7 @@ def main() -> None:
                 RESULTS.mkdir(exist_ok=True)
                 file = "-".join(filter(None, [name, arguments.label]))
                 (RESULTS / f"{file}.json").write_text(f"{json.dumps(records[name])}\n")
-    finally:  # what was measured before something broke
+    finally:  # also print the results before a failure
         print(json.dumps(records if arguments.name == "all" else records.get(arguments.name)))
     sys.exit(1 if faults else 0)
 

@@ -1,4 +1,4 @@
-"""onnxruntime with nothing around it, in a process of its own."""
+"""onnxruntime without a server, in a process of its own."""
 
 import json
 import os
@@ -9,7 +9,13 @@ from benchmarks.servers import ROOT, model_path
 
 
 def alone(rows: int, threads: int, seconds: float) -> dict[str, float]:
-    """Runs of the model on `rows` rows, one after another: rows_per_second, and p50 of one run in seconds."""
+    """Run the model repeatedly on `rows` rows.
+
+    threads: of onnxruntime.
+    seconds: duration.
+
+    Returns: rows_per_second, and p50, the median time of a run in seconds.
+    """
     command = [sys.executable, "-m", "benchmarks.peers.alone", str(rows), str(threads), str(seconds)]
     environment = {**os.environ, "MODEL": str(model_path())}
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True).stdout

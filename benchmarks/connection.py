@@ -1,4 +1,4 @@
-"""One keep-alive connection to a server on this machine, as lean as Python allows: a few microseconds a request."""
+"""A keep-alive connection to a server on this machine. Costs a few microseconds per request."""
 
 import socket
 from types import TracebackType
@@ -6,19 +6,21 @@ from typing import Self
 
 
 class Connection:
+    """A TCP connection to a port of 127.0.0.1."""
+
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=120)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def ask(self, request: bytes) -> bytes:
-        """Send a request; the body of its answer."""
+        """Send a request. Returns: the body of the response."""
         length, body = self.start(request)
         while len(body) < length:
             body += self._receive()
         return body
 
     def start(self, request: bytes) -> tuple[int, bytes]:
-        """Send a request; the length of the body that comes, and what has come of it."""
+        """Send a request. Returns: the length of the body, and the part of the body received so far."""
         self.socket.sendall(request)
         received = self._receive()
         while b"\r\n\r\n" not in received:

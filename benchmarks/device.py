@@ -1,4 +1,4 @@
-"""Decoders on the device that the service would choose, beside torch on the same: python -m benchmarks device"""
+"""Decoders on the device the service would choose, compared with torch there: python -m benchmarks device"""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ WAYS = ("reparam", "onnxruntime", "torch", "torch.compile")
 
 
 def measure(options: Options) -> Report:
-    """Rows per second from inputs to pixels, both in the memory of the host; measured in a process of its own."""
+    """Rows per second from inputs to pixels, both in the memory of the host. Runs in a separate process."""
     command = [sys.executable, "-m", "benchmarks.peers.device", str(options.seconds), str(options.rounds)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     return Report(
@@ -29,8 +29,8 @@ def measure(options: Options) -> Report:
         notes=[
             "From noise and parameters in the host's memory to latents and pixels there; random weights. "
             "reparam: bound buffers, on a GPU a CUDA graph for each size; onnxruntime: the same file, run with arrays; "
-            "torch.compile: on a GPU with CUDA graphs too, in some cases only, for it takes long. At most as many rows "
-            "as the service runs at a time",
+            "torch.compile: on a GPU also with CUDA graphs, in some cases only, because compilation is slow. At most "
+            "the rows of one batch of the service",
             *([] if found["device"] == "cuda" else ["Not measured on a CPU: a decoder of AutoencoderKL's size"]),
         ],
         faults=[f"Not timed, for pixels differ: {case}: {how}" for case, how in found["differing_pixels"].items()],

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, from its pinned requirements."""
+"""A virtual environment for each peer, made from pinned requirements."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def environment(requirements: Path, folder: Path) -> Path:
-    """The environment's folder of programs; made if it is missing or the requirements have changed."""
+    """The `bin` folder of an environment. Makes the environment if missing, or if the requirements have changed."""
     stamp = folder / "requirements.txt"
     if not stamp.exists() or stamp.read_text() != requirements.read_text():
         print(f"making {folder} ...", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What one greedy client does to everybody else: python -m benchmarks fairness"""
+"""Latency of small requests beside a greedy client: python -m benchmarks fairness"""
 
 import time
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from benchmarks.stream import reader, seen
 
 ROWS = 1_000_000
 RATE = 50  # one-row requests a second
-PROBERS = 32  # threads that ask them; a connection each
+PROBERS = 32  # threads for these requests, each with a connection
 GREEDY_CONNECTIONS = 8
 
 
 def measure(options: Options) -> Report:
-    """One-row requests at a fixed rate, while nothing else is asked and while one client takes all it can get."""
+    """One-row requests at a fixed rate, on an idle server and beside a client with as much load as possible."""
     batch = alone(64, 1, options.seconds)["p50"]
     cases: dict[str, dict[str, float]] = {}
     for name in options.only:
@@ -34,7 +34,7 @@ def measure(options: Options) -> Report:
 
 
 def measure_round(running: Running, options: Options, batch: float) -> dict[str, dict[str, float]]:
-    """What the prober saw beside nothing, beside a stream where there are streams, and beside many requests."""
+    """Latencies on an idle server, beside a stream (Reparam only), and beside many requests."""
     seen = {"nothing else": _percentiles(probe(running, _after(options.seconds)))}
     quiet = seen["nothing else"]["p99"]
     if running.server.name == "reparam":
@@ -46,7 +46,7 @@ def measure_round(running: Running, options: Options, batch: float) -> dict[str,
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """And of the requests all."""
+    """Medians over the rounds; `requests` is the sum."""
     medians = {name: median(seen[name] for seen in rounds) for name in rounds[0]}
     return medians | {"requests": sum(seen["requests"] for seen in rounds)}
 
@@ -61,7 +61,7 @@ def _beside_a_stream(running: Running, rows: int) -> dict[str, float]:
 
 
 def _batches(running: Running) -> tuple[float, float]:
-    """Seconds that Reparam's batches took so far, and how many they were."""
+    """Total duration of Reparam's batches in seconds, and their number, since the start."""
     with urlopen(f"http://127.0.0.1:{running.port}/metrics") as response:
         lines = response.read().decode().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("reparam_infer_duration_seconds_"))
@@ -80,7 +80,12 @@ def _beside_many(running: Running, seconds: int) -> dict[str, float]:
 
 
 def probe(running: Running, done: Callable[[], bool]) -> list[float]:
-    """Seconds that one-row requests took since they were due: a late answer does not keep the next from being asked."""
+    """Send one-row requests at RATE until `done` returns True.
+
+    Requests are due at fixed times: a late response does not delay the next request.
+
+    Returns: seconds from the due time to the response, for each request.
+    """
     request, begin, number = running.request(1), time.perf_counter(), count()
 
     def ask() -> list[float]:
@@ -91,7 +96,7 @@ def probe(running: Running, done: Callable[[], bool]) -> list[float]:
                 due = begin + turn / RATE
                 if (early := due - time.perf_counter()) > 0:
                     time.sleep(early)
-                    due = time.perf_counter()  # that this thread woke late is not the server's doing
+                    due = time.perf_counter()  # a late wake-up of this thread must not count
                 connection.ask(seeded(request, turn))
                 times.append(time.perf_counter() - due)
         return times
@@ -124,9 +129,9 @@ def _report(cases: dict[str, dict[str, float]], batch: float) -> Report:
         rows=rows,
         results={"cases": cases, "batch_seconds": batch},
         notes=(
-            "Medians of the rounds. The bound on p99: that beside nothing else, and two batches: beside Reparam's "
-            f"stream its own, which took {own}; else of 64 rows, at {1e3 * batch:.2f} ms each for onnxruntime alone.",
-            "Only Reparam streams a request of any length; of every server one client also asks for 64 rows back to "
-            f"back over {GREEDY_CONNECTIONS} connections, as long as the point lasts.",
+            "Medians of the rounds. The bound on p99 is the p99 of an idle server plus two batches. Beside the stream: "
+            f"Reparam's own batches, {own}; otherwise 64 rows in onnxruntime alone, {1e3 * batch:.2f} ms each.",
+            "Only Reparam streams a request of any length. Every server also gets 64-row requests back to back from "
+            f"one client over {GREEDY_CONNECTIONS} connections.",
         ),
     )

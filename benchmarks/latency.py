@@ -1,4 +1,4 @@
-"""What a lone request waits, and what an idle server costs: python -m benchmarks latency"""
+"""Latency of a lone request, and CPU use of an idle server: python -m benchmarks latency"""
 
 import os
 import time
@@ -15,7 +15,7 @@ IDLE = 10  # seconds
 
 
 def measure(options: Options) -> Report:
-    """One connection, one row a request, each asked when the one before is answered."""
+    """One connection, one row per request, each request sent after the response to the previous request."""
     times: dict[str, list[list[float]]] = {name: [] for name in options.only}
     idle: dict[str, float] = {}
     runs = []
@@ -39,7 +39,10 @@ def measure(options: Options) -> Report:
 
 
 def ask(running: Running, seconds: float) -> list[float]:
-    """Seconds that one-row requests took, one after another over one connection."""
+    """Send one-row requests over one connection, one after the other, for some seconds.
+
+    Returns: seconds of each request.
+    """
     request = running.request(1)
     times: list[float] = []
     with running.connect() as connection:
@@ -51,11 +54,12 @@ def ask(running: Running, seconds: float) -> list[float]:
 
 
 def percentile(times: list[float], percent: float) -> float:
+    """The value at `percent` of the sorted times."""
     return sorted(times)[min(len(times) - 1, int(len(times) * percent / 100))]
 
 
 def _idle_share() -> float:
-    """CPU that a server nobody asks anything uses, of one core."""
+    """CPU use of an idle server, as a share of one core."""
     time.sleep(1)
     servers = below(os.getpid())[1:]
     used = scheduled_seconds(servers)
@@ -64,8 +68,10 @@ def _idle_share() -> float:
 
 
 def _report(servers: dict[str, dict[str, float]], run: float) -> Report:
-    """Beside a request that has the model to run stands one that has not, and a run of it: of a route in FastAPI, and
-    of an application without one."""
+    """A table with each server beside the sums of a server without a model and a run of the model.
+
+    `route` is a FastAPI route, `noop` an ASGI application without a route, `bare` is `noop` with a run of the model.
+    """
     beside = {"bare": servers.get("bare", {}).get("p50_seconds", 0.0)}
     for name in ("route", "noop"):
         beside[f"{name} + run"] = servers[name]["p50_seconds"] + run if name in servers else 0.0
@@ -85,8 +91,7 @@ def _report(servers: dict[str, dict[str, float]], run: float) -> Report:
         rows=[*rows, ["one run of the model", f"{1e6 * run:.0f}", *[""] * 5]],
         results={"servers": servers, "model_run_seconds": run, "beside_seconds": beside},
         notes=(
-            "route is FastAPI's and answers without a model, noop an ASGI application that does no more, bare is noop "
-            "with a run of the model inside. The run that is added is one with all caches to itself. The client's own "
-            "share is in every line.",
+            "route: a FastAPI route without a model. noop: an ASGI application without a route. bare: noop with a run "
+            "of the model. The added run has all CPU caches to itself. Every line includes the client's own time.",
         ),
     )

@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk on one thread: every connection asks again as soon as it is answered."""
+"""Closed-loop load by wrk on one thread: each connection sends the next request after a response."""
 
 import json
 import os
@@ -15,18 +15,21 @@ SCRIPT = Path(__file__).with_name("load.lua")
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of wrk saw. CPU is in seconds per request: of all processes of the server, and of wrk itself."""
+    """Result of a run of wrk. CPU is in seconds per request, of all processes of the server and of wrk."""
 
     per_second: float
     p50: float
     p99: float
     server_cpu: float
     client_cpu: float
-    other_cores: float  # that other programs and the hypervisor took meanwhile
+    other_cores: float  # cores used by other programs and the hypervisor
 
 
 def load(running: Running, rows: int, connections: int, seconds: int) -> Load:
-    """Ask for `rows` rows a request, a new seed each time. Fails if one answer is not a 200 of the right length."""
+    """Send requests for `rows` rows, each with a new seed.
+
+    Raises: RuntimeError for a response without status 200 or with another length.
+    """
     head, tail = running.request(rows).split(SEED)
     command = [
         "wrk",
@@ -60,6 +63,6 @@ def load(running: Running, rows: int, connections: int, seconds: int) -> Load:
 
 
 def _clocks(servers: list[int]) -> tuple[float, float, float]:
-    """CPU seconds spent so far: by the servers, by clients that have ended, and by the whole machine."""
+    """CPU seconds so far: of the servers, of finished clients, and of the whole machine."""
     clients = resource.getrusage(resource.RUSAGE_CHILDREN)
     return cpu_seconds(servers), clients.ru_utime + clients.ru_stime, busy_seconds()

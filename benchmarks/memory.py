@@ -1,5 +1,6 @@
-"""How much memory one large answer takes while it is streamed, and whether its parts are the same by themselves:
-python -m benchmarks memory"""
+"""Memory of the service during a large streamed response, and equality with the parts of the response:
+python -m benchmarks memory
+"""
 
 import subprocess
 import time
@@ -14,14 +15,13 @@ from benchmarks.stream import reader, seen
 
 ROWS = 10_000_000
 SLOW = 1_000_000  # bytes per second
-WATCHED = 6  # points that the slow reader is watched for
+WATCHED = 6  # measured points with the slow reader
 PARTS = 10
 MB = 1e6
 
 
 def measure(options: Options) -> Report:
-    """A reader as fast as it can be, then one that takes 1 MB/s of the same answer for a while, then the parts of it by
-    their `start`; of Reparam only."""
+    """A reader at full speed, a reader at 1 MB/s, then the parts of the response by `start`; Reparam only."""
     rows = options.rows or ROWS
     parts, watched = min(PARTS, rows), WATCHED * options.seconds
     part = rows // parts
@@ -40,7 +40,7 @@ def measure(options: Options) -> Report:
             for number in range(parts)
         ]
     if whole["digests"][:parts] != apart:
-        raise RuntimeError(f"{rows} rows at once are others than in {parts} parts: {whole['digests']}, {apart}")
+        raise RuntimeError(f"{rows} rows at once differ from {parts} parts: {whole['digests']}, {apart}")
     seconds = whole["seconds"]
     peaks = {"fast reader": fast_peak, "slow reader": slow_peak}
     return Report(
@@ -52,21 +52,21 @@ def measure(options: Options) -> Report:
         ],
         results={"rows": rows, "idle_bytes": idle, "peak_bytes": peaks, "fast_reader_seconds": seconds},
         notes=(
-            f"The fast reader took {seconds:.1f} s, {rows / seconds:.0f} rows/s; the slow one takes 1 MB/s and was "
-            f"watched for {watched} s. Resident memory was sampled 50 times a second.",
-            f"The answer equals {parts} requests for a part each (SHA-256 of each part, taken while it is read).",
+            f"The fast reader took {seconds:.1f} s, {rows / seconds:.0f} rows/s; the slow reader took 1 MB/s for "
+            f"{watched} s. Resident memory was sampled 50 times a second.",
+            f"The response equals {parts} requests for a part each (SHA-256 of each part, taken while reading).",
         ),
     )
 
 
 def _from(running: Running, start: int) -> Running:
-    """Asked for rows from this one on."""
+    """The server with requests for rows from `start` on."""
     body = running.server.body.replace("}", f',"start":{start}}}')
     return replace(running, server=replace(running.server, body=body))
 
 
 def _peak(running: Running, process: subprocess.Popen[str], seconds: float) -> int:
-    """The most memory the server held until the reader ended, or for so long."""
+    """Largest resident memory of the server in bytes, until the reader ends or `seconds` have passed."""
     end, peak = time.monotonic() + seconds, 0
     while process.poll() is None and time.monotonic() < end:
         peak = max(peak, resident_bytes(below(running.process.pid)))

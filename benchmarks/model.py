@@ -1,4 +1,4 @@
-"""The decoder that every server loads: a Gaussian VAE, MLP 20-400-784, made as a user makes one."""
+"""The decoder of every server: a Gaussian VAE, MLP 20-400-784, made by the commands of a user."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def model(root: Path, scratch: Path) -> Path:
-    """The artifact's model.onnx below `scratch`, the only one there; trained and published if it is missing."""
+    """Path of model.onnx, the only artifact below `scratch`. Trains and publishes the model if missing."""
     path = scratch / "artifacts" / "decoder" / "1" / "model.onnx"
     if not path.exists():
         images, run = scratch / "images.npz", scratch / "run"

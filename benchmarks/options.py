@@ -1,11 +1,13 @@
-"""What every benchmark can be told."""
+"""Options of every benchmark."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Options:
+    """Options of every benchmark."""
+
     only: list[str]  # names of servers
     seconds: int  # of each measured point
     rounds: int
-    rows: int | None  # of the large requests, where there are some
+    rows: int | None  # rows of the large requests, in benchmarks with large requests

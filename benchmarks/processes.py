@@ -1,4 +1,4 @@
-"""Servers as processes: started, watched through /proc, and stopped with everything they started."""
+"""Servers as processes: started, measured through /proc, and stopped with all their children."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ PAGE = os.sysconf("SC_PAGESIZE")
 def running(
     command: list[str], environment: Mapping[str, str], cwd: Path, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command as long as the block lasts. Nothing it started outlives the block."""
+    """Run a command while the block runs. All descendants end with the block."""
     _adopt_orphans()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -33,25 +33,27 @@ def running(
 
 
 def below(parent: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
             children.setdefault(int(fields[1]), []).append(int(entry.name))
     found = [parent]
-    for pid in found:  # grows while it is walked
+    for pid in found:  # grows during the loop
         found += children.get(pid, [])
     return found
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """CPU time these processes have used so far, user and system."""
+    """CPU time of the processes so far, user and system, in seconds."""
     return sum(int(fields[11]) + int(fields[12]) for pid in pids if (fields := _stat(pid))) / TICKS
 
 
 def scheduled_seconds(pids: list[int]) -> float:
-    """The same of the threads they have now, by the scheduler's clock: of what runs for microseconds at a time, ticks
-    tell too much or nothing."""
+    """CPU time of the processes' current threads by the scheduler's clock, in seconds.
+
+    Ticks are too coarse for programs running for microseconds at a time.
+    """
     spent = 0
     for pid in pids:
         for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
@@ -61,18 +63,18 @@ def scheduled_seconds(pids: list[int]) -> float:
 
 
 def busy_seconds() -> float:
-    """CPU time that all cores together have spent so far, on anything, or were kept from spending by the hypervisor."""
+    """CPU time of all cores so far, in seconds, with time stolen by the hypervisor."""
     user, nice, system, _idle, _waiting, *others = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     return sum(map(int, (user, nice, system, *others))) / TICKS
 
 
 def resident_bytes(pids: list[int]) -> int:
-    """Memory these processes hold now; pages they share count for each."""
+    """Resident memory of the processes; shared pages count for each process."""
     return sum(int(fields[21]) * PAGE for pid in pids if (fields := _stat(pid)))
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on, so that index i is field i + 3 of proc(5); empty if the process is gone."""
+    """Fields of /proc/PID/stat from the state on: index i is field i + 3 of proc(5). Empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -80,7 +82,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _adopt_orphans() -> None:
-    """What a server starts and leaves behind becomes a child of this process: LitServe and Ray leave some."""
+    """Make orphans of servers children of this process: LitServe and Ray leave orphans."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 

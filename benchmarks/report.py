@@ -1,4 +1,4 @@
-"""What a benchmark hands over: a table for people, and a record that says where its numbers come from."""
+"""The result of a benchmark: a table for people, and a record with command, commit and machine."""
 
 import os
 import platform
@@ -13,12 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
+    """Result of a benchmark."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    results: dict[str, Any]  # the same and more, in base units
+    results: dict[str, Any]  # all values of the table and more, in base units
     notes: Sequence[str] = ()
-    faults: Sequence[str] = ()  # for which the benchmark fails, though it goes on
+    faults: Sequence[str] = ()  # failures; the benchmark continues, and exits with status 1
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]
@@ -32,12 +34,12 @@ class Report:
 
 
 def ratio(value: float, to: float) -> str:
-    """For a table; nothing if what it is compared with was not measured."""
+    """A ratio for a table; empty if `to` was not measured."""
     return f"{value / to:.2f}" if to else ""
 
 
 def record(name: str, report: Report) -> dict[str, Any]:
-    """The results, and the command, commit, machine and time they were measured with."""
+    """The results with the command, commit, machine and time of the measurement."""
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
     return {
         "benchmark": name,
@@ -55,7 +57,7 @@ def record(name: str, report: Report) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """None in a copy of the files alone."""
+    """Output of a git command; None outside of a repository."""
     try:
         return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

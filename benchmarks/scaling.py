@@ -1,4 +1,4 @@
-"""How the cost of a row depends on how many are asked, and how many ask: python -m benchmarks scaling"""
+"""Cost of a row by the length of the request and the number of connections: python -m benchmarks scaling"""
 
 from statistics import median
 
@@ -9,13 +9,16 @@ from benchmarks.servers import serving
 from benchmarks.stream import reader, seen
 
 ROWS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-MEASURED = 1_000_000  # rows of each length at least, in a round: ten seconds of a machine whose speed changes
+MEASURED = 1_000_000  # least rows of each length in a round, about ten seconds: the speed of the machine varies
 CONNECTIONS = (1, 4, 16, 64, 256, 1000)
 
 
 def measure(options: Options) -> Report:
-    """Requests for 1e3 to 1e7 rows, one at a time, the lengths in turn in every round; then one-row requests over 1 to
-    1000 connections; Reparam only."""
+    """Requests for 1e3 to 1e7 rows, all lengths in turn in every round; then one-row requests over 1 to 1000
+    connections.
+
+    Reparam only.
+    """
     seconds: dict[int, list[float]] = {rows: [] for rows in ROWS if rows <= (options.rows or max(ROWS))}
     with serving("reparam") as running:
         for _ in range(options.rounds):

@@ -1,4 +1,4 @@
-"""The servers compared: how each is started, and how it is asked for rows of a seed."""
+"""The compared servers: commands and requests."""
 
 import sys
 import time
@@ -16,21 +16,23 @@ from benchmarks.model import model
 from benchmarks.processes import running
 
 ROOT = Path(__file__).parents[1]
-SCRATCH = ROOT / ".bench"  # everything made here: the model, environments, logs
-SEED = "SEED"  # stands for the seed in a request
+SCRATCH = ROOT / ".bench"  # the model, environments and logs
+SEED = "SEED"  # placeholder for the seed in a request
 PIXELS = 28 * 28
 START_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Server:
+    """A server: command and request."""
+
     name: str
-    command: tuple[str, ...]  # the first word is a program of its environment
+    command: tuple[str, ...]  # the first word is a program in the server's environment
     path: str
-    body: str  # SEED and ROWS stand for numbers
+    body: str  # with the placeholders SEED and ROWS
     accept: str = "*/*"
-    peer: bool = True  # has an environment of its own
-    draws: bool = True  # answers differ by seed
+    peer: bool = True  # needs an environment of its own
+    draws: bool = True  # responses differ by seed
 
 
 def _peer(name: str, path: str, body: str, command: tuple[str, ...] = ()) -> Server:
@@ -40,7 +42,7 @@ def _peer(name: str, path: str, body: str, command: tuple[str, ...] = ()) -> Ser
 OURS = '{"n":ROWS,"seed":SEED}'
 PLAIN = '{"seed":SEED,"rows":ROWS}'
 BENTOML = ("bentoml", "serve", "benchmarks.peers.bentoml.server:Decoder")
-# The binary tensor data extension: the answer is a short JSON, then the pixels as they are.
+# The binary tensor data extension: the response is a short JSON, then the raw pixels.
 TRITON = (
     '{"inputs":[{"name":"REQUEST","datatype":"UINT64","shape":[1,2],"data":[SEED,ROWS]}],'
     '"parameters":{"binary_data_output":true}}'
@@ -62,7 +64,7 @@ SERVERS = {
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     server: Server
     process: Popen[bytes]
@@ -74,7 +76,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}{self.server.path}"
 
     def request(self, rows: int) -> str:
-        """A whole HTTP request, with SEED where a seed of ten digits belongs."""
+        """A whole HTTP request with the placeholder SEED for a seed of ten digits."""
         body = self.server.body.replace("ROWS", str(rows))
         length = len(body.replace(SEED, "0" * 10))
         head = (
@@ -87,23 +89,29 @@ class Running:
         return Connection(self.port)
 
     def answer_bytes(self, rows: int) -> int:
-        """Length of a whole answer's body; every answer has the same. Looks, once, whether it can be one."""
+        """Length of the body of a response; every response has the same length.
+
+        The first call checks the responses of three seeds.
+
+        Raises: RuntimeError if the responses do not depend on the seed as expected.
+        """
         if rows not in self.sizes:
             with self.connect() as connection:
                 one, again, other = (connection.ask(seeded(self.request(rows), seed)) for seed in (1, 1, 2))
             if len(one) < rows * PIXELS or one != again or (one == other) == self.server.draws:
-                raise RuntimeError(f"{self.server.name} does not answer {rows} rows that follow from the seed")
+                raise RuntimeError(f"{self.server.name} does not respond with {rows} rows determined by the seed")
             self.sizes[rows] = len(one)
         return self.sizes[rows]
 
 
 def seeded(request: str, seed: int) -> bytes:
+    """The request with a seed in place of the placeholder."""
     return request.replace(SEED, str(1_000_000_000 + seed)).encode()
 
 
 @contextmanager
 def serving(name: str, checkout: Path = ROOT) -> Iterator[Running]:
-    """Start a server, wait until the server answers, and stop it at the end of the block.
+    """Start a server, wait for the first response, and stop the server at the end of the block.
 
     checkout: of Reparam, whose service is started
     """
@@ -133,21 +141,26 @@ def serving(name: str, checkout: Path = ROOT) -> Iterator[Running]:
 
 
 def model_path() -> Path:
+    """Path of the model file."""
     return model(ROOT, SCRATCH)
 
 
 def _free_port() -> int:
-    """One that nothing else takes before the server does: Ray's own processes listen at 10002 to 19999, whatever asks
-    the system for any port gets one from 32768 on."""
+    """A free port not used by other programs before the server starts.
+
+    Ray's processes listen at 10002 to 19999; the system assigns ports from 32768 on.
+    """
     ports = range(20000, 32768)
-    for port in sample(ports, len(ports)):  # for two benchmarks that start together
+    for port in sample(ports, len(ports)):  # in random order, so that two benchmarks can start together
         with suppress(OSError), create_server(("127.0.0.1", port)):
             return port
     raise OSError("each port from 20000 to 32767 of 127.0.0.1 is taken: end the programs that listen there")
 
 
 def _wait_until_it_answers(started: Running, log: Path) -> None:
-    """Over one connection, for a second without a fault: Ray Serve's proxy restarts soon after its first answers."""
+    """Wait until the server responds without an error for a second: Ray Serve's proxy restarts after its first
+    responses.
+    """
     end = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -158,7 +171,7 @@ def _wait_until_it_answers(started: Running, log: Path) -> None:
                     connection.ask(seeded(started.request(1), 0))
         except (OSError, EOFError) as error:
             if time.monotonic() > end or started.process.poll() is not None:
-                raise RuntimeError(f"{started.server.name} does not answer; see {log}") from error
+                raise RuntimeError(f"{started.server.name} does not respond; see {log}") from error
             time.sleep(0.2)
         else:
             return

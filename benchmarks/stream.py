@@ -1,4 +1,4 @@
-"""One large answer, read in a process of its own.
+"""A reader of large responses, in a process of its own.
 
 python -m benchmarks.stream PORT REQUEST BYTES_PER_SECOND TIMES PART
 """
@@ -20,8 +20,12 @@ HEADER = 128  # bytes of an npy file before its rows
 def reader(
     running: Running, rows: int, bytes_per_second: float = float("inf"), times: int = 1, part: int = 0
 ) -> subprocess.Popen[str]:
-    """Start to read an answer of so many rows, as fast as it comes unless a speed is given; and again, over the same
-    connection. part: bytes of rows that have a digest of their own, 0 for none."""
+    """Start a process reading responses of `rows` rows.
+
+    bytes_per_second: reading speed; default: full speed.
+    times: number of responses, read one after the other over one connection.
+    part: bytes of rows per digest; 0: no digests.
+    """
     request = seeded(running.request(rows), 0).decode()
     arguments = map(str, (running.port, request, bytes_per_second, times, part))
     command = [sys.executable, "-m", "benchmarks.stream", *arguments]
@@ -29,16 +33,20 @@ def reader(
 
 
 def seen(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a reader saw when it ends: seconds to the last byte, and digests; of several answers that which took the
-    median. Fails if it was cut short."""
+    """Wait for a reader. With several responses, the result is for the response with the median duration.
+
+    Returns: seconds to the last byte, announced and received bytes, and digests.
+
+    Raises: RuntimeError if the response was cut short.
+    """
     result: dict[str, Any] = json.loads(process.communicate()[0])
     if result["received"] != result["announced"]:
-        raise RuntimeError(f"the answer was cut short: {result}")
+        raise RuntimeError(f"the response was cut short: {result}")
     return result
 
 
 class Digests:
-    """Of each part of a body's rows, in hexadecimal."""
+    """SHA-256 of each part of a body's rows, in hexadecimal. The first digest is the header's."""
 
     def __init__(self, part: int) -> None:
         self.found: list[str] = []
@@ -74,7 +82,7 @@ def _read(connection: Connection, request: bytes, bytes_per_second: float, part:
         digests.update(buffer[:count])
         time.sleep(count / bytes_per_second)
     seconds = time.perf_counter() - start
-    found = digests.found[1:]  # without that of the header
+    found = digests.found[1:]  # without the digest of the header
     return {"announced": announced, "received": received, "seconds": seconds, "digests": found}
 
 

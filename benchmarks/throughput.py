@@ -1,4 +1,4 @@
-"""How much each server answers over 64 connections, and how much there is to be had: python -m benchmarks throughput"""
+"""Throughput of each server over 64 connections, and of onnxruntime alone: python -m benchmarks throughput"""
 
 from statistics import median
 
@@ -15,7 +15,7 @@ THREADS = (1, 2)
 
 
 def measure(options: Options) -> Report:
-    """Servers take turns, one running at a time, in every round: what slows the machine for a while slows all alike."""
+    """Servers take turns in every round, one at a time, so that slow phases of the machine affect all servers."""
     loads: dict[tuple[str, int], list[Load]] = {(name, rows): [] for name in options.only for rows in ROWS}
     runs: dict[int, list[float]] = {threads: [] for threads in THREADS}
     for _ in range(options.rounds):
@@ -31,7 +31,7 @@ def measure(options: Options) -> Report:
 
 
 def _medians(rows: int, loads: list[Load]) -> dict[str, float]:
-    """Of the rounds, with the lowest and the highest throughput."""
+    """Medians over the rounds, and the lowest and highest throughput."""
     speeds = [load.per_second for load in loads]
     return {
         "requests_per_second": median(speeds),
@@ -72,7 +72,7 @@ def _report(servers: dict[str, dict[str, dict[str, float]]], runs: dict[str, flo
         results={"servers": servers, "onnxruntime_rows_per_second_by_threads": runs},
         notes=(
             "`Reparam is x` times as fast as this line. CPU is per request, of all processes of the server and of wrk.",
-            "A server and wrk (one thread) share all cores, pinned to none; onnxruntime alone runs beside nothing.",
-            f"Other programs and the hypervisor took {min(others):.2f} .. {max(others):.2f} cores meanwhile.",
+            "A server and wrk (one thread) share all cores without pinning; onnxruntime alone has all cores.",
+            f"Other programs and the hypervisor used {min(others):.2f} .. {max(others):.2f} cores.",
         ),
     )

@@ -1,4 +1,4 @@
-"""How fast recipes train, beside a plain loop around the same network: python -m benchmarks training"""
+"""Training speed of recipes, compared with a plain loop around the same network: python -m benchmarks training"""
 
 import json
 import subprocess
@@ -12,21 +12,21 @@ import numpy as np
 from benchmarks.options import Options
 from benchmarks.report import Report, ratio
 
-RECIPES = {  # on images like theirs; latents of each, of which more than one is the importance-weighted bound
+RECIPES = {  # kind of images, and latents per image; from 2 latents on the importance-weighted bound
     "kingma-gaussian": ("grey", 1),
     "jang-categorical": ("binary", 1),
     "iwae-50": ("grey", 50),
     "gaussian-best": ("grey", 1),
 }
 IMAGES, HELD_OUT = 12_000, 500
-# Workers of the plain loop's DataLoader, and threads (0: as many as cores); the best speed counts.
+# Workers of the plain loop's DataLoader, and threads (0: one per core); the best speed counts.
 SETTINGS = ((0, 0), (2, 0), (1, 1))
 FROM_THE_START = {"elbo-epochs": 0, "kl-warm-up": 0, "prior-components": 1}
-WARM = 1  # epochs before the one that is measured
+WARM = 1  # epochs before the measured epoch
 
 
 def measure(options: Options) -> Report:
-    """Images per second of an epoch, the second one of a fresh process, ours and theirs in turn."""
+    """Images per second of the second epoch of a fresh process, ours and the plain loop in turn."""
     ours: dict[str, list[float]] = {name: [] for name in RECIPES}
     plain: dict[str, list[float]] = {name: [] for name in RECIPES}
     with TemporaryDirectory() as folder:
@@ -56,8 +56,8 @@ def measure(options: Options) -> Report:
         notes=[
             f"Noise of the size of MNIST, grey or (jang-categorical) binary, {IMAGES} images, the ELBO by one sample "
             "(iwae-50: the importance-weighted bound by 50); "
-            "the plain loop: a DataLoader over pictures (0 or 2 workers, or 1 beside 1 thread: the best counts), "
-            "Adam as it comes, a loss read in every step"
+            "the plain loop: a DataLoader over pictures (0 or 2 workers, or 1 worker and 1 thread: the best counts), "
+            "Adam with default settings, the loss read in every step"
         ],
     )
 
@@ -74,7 +74,7 @@ def _ours(recipe: str, data: Path, samples: int, out: Path) -> float:
     options = ["--recipe", recipe, "--data", str(data), "--out", str(out), "--epochs", str(WARM + 1)]
     objective = {"objective": "elbo", "samples": 1} if samples == 1 else {}
     settings = [f"--{name}={value}" for name, value in (FROM_THE_START | objective).items()]
-    _run("export", "train", *options, *settings, "--device", "cpu")
+    _run("reparam", "train", *options, *settings, "--device", "cpu")
     *_, last = (out / "metrics.jsonl").read_text().splitlines()
     return float(json.loads(last)["images_per_second"])
 

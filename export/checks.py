@@ -45,8 +45,8 @@ def varied_feeds(contract: Contract, rows: int, seed: int) -> dict[str, Float32]
     def words(stream: int) -> noise.Words:
         return noise.words(seed, 0, rows, contract.latent_shape, stream)
 
-    feeds = {"noise": contract.traits.noise(words(0))}
-    for stream, name in enumerate(contract.traits.parameters, 1):
+    feeds = {"noise": contract.family.noise(words(0))}
+    for stream, name in enumerate(contract.family.parameters, 1):
         feeds[name] = noise.normal(words(stream))
     return feeds
 

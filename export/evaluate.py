@@ -92,11 +92,11 @@ def _all_bounds(
     batches, done = pixels.split(BATCH_IMAGES), _load_partial(partial_file, stamp)
     draws = [generator(stamp["seed"], EVALUATION, number, device=where) for number in range(len(batches))]
     with (
-        parallel_map(torch.get_num_threads() if where.type == "cpu" else 1) as map_shares,
+        parallel_map(torch.get_num_threads() if where.type == "cpu" else 1) as map_batches,
         _progress(samples, len(pixels), sum(map(len, batches[: len(done)]))) as count,
     ):
         bounds = partial(_bounds, model, priors, samples, binarize, count)
-        for found in map_shares(bounds, batches[len(done) :], draws[len(done) :]):
+        for found in map_batches(bounds, batches[len(done) :], draws[len(done) :]):
             done.append(found)
             _save_partial(partial_file, stamp, done)
     return torch.cat(done, 1)

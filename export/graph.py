@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reparam.export.errors import GateError
 from reparam.export.network import Network
-from reparam.service.artifact.contract import IMAGE_OUTPUTS, KINDS
+from reparam.service.artifact.contract import FAMILIES, IMAGE_OUTPUTS
 
 OPSET = 18
 EXAMPLE_ROWS = 2  # torch.export treats a batch of 1 as a constant
@@ -62,7 +62,7 @@ def export_sampler(network: Network) -> onnx.ModelProto:
     Raises: GateError if torch cannot export the network.
     """
     return _export(
-        Sampler(network), sampler_inputs(network, EXAMPLE_ROWS), [KINDS[network.kind].latents, *IMAGE_OUTPUTS]
+        Sampler(network), sampler_inputs(network, EXAMPLE_ROWS), [FAMILIES[network.kind].latents, *IMAGE_OUTPUTS]
     )
 
 

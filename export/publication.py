@@ -25,7 +25,7 @@ from reparam.export.graph import Sampler, export_encoder, export_sampler
 from reparam.export.network import Network
 from reparam.export.run import Run
 from reparam.models import Mixture
-from reparam.service.artifact.contract import KINDS, ArtifactError, Contract, Precision
+from reparam.service.artifact.contract import FAMILIES, ArtifactError, Contract, Precision
 from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, NAME, VERSION
 from reparam.service.artifact.noise import NOISE_VERSION
 
@@ -209,7 +209,7 @@ def _reference(network: Network, prior: list[Tensor]) -> dict[str, Any]:
 
     prior: the parameters of the standard prior, each (*latent_shape).
     """
-    noise = torch.from_numpy(KINDS[network.kind].noise(reference_words(network.latent_shape)))
+    noise = torch.from_numpy(FAMILIES[network.kind].noise(reference_words(network.latent_shape)))
     parameters = [parameter.expand_as(noise).contiguous() for parameter in prior]
     temperature = torch.full((REFERENCE_ROWS,), network.family.default_temperature)
     latents, images, _ = torch_outputs(Sampler(network), [noise, *parameters, temperature])

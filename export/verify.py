@@ -49,17 +49,17 @@ def verify(folder: Path) -> list[str]:
     _check_encoder(folder, contract)
     return [
         f"the contract holds: {contract.kind}, latent {contract.latent_shape}, image {contract.image_shape}",
-        f"batches of {_list(sizes)} answer the same rows, in range, at {_list(temperatures(contract))} temperature",
-        f"{contract.traits.latents} follow the formula within {TOLERANCE}",
-        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} are what the exported network answered, images within "
+        f"batches of {_list(sizes)} give the same rows, in range, at temperature {_list(temperatures(contract))}",
+        f"{contract.family.latents} follow the formula within {TOLERANCE}",
+        f"{REFERENCE_ROWS} rows of seed {REFERENCE_SEED} equal the rows of the original network, images within "
         f"{tolerance_of('images', contract.precision)}",
-        f"the encoder answers {_list(list(contract.traits.parameters))} for batches of {_list(sizes)}",
+        f"the encoder gives {_list(list(contract.family.parameters))} for batches of {_list(sizes)}",
     ]
 
 
 def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: float) -> None:
     """Check the outputs of a large batch, and that smaller batches give the same rows."""
-    latents = artifact.contract.traits.latents
+    latents = artifact.contract.family.latents
     whole = run_sampler(artifact, feeds, f"on {len(feeds['noise'])} rows")
     where = f"at temperature {temperature:g}"
     compare(latents, whole[latents], _formula(artifact.contract, feeds), where)
@@ -100,11 +100,11 @@ def _check_reference(artifact: Artifact) -> None:
     contract = artifact.contract
     feeds = contract.feeds(reference_words(contract.latent_shape), contract.default_temperature)
     found = run_sampler(artifact, feeds, "on the reference rows")
-    for key, name in {"latents": contract.traits.latents, "images": "images"}.items():
+    for key, name in {"latents": contract.family.latents, "images": "images"}.items():
         try:
             values = np.array(contract.reference.get(key, []), np.float64)
         except (ValueError, TypeError) as error:
-            raise GateError(f"the reference rows in the metadata are no numbers: {error}") from error
+            raise GateError(f"the reference rows in the metadata are not numbers: {error}") from error
         tolerance = tolerance_of(name, contract.precision)
         compare(name, thinned(found[name]), values, "in the reference rows", tolerance)
 
@@ -113,10 +113,10 @@ def _check_encoder(folder: Path, contract: Contract) -> None:
     """Check names and shapes of the encoder, and that every batch size gives the same rows."""
     session = open_encoder(folder)
     names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
-    if names != (["images"], list(contract.traits.parameters)):
+    if names != (["images"], list(contract.family.parameters)):
         raise ArtifactError(
             f"{folder / ENCODER_FILE}: an encoder maps images to "
-            f"{_list([*contract.traits.parameters])}, this one {names}"
+            f"{_list([*contract.family.parameters])}, this one {names}"
         )
     *_, large = batch_sizes(contract)
     images = encoder_images(contract, large)

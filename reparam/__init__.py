@@ -6,31 +6,57 @@
     >>> samples.images.shape
     (16, 1, 28, 28)
 
-Everything public is named here; the modules below this one may change.
+All public names of the client are here. The modules below may change.
 """
 
-from reparam._client import AsyncClient, Client
-from reparam._errors import (
-    BadRequest,
-    ConnectionFailed,
-    DeadlineExceeded,
-    Invalid,
-    MethodNotAllowed,
-    NotAcceptable,
-    NotFound,
-    Overloaded,
-    ReparamError,
-    ServerError,
-    StatusError,
-    TimedOut,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-    UnsupportedMediaType,
-)
-from reparam._model import Model
-from reparam._samples import Samples
+from typing import TYPE_CHECKING
+
 from reparam._version import __version__
+
+if TYPE_CHECKING:
+    from reparam._client import AsyncClient, Client
+    from reparam._errors import (
+        BadRequest,
+        ConnectionFailed,
+        DeadlineExceeded,
+        Invalid,
+        MethodNotAllowed,
+        NotAcceptable,
+        NotFound,
+        Overloaded,
+        ReparamError,
+        ServerError,
+        StatusError,
+        TimedOut,
+        TooLarge,
+        Unauthorized,
+        Unavailable,
+        UnsupportedMediaType,
+    )
+    from reparam._model import Model
+    from reparam._options import SampleOptions
+    from reparam._samples import Samples
+else:
+    # The service and the export import this package too, and have no use for an HTTP client: names load when used.
+    _MODULES = {
+        "AsyncClient": "reparam._client",
+        "Client": "reparam._client",
+        "Model": "reparam._model",
+        "SampleOptions": "reparam._options",
+        "Samples": "reparam._samples",
+    }
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES.get(name, "reparam._errors")), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return __all__
+
 
 __all__ = [
     "AsyncClient",
@@ -45,6 +71,7 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "ReparamError",
+    "SampleOptions",
     "Samples",
     "ServerError",
     "StatusError",

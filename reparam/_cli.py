@@ -1,4 +1,4 @@
-"""reparam: sample a served VAE from the command line."""
+"""Commands of the client: `reparam sample` and `reparam models`."""
 
 import argparse
 import os
@@ -11,32 +11,37 @@ from typing import Any
 
 from numpy.lib import format as npy
 
-from reparam._client import LOCAL, Client
+from reparam._client import DEFAULT_URL, Client
 from reparam._errors import ReparamError
-from reparam._samples import DTYPES, SUFFIXES, Samples, check_place, replacing
+from reparam._files import check_place, replacing
+from reparam._options import CHECKS
+from reparam._samples import DTYPES, SUFFIXES, Samples
 from reparam._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 for a failure, told in one line on stderr. A wrong option exits with 2."""
+    """Run a command. A failure prints one line on stderr; wrong usage exits with 2.
+
+    Returns: the exit status, 0 or 1.
+    """
     parser = _parser()
-    options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _end)
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _exit)
     try:
-        with Client(options.url, options.api_key, timeout=options.timeout) as client:
-            options.command(client, options)
+        with Client(arguments.url, arguments.api_key, timeout=arguments.timeout) as client:
+            arguments.command(client, arguments)
     except ValueError as error:
         parser.error(str(error))
     except (ReparamError, OSError) as error:
         print(f"reparam: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130  # what a shell reports for an interrupted command
+        return 130  # status of an interrupted command in a shell
     return 0
 
 
-def _end(number: int, frame: object) -> None:
-    """Takes away on the way out what is not whole, as an interrupt does."""
+def _exit(number: int, frame: object) -> None:
+    """Exit by an exception, so that unfinished files are removed."""
     sys.exit(128 + number)
 
 
@@ -44,8 +49,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reparam", description="Sample a served VAE.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-
     sample = commands.add_parser("sample", help="write samples to a file", description="Write samples to a file.")
+    _add_sample_arguments(sample)
+    models = commands.add_parser("models", help="list the models", description="List the models, the default first.")
+    models.set_defaults(command=_models)
+    for command in (sample, models):
+        command.add_argument("--url", default=_default_url(), help="default: REPARAM_URL, or " + DEFAULT_URL)
+        command.add_argument("--api-key", default=os.environ.get("REPARAM_API_KEY"), help="default: REPARAM_API_KEY")
+        command.add_argument(
+            "--timeout", type=float, default=60.0, help="seconds; for .npy of each wait (default: %(default)s)"
+        )
+    return parser
+
+
+def _add_sample_arguments(sample: argparse.ArgumentParser) -> None:
     sample.set_defaults(command=_sample)
     sample.add_argument("-n", type=int, default=1, help="number of rows (default: %(default)s)")
     sample.add_argument(
@@ -57,35 +74,23 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, help="default: the model's")
     sample.add_argument("--hard", action="store_true", default=None, help="one-hot codes at any temperature (Gumbel)")
     sample.add_argument("--prior", choices=("mixture", "standard"), help="default: the mixture where the model has one")
-    sample.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
+    sample.add_argument("--seed", type=int, help="default: a fresh seed, which is printed")
     sample.add_argument("--start", type=int, default=0, help="first row of the seed (default: %(default)s)")
     sample.add_argument(
         "--output",
         dest="outputs",
         action="append",
         choices=DTYPES,
-        help="what to write; may be repeated for .npz (default: images)",
+        help="output to write; may be repeated for .npz (default: images)",
     )
-    models = commands.add_parser(
-        "models", help="list the models", description="List the models, the default one first."
-    )
-    models.set_defaults(command=_models)
-
-    for command in (sample, models):
-        command.add_argument("--url", default=_default_url(), help="default: REPARAM_URL, or " + LOCAL)
-        command.add_argument("--api-key", default=os.environ.get("REPARAM_API_KEY"), help="default: REPARAM_API_KEY")
-        command.add_argument(
-            "--timeout", type=float, default=60.0, help="seconds; for .npy of each wait (default: %(default)s)"
-        )
-    return parser
 
 
 def _default_url() -> str:
-    return os.environ.get("REPARAM_URL", LOCAL)
+    return os.environ.get("REPARAM_URL", DEFAULT_URL)
 
 
-def _sample(client: Client, options: argparse.Namespace) -> None:
-    path, outputs = options.path, options.outputs or ["images"]
+def _sample(client: Client, arguments: argparse.Namespace) -> None:
+    path, outputs = arguments.path, arguments.outputs or ["images"]
     if path.suffix not in SUFFIXES:
         raise ValueError(f"-o must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
     check_place(path)
@@ -93,36 +98,35 @@ def _sample(client: Client, options: argparse.Namespace) -> None:
         raise ValueError(f"{path.suffix} holds one output, got {', '.join(outputs)}; write a .npz")
     if path.suffix == ".png" and outputs != ["images"]:
         raise ValueError(f".png holds images, got {outputs[0]}; write a .npy")
-    names = ("n", "model", "version", "temperature", "hard", "prior", "seed", "start")
-    drawn = {name: getattr(options, name) for name in names}
+    n, options = arguments.n, {name: value for name, value in vars(arguments).items() if name in CHECKS}
     if path.suffix == ".npy":
-        samples = _stream(client, path, outputs[0], drawn)
+        samples = _stream(client, path, n, outputs[0], options)
     else:
-        samples = client.sample(**drawn, outputs=outputs)
+        samples = client.sample(n, outputs=outputs, **options)
         samples.save(path)
-    settled = {**drawn, "model": samples.model, "version": samples.version, "seed": samples.seed}
-    elsewhere = None if options.url == _default_url() else options.url
-    again = _as_options({**settled, "output": options.outputs, "url": elsewhere, "o": str(path)})
-    print(f"{path}: {options.n:,} rows of {samples.model}; the same again:\nreparam sample {again}")
+    origin = {"model": samples.model, "version": samples.version, "seed": samples.seed}
+    url = None if arguments.url == _default_url() else arguments.url
+    words = {"n": n, **options, **origin, "output": arguments.outputs, "url": url, "o": str(path)}
+    print(f"{path}: {n:,} rows of {samples.model}; the same again:\nreparam sample {_as_words(words)}")
 
 
-def _stream(client: Client, path: Path, output: str, drawn: dict[str, Any]) -> Samples:
-    """Write the rows as they arrive, behind a header that knows how many there will be. Returns the last batch."""
+def _stream(client: Client, path: Path, n: int, output: str, options: dict[str, Any]) -> Samples:
+    """Write the rows as they arrive, behind a header for all rows. Returns: the last batch."""
     with replacing(path) as file:
-        for batch in client.iter_samples(**drawn, output=output):
+        for batch in client.iter_samples(n, output=output, **options):
             rows = batch.outputs[output]
             if not file.tell():
-                shape = (drawn["n"], *rows.shape[1:])
+                shape = (n, *rows.shape[1:])
                 header = {"descr": npy.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
                 npy.write_array_header_1_0(file, header)
             file.write(rows.data)
     return batch
 
 
-def _as_options(drawn: dict[str, Any]) -> str:
-    """As they would be typed, but for what was left to the service."""
+def _as_words(arguments: dict[str, Any]) -> str:
+    """Returns: the arguments as typed in a shell, without arguments that are None."""
     words: list[str] = []
-    for name, value in drawn.items():
+    for name, value in arguments.items():
         option = f"--{name}" if len(name) > 1 else f"-{name}"
         for each in value if isinstance(value, list) else [value]:
             if each is not None:
@@ -130,7 +134,7 @@ def _as_options(drawn: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _models(client: Client, options: argparse.Namespace) -> None:
+def _models(client: Client, arguments: argparse.Namespace) -> None:
     table = [("name", "version", "kind", "latent", "image", "temperature")]
     for model in client.models():
         latent, image = ("x".join(map(str, shape)) for shape in (model.latent_shape, model.image_shape))

@@ -1,118 +1,93 @@
-"""The two clients: the same calls, carried out with and without `await`."""
+"""The two clients: the same flows, carried out with and without `await`."""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-import httpx
-import numpy.typing as npt
+from typing import Any, Self, Unpack
 
 from reparam._calls import Calls, Emit, Flow, Read, Send, Sleep, T
-from reparam._errors import no_answer
+from reparam._checks import string
+from reparam._errors import no_response
+from reparam._http import check_transport, httpx
 from reparam._model import Model
-from reparam._request import sample_request, text
+from reparam._options import SampleOptions
+from reparam._request import SampleRequest, sample_request
 from reparam._samples import Samples
 
-LOCAL = "http://127.0.0.1:8000"
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Client:
-    """A connection pool to a Reparam service. Threads may share it.
+    """A connection pool to a Reparam service. Threads may share a client.
 
-    api_key: sent as `Authorization: Bearer`. timeout: seconds that a call may take, with all its retries; None waits
-    for ever. max_retries: tries after the first, on a connection error, 429, 502 or 503. transport: an httpx transport,
-    for TLS settings, a proxy, a Unix socket or an application in this process.
+    base_url: address of the service.
+    api_key: key of the service, sent as `Authorization: Bearer`.
+    timeout: seconds for a whole call, with its retries; None waits for ever.
+    max_retries: attempts after the first, upon a connection error, 429, 502 or 503.
+    transport: a transport of the HTTP library in use, for TLS settings, a proxy, a Unix socket or an application in
+        this process. The library is httpx2 where it is installed, else httpx.
 
-    Calls raise ReparamError. Settings and arguments that make no sense raise ValueError or TypeError before anything is
-    sent.
+    Raises: ValueError, TypeError for impossible settings.
+
+    Calls raise ReparamError. They raise ValueError or TypeError for impossible arguments before anything is sent.
     """
 
     def __init__(
         self,
-        base_url: str = LOCAL,
+        base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         *,
         timeout: float | None = 60.0,
         max_retries: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        check_transport(transport, httpx.BaseTransport)
         self._calls = Calls(base_url, api_key, timeout, max_retries)
         self._http = httpx.Client(transport=transport)
 
     def sample(
-        self,
-        n: int = 1,
-        *,
-        model: str | None = None,
-        version: int | None = None,
-        temperature: float | None = None,
-        hard: bool | None = None,
-        prior: str | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        mu: npt.ArrayLike | None = None,
-        log_var: npt.ArrayLike | None = None,
-        logits: npt.ArrayLike | None = None,
-        outputs: str | Sequence[str] = ("images",),
+        self, n: int = 1, *, outputs: str | Sequence[str] = ("images",), **options: Unpack[SampleOptions]
     ) -> Samples:
-        """Rows start .. start + n - 1 of a seed. What is not given is the service's default; the seed is a fresh one.
+        """Draw rows start .. start + n - 1 of a seed.
 
-        model, version: default: the service's default model, its latest version.
-        temperature: at least 0. Gaussian: scale of the noise, 0 gives z = mu. Gumbel: of the relaxation, 0 gives
-        one-hot codes.
-        hard: Gumbel: one-hot codes at any temperature.
-        prior: what rows without parameters are drawn from: "standard", one distribution for every row, or, where the
-        model has it, "mixture", one of several, which is then the default.
-        seed: 0 .. 2**64 - 1.
-        mu, log_var: Gaussian, logits: Gumbel; of the latent shape, for every row, or (n, *latent_shape). Default: the
-        model's prior. The service takes 8 MiB of them in one request: of more rows send some at a time, each from its
-        own start.
+        n: number of rows.
         outputs: some of "images", "latents" (Gaussian), "codes" and "indices" (Gumbel).
+        options: the fields of SampleOptions.
         """
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
-        [samples] = self._carry_out(self._calls.sample(request))
-        return samples
+        return self._call(self._calls.sample(sample_request(n, outputs, options)))
 
     def iter_samples(
         self,
         n: int = 1_000_000,
         *,
-        model: str | None = None,
-        version: int | None = None,
-        temperature: float | None = None,
-        hard: bool | None = None,
-        prior: str | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        mu: npt.ArrayLike | None = None,
-        log_var: npt.ArrayLike | None = None,
-        logits: npt.ArrayLike | None = None,
         output: str = "images",
         progress: bool | None = None,
+        **options: Unpack[SampleOptions],
     ) -> Generator[Samples, None, None]:
-        """The rows that `sample` would return, as batches of about 1 MiB while they arrive, in constant memory.
+        """Draw the rows that `sample` would return, as batches of about 1 MiB while they arrive, in constant memory.
 
-        After a broken connection the stream goes on at the row it had reached, with the version it began with; each
-        row comes once. Here `timeout` is for each wait, and max_retries for tries in a row that bring no new one.
+        After a broken connection the stream resumes at the first missing row, with the version it began with, so each
+        row comes once. `timeout` is for each wait here, and `max_retries` for attempts in succession without a new row.
 
-        Parameters of single rows travel in one request: see `sample`.
-
-        output: one of those of `sample`. progress: a progress bar on stderr; default: if that is a terminal.
+        n: number of rows.
+        output: one of the outputs of `sample`.
+        progress: whether to show a progress bar on stderr. Default: if stderr is a terminal.
+        options: the fields of SampleOptions. Parameters of each row travel in one request.
         """
-        outputs = text("output", output)
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
-        return self._carry_out(self._calls.stream(request, progress))
+        return self._carry_out(self._calls.stream(_stream_request(n, output, options), progress))
 
     def models(self) -> list[Model]:
-        """All models of the service, the default one first."""
-        [models] = self._carry_out(self._calls.models())
-        return models
+        """List the models of the service, the default model first."""
+        return self._call(self._calls.models())
 
     def model(self, name: str, version: int | None = None) -> Model:
-        """One model, its latest version or this one. Raises NotFound, naming those there are."""
-        [model] = self._carry_out(self._calls.model(name, version))
-        return model
+        """Describe a model.
+
+        version: version of the model. Default: the latest.
+
+        Raises: NotFound, which lists the models or versions of the service.
+        """
+        return self._call(self._calls.model(name, version))
 
     def close(self) -> None:
         """Close the connections."""
@@ -123,6 +98,10 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _call(self, flow: Flow[T]) -> T:
+        [value] = self._carry_out(flow)
+        return value
 
     def _carry_out(self, flow: Flow[T]) -> Generator[T, None, None]:
         response: httpx.Response | None = None
@@ -144,7 +123,7 @@ class Client:
                         case Emit(value):  # pragma: no branch
                             outcome = yield value
                 except httpx.RequestError as error:
-                    step = flow.throw(no_answer(error, self._calls.timeout))
+                    step = flow.throw(no_response(error, self._calls.timeout))
                 else:
                     step = flow.send(outcome)
         except StopIteration:
@@ -156,72 +135,48 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same arguments, the same calls, to be awaited."""
+    """`Client` for asyncio: the same settings and the same calls, to be awaited."""
 
     def __init__(
         self,
-        base_url: str = LOCAL,
+        base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         *,
         timeout: float | None = 60.0,
         max_retries: int = 5,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        check_transport(transport, httpx.AsyncBaseTransport)
         self._calls = Calls(base_url, api_key, timeout, max_retries)
         self._http = httpx.AsyncClient(transport=transport)
 
     async def sample(
-        self,
-        n: int = 1,
-        *,
-        model: str | None = None,
-        version: int | None = None,
-        temperature: float | None = None,
-        hard: bool | None = None,
-        prior: str | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        mu: npt.ArrayLike | None = None,
-        log_var: npt.ArrayLike | None = None,
-        logits: npt.ArrayLike | None = None,
-        outputs: str | Sequence[str] = ("images",),
+        self, n: int = 1, *, outputs: str | Sequence[str] = ("images",), **options: Unpack[SampleOptions]
     ) -> Samples:
-        """As `Client.sample`."""
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
-        [samples] = [one async for one in self._carry_out(self._calls.sample(request))]
-        return samples
+        """Draw rows; see `Client.sample`."""
+        return await self._call(self._calls.sample(sample_request(n, outputs, options)))
 
     def iter_samples(
         self,
         n: int = 1_000_000,
         *,
-        model: str | None = None,
-        version: int | None = None,
-        temperature: float | None = None,
-        hard: bool | None = None,
-        prior: str | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        mu: npt.ArrayLike | None = None,
-        log_var: npt.ArrayLike | None = None,
-        logits: npt.ArrayLike | None = None,
         output: str = "images",
         progress: bool | None = None,
+        **options: Unpack[SampleOptions],
     ) -> AsyncGenerator[Samples, None]:
-        """As `Client.iter_samples`, for `async for`. To leave it early, `aclose` it: see contextlib.aclosing."""
-        outputs = text("output", output)
-        request = sample_request(n, model, version, temperature, hard, prior, seed, start, mu, log_var, logits, outputs)
-        return self._carry_out(self._calls.stream(request, progress))
+        """Draw rows as batches, for `async for`; see `Client.iter_samples`.
+
+        To leave the loop early, close the generator, for example with `contextlib.aclosing`.
+        """
+        return self._carry_out(self._calls.stream(_stream_request(n, output, options), progress))
 
     async def models(self) -> list[Model]:
-        """As `Client.models`."""
-        [models] = [one async for one in self._carry_out(self._calls.models())]
-        return models
+        """List the models; see `Client.models`."""
+        return await self._call(self._calls.models())
 
     async def model(self, name: str, version: int | None = None) -> Model:
-        """As `Client.model`."""
-        [model] = [one async for one in self._carry_out(self._calls.model(name, version))]
-        return model
+        """Describe a model; see `Client.model`."""
+        return await self._call(self._calls.model(name, version))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -235,8 +190,12 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
+    async def _call(self, flow: Flow[T]) -> T:
+        [value] = [value async for value in self._carry_out(flow)]
+        return value
+
     async def _carry_out(self, flow: Flow[T]) -> AsyncGenerator[T, None]:
-        from asyncio import sleep  # here, for `import reparam` to stay fast where nothing is asynchronous
+        from asyncio import sleep  # here, because Client does without asyncio, which is slow to import
 
         response: httpx.Response | None = None
         chunks: AsyncIterator[bytes]
@@ -257,7 +216,7 @@ class AsyncClient:
                         case Emit(value):  # pragma: no branch
                             outcome = yield value
                 except httpx.RequestError as error:
-                    step = flow.throw(no_answer(error, self._calls.timeout))
+                    step = flow.throw(no_response(error, self._calls.timeout))
                 else:
                     step = flow.send(outcome)
         except StopIteration:
@@ -266,3 +225,7 @@ class AsyncClient:
             flow.close()
             if response is not None:
                 await response.aclose()
+
+
+def _stream_request(n: int, output: str, options: SampleOptions) -> SampleRequest:
+    return sample_request(n, string("output", output), options, ("n", "output", "progress"))

@@ -1,9 +1,9 @@
-"""What a call can raise: there was no answer, or the answer was an error.
+"""Errors of a call.
 
 ReparamError
-    ConnectionFailed        no answer, or only a part of one
-    TimedOut                no answer in time
-    StatusError             an answer; one subclass for each status that the service uses
+    ConnectionFailed        no response, or only a part of one
+    TimedOut                no response in time
+    StatusError             an error response; one subclass for each status that the service uses
 """
 
 import json
@@ -12,28 +12,29 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx
+from reparam._http import httpx
 
 
 class ReparamError(Exception):
-    """Any failure of a call. A wrong argument that shows before anything is sent is a ValueError or a TypeError
-    instead."""
+    """Any failure of a call. An impossible argument raises ValueError or TypeError instead, before anything is sent."""
 
 
 class ConnectionFailed(ReparamError):
-    """Nothing answered, or the connection broke before the answer was whole."""
+    """No response, or the connection broke before the response was whole."""
 
 
 class TimedOut(ReparamError):
-    """No answer within the client's `timeout`."""
+    """No response within the client's `timeout`."""
 
 
 class StatusError(ReparamError):
-    """The service, or a proxy in front of it, answered with an error.
+    """An error response of the service, or of a proxy in front of the service.
 
-    status: the HTTP status. type, title, detail: of the problem document (RFC 9457). request_id: under which the
-    service's log has the request. problem: the whole document, with members such as `available` or `limit`.
-    retry_after: seconds to wait before another try, where the answer says so.
+    status: the HTTP status.
+    type, title, detail: members of the problem document (RFC 9457).
+    problem: the whole problem document, with members such as `available` or `limit`.
+    request_id: name of the request in the log of the service; None if the response has none.
+    retry_after: seconds to wait before the next attempt; None if the response does not say.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class StatusError(ReparamError):
 
 
 class BadRequest(StatusError):
-    """400: what arrived was no HTTP request, or its head was too long or too slow."""
+    """400: the service received no valid HTTP request, or headers that were too long or too slow."""
 
 
 class Unauthorized(StatusError):
@@ -66,19 +67,19 @@ class Unauthorized(StatusError):
 
 
 class NotFound(StatusError):
-    """404: no such model, version or path; problem["available"] lists the models or versions."""
+    """404: no such model, version or path. `problem["available"]` lists the models or versions."""
 
 
 class MethodNotAllowed(StatusError):
-    """405: base_url leads to something that is not the service, or to a wrong path of it."""
+    """405: base_url leads to another server, or to a wrong path of the service."""
 
 
 class NotAcceptable(StatusError):
-    """406: the service cannot answer in this format."""
+    """406: the service has no such format for these outputs."""
 
 
 class TooLarge(StatusError):
-    """413: more rows or bytes than the service allows; problem["limit"] and problem["got"] say how many."""
+    """413: more rows or bytes than the service allows. `problem["limit"]` and `problem["got"]` say how many."""
 
 
 class UnsupportedMediaType(StatusError):
@@ -86,23 +87,23 @@ class UnsupportedMediaType(StatusError):
 
 
 class Invalid(StatusError):
-    """422: a field has a wrong value or shape, problem["errors"] points at each; or the parameters overflow."""
+    """422: a field has a wrong value or shape, or the parameters overflow. `problem["errors"]` lists the fields."""
 
 
 class Overloaded(StatusError):
-    """429: too many rows wait already, or too many bytes are held, and retrying did not help."""
+    """429: the queue of the service is full, in rows or in bytes, and retries did not help."""
 
 
 class ServerError(StatusError):
-    """500: the service failed; its log has the cause under the request id."""
+    """500: the service failed. Its log has the cause under the request id."""
 
 
 class Unavailable(StatusError):
-    """503: the service is starting or draining, and retrying did not help."""
+    """503: the service is starting or draining, and retries did not help."""
 
 
 class DeadlineExceeded(StatusError):
-    """504: the time ran out on the server; problem["stage"] says where."""
+    """504: the time ran out in the service. `problem["stage"]` says where."""
 
 
 CLASSES: dict[int, type[StatusError]] = {
@@ -120,9 +121,12 @@ CLASSES: dict[int, type[StatusError]] = {
     504: DeadlineExceeded,
 }
 
-LONGEST = 1e8  # seconds, three years, that anything is waited for; no socket or sleep takes much more
+for _error in (ReparamError, ConnectionFailed, TimedOut, StatusError, *CLASSES.values()):
+    _error.__module__ = "reparam"  # tracebacks show the name to catch: reparam.NotFound
 
-# 502 is a proxy that found no service behind it. 504 is not here: what took too long once would do so again.
+LONGEST = 1e8  # seconds, three years: the longest wait; sockets and time.sleep take little more
+
+# A proxy that finds no service responds 502. 504 is missing, because the same request would take too long again.
 RETRIED = {429, 502, 503}
 
 
@@ -130,43 +134,43 @@ def worth_retrying(error: ReparamError) -> bool:
     return error.status in RETRIED if isinstance(error, StatusError) else True
 
 
-def no_answer(cause: httpx.RequestError, timeout: float | None) -> ConnectionFailed | TimedOut:
-    """The error to raise where httpx had none to return an answer from."""
+def no_response(cause: httpx.RequestError, timeout: float | None) -> ConnectionFailed | TimedOut:
+    """Returns: the error for a request without a response."""
     error: ConnectionFailed | TimedOut
     if isinstance(cause, httpx.TimeoutException):
         error = timed_out(cause.request, timeout)
     else:
         why = str(cause) or type(cause).__name__
-        error = ConnectionFailed(f"no answer from {_shown(cause.request)}: {why}; is the service running there?")
+        error = ConnectionFailed(f"no response from {_shown(cause.request)}: {why}; is the service running there?")
     error.__cause__ = cause
     return error
 
 
 def timed_out(request: httpx.Request, timeout: float | None) -> TimedOut:
     within = "in time" if timeout is None else f"in {timeout:g} s"
-    return TimedOut(f"no answer from {_shown(request)} {within}; give a longer timeout or ask for fewer rows")
+    return TimedOut(f"no response from {_shown(request)} {within}; give a longer timeout or ask for fewer rows")
 
 
 def status_error(response: httpx.Response, body: bytes | bytearray) -> StatusError:
-    """The error that an answer other than 2xx stands for."""
+    """Returns: the error for a response other than 2xx."""
     problem = _problem(response, body)
     request_id = response.headers.get("X-Request-ID") or str(problem.get("instance", "")).removeprefix("urn:request:")
     cls = CLASSES.get(response.status_code, StatusError)
     return cls(response.status_code, problem, request_id or None, _retry_after(response.headers.get("Retry-After")))
 
 
-def unexpected_answer(response: httpx.Response, what: str) -> StatusError:
-    """The error for an answer that is no error and yet cannot be used."""
-    detail = f"{_shown(response.request)} {what}; is base_url that of a Reparam service?"
+def unexpected_response(response: httpx.Response, problem: str) -> StatusError:
+    """Returns: the error for a response that is no error and yet of no use."""
+    detail = f"{_shown(response.request)} {problem}; is base_url that of a Reparam service?"
     return StatusError(
         response.status_code,
-        {"type": "about:blank", "title": "Unexpected answer", "status": response.status_code, "detail": detail},
+        {"type": "about:blank", "title": "Unexpected response", "status": response.status_code, "detail": detail},
         response.headers.get("X-Request-ID"),
     )
 
 
 def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any]:
-    """The problem document of an answer, or one made up for a proxy that sent something else."""
+    """Returns: the problem document of a response, or a new document where a proxy sent something else."""
     media_type = media_type_of(response)
     if media_type == "application/problem+json":
         try:
@@ -174,14 +178,14 @@ def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any
         except (RecursionError, TypeError, ValueError):
             pass
     if "Location" in response.headers:
-        said = f"redirects to {response.headers['Location']}; use that as base_url"
+        detail = f"redirects to {response.headers['Location']}; use that as base_url"
     else:
-        said = f"answered with {media_type} and no problem document, so it was likely a proxy and not the service"
+        detail = f"answered with {media_type} and no problem document, so it was likely a proxy and not the service"
     return {
         "type": "about:blank",
         "title": response.reason_phrase,
         "status": response.status_code,
-        "detail": f"{_shown(response.request)} {said}",
+        "detail": f"{_shown(response.request)} {detail}",
     }
 
 
@@ -190,12 +194,12 @@ def media_type_of(response: httpx.Response) -> str:
 
 
 def _shown(request: httpx.Request) -> httpx.URL:
-    """The address without user name and password, fit for a log."""
+    """Returns: the address without user name and password, fit for a log."""
     return request.url.copy_with(userinfo=b"")
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds, from either form of Retry-After: seconds or a date."""
+    """Returns: seconds, from a header that holds seconds or a date. None for another header."""
     if value is None:
         return None
     if value.isdecimal():

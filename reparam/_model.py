@@ -1,4 +1,4 @@
-"""A model, as the service describes it."""
+"""Description of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,16 +7,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """A model that the service has.
+    """A version of a model, as the service describes it.
 
-    name, version: of this description. versions: all that can be asked for.
-    kind: "gaussian" or "gumbel". latent_shape: of one row; for Gumbel (variables, categories).
-    image_shape: (channels, height, width). default_temperature: of a request that gives none.
-    parameters: what a request may give, ("mu", "log_var") or ("logits",). outputs: what it may ask for.
-    priors: what rows without parameters can be drawn from; the first is the default.
-    trained_on: the data. evaluation: what was measured on held-out images. noise_version: of the contract that makes a
-    row's noise. provider: what runs the model in onnxruntime.
+    name, version: the model and the version described.
+    versions: all versions that the service has.
+    kind: "gaussian" or "gumbel".
+    latent_shape: shape of the latent of one row; (variables, categories) for Gumbel.
+    image_shape: (channels, height, width).
+    default_temperature: temperature of a request without a temperature.
+    noise_version: version of the function from seed and row to noise.
+    parameters: parameters that a request may give, ("mu", "log_var") or ("logits",).
+    priors: distributions of rows without parameters; the first is the default.
+    outputs: outputs that a request may ask for.
+    trained_on: the training data.
+    evaluation: measurements on held-out images.
+    provider: execution provider of onnxruntime that runs the model.
     """
+
+    __module__ = "reparam"  # pickles name the public class, not this module
 
     name: str
     version: int
@@ -35,8 +43,8 @@ class Model:
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> "Model":
-        """Raises KeyError where a field is missing. Fields that this version of the SDK does not know are left out."""
-        described = {"priors": ("standard",), **described}  # services older than the field
+        """Read a description. Unknown fields are left out. Raises: KeyError for a missing field."""
+        described = {"priors": ("standard",), **described}  # older services have no such field
         fields = {name: described[name] for name in cls.__dataclass_fields__}
         return cls(**fields | {name: tuple(fields[name]) for name in _TUPLES})
 

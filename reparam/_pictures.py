@@ -1,4 +1,4 @@
-"""Pixels to pictures: contact sheets, and PNG without a library."""
+"""Pictures from pixels: contact sheets, and PNG without a library."""
 
 import struct
 import zlib
@@ -10,14 +10,17 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 
 GAP = 2  # pixels between two images of a sheet
-PAPER = 96  # grey between them
+PAPER = 96  # grey of the gaps
 PNG_COLOUR = {1: 0, 3: 2}  # channels to PNG's colour types: grey, RGB
 
 
 def sheet(images: Pixels, columns: int | None = None) -> Pixels:
-    """Lay images, uint8 (n, C, H, W), out in rows of `columns` (default: near a square), as the service does.
+    """Lay images out as a contact sheet, in the layout of the service.
 
-    Returns uint8 (C, height, width). A single image comes back as it is.
+    images: uint8 (n, C, H, W).
+    columns: images beside each other. Default: near a square.
+
+    Returns: uint8 (C, height, width); a single image stays as it is.
     """
     n, channels, height, width = images.shape
     if n == 1:
@@ -32,12 +35,17 @@ def sheet(images: Pixels, columns: int | None = None) -> Pixels:
 
 
 def png(picture: Pixels) -> bytes:
-    """Encode a picture, uint8 (C, height, width) with C 1 or 3, as PNG (RFC 2083)."""
+    """Encode a picture as PNG (RFC 2083).
+
+    picture: uint8 (C, height, width), C 1 or 3.
+
+    Raises: ValueError for another number of channels.
+    """
     channels, height, width = picture.shape
     if channels not in PNG_COLOUR:
         raise ValueError(f"a PNG has 1 or 3 channels, the images have {channels}; save them as .npy")
     lines = picture.transpose(1, 2, 0).reshape(height, width * channels)
-    unfiltered = np.pad(lines, ((0, 0), (1, 0)))  # each line begins with its filter, 0: none
+    unfiltered = np.pad(lines, ((0, 0), (1, 0)))  # each line begins with the number of its filter; 0 is no filter
     header = struct.pack(">IIBBBBB", width, height, 8, PNG_COLOUR[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(unfiltered.tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)

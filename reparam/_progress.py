@@ -1,4 +1,4 @@
-"""A progress bar of one line on stderr."""
+"""Progress bar: one line on stderr."""
 
 import sys
 import time
@@ -8,7 +8,11 @@ REDRAW = 0.1  # seconds
 
 
 class Progress:
-    """Shows rows, rows per second and the time left. shown: None shows it where stderr is a terminal."""
+    """Shows rows, rows per second and the remaining time.
+
+    total: rows in all.
+    shown: whether to show the bar; None shows the bar where stderr is a terminal.
+    """
 
     def __init__(self, total: int, shown: bool | None) -> None:
         self.total = total

@@ -1,120 +1,69 @@
-"""What is sent: pure functions from arguments to HTTP requests."""
+"""Requests: pure functions from arguments to HTTP requests."""
 
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
-from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 from urllib.parse import quote
 
-import httpx
 import numpy as np
-import numpy.typing as npt
 
+from reparam import _checks as check
+from reparam._http import httpx
+from reparam._options import checked, latent_dims, of_rows
 from reparam._samples import DTYPES
 from reparam._version import __version__
 
-SEEDS = 2**64
+JSON = "application/json"
 
-Left = Callable[[], float | None]  # seconds that may still be waited; None: any
+Remaining = Callable[[], float | None]  # seconds until the deadline; None: there is no deadline
 
 
 @dataclass(frozen=True)
 class SampleRequest:
     """Rows start .. start + n - 1 of a seed, and how to draw them.
 
-    parameters: mu and log_var, or logits; float64, of the latent shape or (n, *latent_shape).
+    n: number of rows.
+    outputs: names of the arrays to return.
+    options: options that were given, checked. Seed and start are always among them.
+    latent_dims: number of dimensions of one latent; parameters with more dimensions have a row each.
     """
 
     n: int
-    seed: int
-    start: int
     outputs: tuple[str, ...]
-    options: Mapping[str, Any]  # model, version, temperature, hard, prior: those that were given
-    parameters: Mapping[str, npt.NDArray[np.float64]]
+    options: Mapping[str, Any]
+    latent_dims: int
 
     def content(self) -> bytes:
-        """The body of POST /sample. It names what was given and nothing else; the service knows the defaults."""
-        rows = {"n": self.n, "seed": self.seed, "start": self.start, "outputs": self.outputs}
-        parameters = {name: array.tolist() for name, array in self.parameters.items()}
-        return json.dumps({**rows, **self.options, **parameters}, separators=(",", ":")).encode()
+        """Returns: the body of POST /sample. The body names only what was given; the service knows the defaults."""
+        fields = {"n": self.n, "outputs": self.outputs, **self.options}
+        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+        return json.dumps(plain, separators=(",", ":")).encode()
 
-    def of(self, model: str, version: int) -> "SampleRequest":
-        """The same rows of one version, whatever becomes the latest meanwhile."""
+    def pinned(self, model: str, version: int) -> "SampleRequest":
+        """Returns: the same rows of one version, even if another version becomes the latest."""
         return replace(self, options={**self.options, "model": model, "version": version})
 
-    def after(self, rows: int, latent_dims: int) -> "SampleRequest":
-        """What is left to ask for when the first `rows` have come."""
-        left = {name: array[rows:] if array.ndim > latent_dims else array for name, array in self.parameters.items()}
-        return replace(self, n=self.n - rows, start=self.start + rows, parameters=left)
+    def after(self, rows: int) -> "SampleRequest":
+        """Returns: the request for the rows that are missing when the first `rows` rows have arrived."""
+        options = of_rows(self.options, slice(rows, None), self.latent_dims)
+        return replace(self, n=self.n - rows, options={**options, "start": options["start"] + rows})
 
 
 def sample_request(
-    n: int,
-    model: str | None,
-    version: int | None,
-    temperature: float | None,
-    hard: bool | None,
-    prior: str | None,
-    seed: int | None,
-    start: int,
-    mu: npt.ArrayLike | None,
-    log_var: npt.ArrayLike | None,
-    logits: npt.ArrayLike | None,
-    outputs: str | Sequence[str],
+    n: int, outputs: str | Sequence[str], options: Mapping[str, Any], others: tuple[str, ...] = ("n", "outputs")
 ) -> SampleRequest:
-    """Check what can be checked here; the service checks the rest. Raises ValueError, TypeError.
+    """Check what can be checked without the service.
 
-    The seed is settled before the first try, so that a retry asks for the same rows. It is below 2**53, so that any
-    reader of JSON can hand it back.
+    others: names of the arguments beside the options, for messages.
+
+    Raises: ValueError, TypeError.
     """
-    rows, first = whole("n", n), whole("start", start)
-    chosen = secrets.randbelow(2**53) if seed is None else whole("seed", seed)
-    if rows < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if not 0 <= chosen < SEEDS:
-        raise ValueError(f"seed must be 0 .. 2**64 - 1, got {seed}; leave it out for a fresh one")
-    if first < 0:
-        raise ValueError(f"start must be at least 0, got {start}")
-    options = {"model": model, "version": version, "temperature": temperature, "hard": hard, "prior": prior}
-    parameters = {"mu": mu, "log_var": log_var, "logits": logits}
-    return SampleRequest(
-        n=rows,
-        seed=chosen,
-        start=first,
-        outputs=_names(outputs),
-        options={name: _OPTIONS[name](name, value) for name, value in options.items() if value is not None},
-        parameters={name: _numbers(name, value) for name, value in parameters.items() if value is not None},
-    )
-
-
-def text(name: str, value: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise TypeError(f"{name} must be a string, got {value!r}")
-
-
-def whole(name: str, value: SupportsIndex) -> int:
-    try:
-        if not isinstance(value, bool):
-            return index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name} must be a whole number, got {value!r}")
-
-
-def number(name: str, value: float) -> float:
-    """One beyond a float's range is infinite."""
-    try:
-        if not isinstance(value, bool | np.bool_ | str | bytes):
-            return float(value)
-    except OverflowError:
-        return inf
-    except TypeError:
-        pass
-    raise TypeError(f"{name} must be a number, got {value!r}")
+    rows = check.count("n", n)
+    # The client draws the seed, so that a retry gives the same rows. Every reader of JSON keeps integers of 53 bits.
+    given = {"seed": secrets.randbelow(2**53), "start": 0, **checked(options, others)}
+    return SampleRequest(rows, _names(outputs), given, latent_dims(rows, given))
 
 
 def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
@@ -124,92 +73,62 @@ def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _flag(name: str, value: bool) -> bool:
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _temperature(name: str, value: float) -> float:
-    scale = number(name, value)
-    if not 0 <= scale < inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
-    return scale
-
-
-_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "model": text,
-    "version": whole,
-    "temperature": _temperature,
-    "hard": _flag,
-    "prior": text,
-}
-
-
-def _numbers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    try:
-        given = np.asarray(values)
-        if given.dtype.kind == "O":  # whole numbers of more than 64 bits, and what is none
-            given = np.asarray(values, np.float64)
-        if given.dtype.kind not in "iuf":
-            raise ValueError(f"they are {given.dtype}")
-        array = given.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}") from error
-    if not np.isfinite(array).all():
-        at = tuple(int(axis[0]) for axis in np.nonzero(~np.isfinite(array)))
-        raise ValueError(f"{name} must be finite, got {array[at]} at {at}")
-    return array
-
-
 class Server:
-    """Where requests go, and what all of them carry. Raises ValueError for an address or a key that cannot be sent."""
+    """Address of the service and the headers of every request.
+
+    Raises: ValueError for an address or a key that cannot be sent.
+    """
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         try:
-            self.url = httpx.URL(text("base_url", base_url).rstrip("/"))
+            self.url = httpx.URL(check.string("base_url", base_url).rstrip("/"))
             host = self.url.host
+            self.url.raw_host.decode("ascii").encode("idna")  # sockets do, and raise no error of the HTTP library
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}: {error}") from error
         if self.url.scheme not in ("http", "https") or not host or set("?#") & set(base_url):
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}")
         self.headers = {"User-Agent": f"reparam/{__version__}", "Accept-Encoding": "identity"}
         if api_key:
-            if not (text("api_key", api_key).isascii() and api_key.isprintable() and api_key == api_key.strip()):
+            key = check.string("api_key", api_key)
+            if not (key.isascii() and key.isprintable() and key == key.strip()):
                 raise ValueError("api_key must be printable ASCII without blanks around it; is there a line end in it?")
-            self.headers["Authorization"] = f"Bearer {api_key}"
+            self.headers["Authorization"] = f"Bearer {key}"
 
-    def sample(self, request: SampleRequest, media_type: str, left: Left) -> httpx.Request:
-        return self._request("POST", "/sample", media_type, left, request.content())
+    def sample(self, request: SampleRequest, media_type: str, remaining: Remaining) -> httpx.Request:
+        return self._request("POST", "/sample", media_type, remaining, request.content())
 
-    def models(self, left: Left) -> httpx.Request:
-        return self._request("GET", "/models", "application/json", left)
+    def models(self, remaining: Remaining) -> httpx.Request:
+        return self._request("GET", "/models", JSON, remaining)
 
-    def model(self, name: str, version: int | None, left: Left) -> httpx.Request:
+    def model(self, name: str, version: int | None, remaining: Remaining) -> httpx.Request:
         path = f"/models/{quote(name, safe='')}" + ("" if version is None else f"/versions/{version}")
-        return self._request("GET", path, "application/json", left)
+        return self._request("GET", path, JSON, remaining)
 
-    def _request(self, method: str, path: str, accept: str, left: Left, content: bytes | None = None) -> httpx.Request:
+    def _request(
+        self, method: str, path: str, accept: str, remaining: Remaining, content: bytes | None = None
+    ) -> httpx.Request:
         headers = {**self.headers, "Accept": accept}
         if content is not None:
-            headers["Content-Type"] = "application/json"
-        timeouts = Timeouts(left)
+            headers["Content-Type"] = JSON
+        timeouts = Timeouts(remaining)
         seconds = timeouts["read"]
-        if seconds is not None:  # the service drops a request that nobody waits for any more
+        if seconds is not None:  # the service drops a request whose time has run out
             headers["Request-Timeout"] = f"{seconds:.3f}"
         url = f"{self.url}{path}"
         return httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
 
 
 class Timeouts(Mapping[str, float | None]):
-    """httpx's timeouts of one request: each is what is left when it is asked for, so together they keep a deadline."""
+    """Timeouts of one request, in the form of httpx. Each is the time that remains when it is read, so that all phases
+    together keep one deadline."""
 
-    def __init__(self, left: Left) -> None:
-        self.left = left
+    def __init__(self, remaining: Remaining) -> None:
+        self.remaining = remaining
 
     def __getitem__(self, phase: str) -> float | None:
-        seconds = self.left()
-        return None if seconds is None else max(seconds, 1e-3)  # a socket takes 0 for "do not wait at all"
+        seconds = self.remaining()
+        return None if seconds is None else max(seconds, 1e-3)  # 0 means "do not wait at all" to a socket
 
     def __iter__(self) -> Iterator[str]:
         return iter(("connect", "write", "read", "pool"))

@@ -1,17 +1,18 @@
-"""What a call returns: arrays, and where they come from."""
+"""Samples: the arrays of a response, and what reproduces them."""
 
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from errno import EISDIR, ENOENT
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from reparam._files import replacing
+from reparam._options import latent_dims, of_rows, parameters
 from reparam._pictures import Pixels, png, sheet
 
 if TYPE_CHECKING:
@@ -22,13 +23,24 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Samples:
-    """Rows start .. start + n - 1 of a seed. The same model, version, seed and start give the same rows again, with the
-    same other arguments.
+    """Rows start .. start + n - 1 of a seed.
 
-    images: uint8 (n, C, H, W), 0 .. 255. latents: float32 (n, *latent_shape), Gaussian models.
-    codes: float32 (n, variables, categories), one-hot or relaxed; indices: int32 (n, variables), the category of
-    each variable; Gumbel models. What was not asked for is None.
+    `client.sample(**samples.request)` gives the same rows again. Samples are a sequence of rows: `len`, iteration,
+    `samples[3]` and `samples[2:5]` work, and each part is Samples again.
+
+    images: uint8 (n, C, H, W), 0 .. 255.
+    latents: float32 (n, *latent_shape); Gaussian models.
+    codes: float32 (n, variables, categories), one-hot or relaxed; Gumbel models.
+    indices: int32 (n, variables), the category of each variable; Gumbel models.
+    model, version: the model that made the rows.
+    seed, start: origin of the noise.
+    noise_version: version of the function from seed and row to noise.
+    options: temperature, hard, prior and the parameters, as far as the call gave them.
+
+    Arrays that the call did not ask for are None.
     """
+
+    __module__ = "reparam"  # pickles name the public class, not this module
 
     images: Pixels | None = None
     latents: npt.NDArray[np.float32] | None = None
@@ -39,10 +51,12 @@ class Samples:
     seed: int
     start: int
     noise_version: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _latent_dims: int = 0  # parameters with more dimensions have a row each; 0: unknown
 
     @property
     def outputs(self) -> dict[str, Array]:
-        """The arrays that were asked for, by name."""
+        """The arrays that the call asked for, by name."""
         return {name: array for name in DTYPES if (array := getattr(self, name)) is not None}
 
     @property
@@ -50,17 +64,60 @@ class Samples:
         """Number of rows."""
         return len(next(iter(self.outputs.values())))
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """Keyword arguments with which `Client.sample` gives the same rows again.
+
+        The version is among them, so defaults of the model, such as its temperature, stay the same.
+        """
+        return {"n": self.n, **self._origin, **self.options, "outputs": tuple(self.outputs)}
+
     def __len__(self) -> int:
         return self.n
 
+    def __iter__(self) -> Iterator["Samples"]:
+        return (self._rows(row, row + 1) for row in range(self.n))
+
+    def __getitem__(self, key: SupportsIndex | slice) -> "Samples":
+        """Rows as Samples; `samples[3]` has one row, and negative numbers count from the end.
+
+        The arrays are views. Rows of Samples follow each other, so a slice has no step; the arrays take any index.
+
+        Raises: IndexError for a row that is not there, ValueError for a step, TypeError for another key.
+        """
+        if isinstance(key, slice):
+            first, stop, step = key.indices(self.n)
+            if step != 1:
+                raise ValueError(f"rows of Samples follow each other, got the step {step}: {INDEX_ARRAYS}")
+            return self._rows(first, max(first, stop))
+        try:
+            row = index(key)
+        except TypeError:
+            raise TypeError(f"rows are taken by an integer or a slice, got {key!r}: {INDEX_ARRAYS}") from None
+        if not -self.n <= row < self.n:
+            raise IndexError(f"row {row} of {self.n} rows")
+        return self._rows(row % self.n, row % self.n + 1)
+
+    @staticmethod
+    def concatenate(parts: Iterable["Samples"]) -> "Samples":
+        """Join parts that follow each other, such as the batches of `iter_samples`.
+
+        Returns: the Samples that one call would have given.
+        Raises: ValueError for parts that no single call gives; the message says why.
+        """
+        return _joined(list(parts))
+
     def __repr__(self) -> str:
-        arrays = "".join(f"{name}={array.dtype}{array.shape}, " for name, array in self.outputs.items())
-        return f"Samples({arrays}model={self.model!r}, version={self.version}, seed={self.seed}, start={self.start})"
+        shown = {**self.outputs, **self._origin, **self.options}
+        return f"Samples({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
 
     def grid(self, columns: int | None = None) -> "Image":
-        """A contact sheet of the images, `columns` wide (default: near a square), as a Pillow image.
+        """Lay the images out as a contact sheet.
 
-        Raises ImportError without Pillow, ValueError without images.
+        columns: images beside each other. Default: near a square.
+
+        Returns: a Pillow image.
+        Raises: ImportError without Pillow, ValueError without images.
         """
         try:
             from PIL import Image
@@ -70,10 +127,13 @@ class Samples:
         return Image.fromarray(channels_last[..., 0] if channels_last.shape[-1] == 1 else channels_last)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the samples to a file and return its path. A file of that name is replaced once the new one is whole.
+        """Write the samples to a file. A file of that name is replaced once the new file is whole.
 
         path: *.npz holds every output under its name, *.npy the array of a single output, *.png a contact sheet of the
-        images. Raises ValueError for another suffix, or where the samples do not fit it.
+            images.
+
+        Returns: the path.
+        Raises: ValueError for another suffix, and for samples that do not fit the suffix.
         """
         path = Path(path)
         if path.suffix not in SUFFIXES:
@@ -83,13 +143,82 @@ class Samples:
         return path
 
     def _repr_png_(self) -> bytes | None:
-        """How a notebook shows it."""
-        return None if self.images is None else png(self._sheet())
+        """Show the contact sheet in a notebook."""
+        return png(self._sheet()) if self.images is not None and self.n else None
+
+    def _rows(self, first: int, stop: int) -> "Samples":
+        rows = slice(first, stop)
+        arrays: dict[str, Any] = {name: array[rows] for name, array in self.outputs.items()}
+        options = of_rows(self.options, rows, self._dims)
+        return replace(self, **arrays, start=self.start + first, options=options, _latent_dims=self._dims)
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ORIGIN}
+
+    @property
+    def _dims(self) -> int:
+        return self._latent_dims or latent_dims(self.n, self.options)
 
     def _sheet(self, columns: int | None = None) -> Pixels:
         if self.images is None:
             raise ValueError(f"no picture without images, got {', '.join(self.outputs)}; ask for outputs=('images',)")
+        if not self.n:
+            raise ValueError("no picture without rows, got 0 rows")
         return sheet(self.images, columns)
+
+
+INDEX_ARRAYS = "index an array instead, such as samples.outputs['images'][::2]"
+
+
+def _joined(parts: list[Samples]) -> Samples:
+    if not parts:
+        raise ValueError("nothing to concatenate: give at least one part")
+    for number, (before, part) in enumerate(pairwise(parts), 1):
+        if problem := _mismatch(before, part):
+            raise ValueError(f"parts {number - 1} and {number} are no rows of one call: {problem}")
+    first = parts[0]
+    arrays: dict[str, Any] = {name: np.concatenate([part.outputs[name] for part in parts]) for name in first.outputs}
+    each = {name: np.concatenate([part.options[name] for part in parts]) for name in _of_each_row(first)}
+    return replace(first, **arrays, options={**first.options, **each}, _latent_dims=first._dims)
+
+
+def _mismatch(before: Samples, part: Samples) -> str:
+    """Returns: why no call gives both parts, one behind the other; "" where a call does."""
+    each = _of_each_row(before), _of_each_row(part)
+    if each[0] != each[1]:
+        return f"parameters of each row are {each[0]} and {each[1]}"
+    left, right = _shared(before), _shared(part)
+    for name in left | right:
+        values = left.get(name), right.get(name)
+        if not _equal(*values):
+            return f"{name} is {_short(values[0])} and {_short(values[1])}"
+    end = before.start + before.n
+    return "" if part.start == end else f"the next row is {end}, and not {part.start}"
+
+
+def _of_each_row(samples: Samples) -> dict[str, tuple[int, ...]]:
+    """Returns: the shape of one row of each parameter that has rows."""
+    arrays = parameters(samples.options)
+    return {name: array.shape[1:] for name, array in arrays.items() if array.ndim > samples._dims}
+
+
+def _shared(samples: Samples) -> dict[str, Any]:
+    """Returns: what the parts of one call have in common."""
+    origin = {name: getattr(samples, name) for name in (*ORIGIN, "noise_version") if name != "start"}
+    each = _of_each_row(samples)
+    options = {name: value for name, value in samples.options.items() if name not in each}
+    return {**origin, "outputs": tuple(samples.outputs), **options}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return np.array_equal(left, right)
+    return bool(left == right)
+
+
+def _short(value: Any) -> str:
+    return f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else repr(value)
 
 
 def _write_npy(samples: Samples, file: BinaryIO) -> None:
@@ -100,7 +229,7 @@ def _write_npy(samples: Samples, file: BinaryIO) -> None:
 
 
 def _write_npz(samples: Samples, file: BinaryIO) -> None:
-    np.savez(file, **samples.outputs)  # type: ignore[arg-type]  # the stub takes one to be allow_pickle
+    np.savez(file, **samples.outputs)  # type: ignore[arg-type]  # the stub takes an output to be allow_pickle
 
 
 def _write_png(samples: Samples, file: BinaryIO) -> None:
@@ -109,31 +238,11 @@ def _write_png(samples: Samples, file: BinaryIO) -> None:
 
 SUFFIXES: dict[str, Callable[[Samples, BinaryIO], None]] = {".npy": _write_npy, ".npz": _write_npz, ".png": _write_png}
 
+ORIGIN = ("model", "version", "seed", "start")  # options that every response states
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "images": np.dtype("u1"),
     "latents": np.dtype("<f4"),
     "codes": np.dtype("<f4"),
     "indices": np.dtype("<i4"),
 }
-
-
-def check_place(path: Path) -> None:
-    """Raises OSError where no file can have this name."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
-    if path.is_dir():
-        raise IsADirectoryError(EISDIR, "a folder has this name", str(path))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` when all is written, and is gone when something fails. Raises OSError."""
-    check_place(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with unfinished.open("xb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -2,5 +2,5 @@
 
 import os
 
-# Unless told otherwise onnxruntime reports what it loads and runs to its makers; read when it is first imported.
+# By default onnxruntime reports what it loads and runs to its makers. It reads this variable when first imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,23 +1,27 @@
-"""What can go wrong with a request, and how it is told: problem details of RFC 9457, each type with one class here."""
+"""Problems: why a request cannot be answered. Each problem type (RFC 9457) is one class."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 MEDIA_TYPE = "application/problem+json"
-SHORT = 80  # characters of a value that a message repeats
+SHORT = 80  # characters of a client's value that a message repeats, at most
 
 
 def clipped(text: str) -> str:
-    """As much of what a client sent as a message repeats."""
+    """Cut text from a client to the length that a message repeats."""
     return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 class Problem(Exception):
     """A request that cannot be answered.
 
-    The message is the `detail`: it carries the offending value and the way out. Extra members go into the document as
-    they are; `retry_after`, in seconds, becomes the header too.
+    slug: names the problem type in `type`.
+    status: of the response.
+    meaning: one sentence, for OpenAPI and /problems.
+    detail: names the offending value and the way out.
+    headers: of the response. `retry_after`, in seconds, becomes the header Retry-After.
+    members: further members of the document.
     """
 
     slug: ClassVar[str] = "internal"
@@ -33,6 +37,7 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(members["retry_after"])
 
     def document(self, request_id: str) -> dict[str, Any]:
+        """Make the problem document of a request."""
         return {
             "type": f"/problems/{self.slug}",
             "title": HTTPStatus(self.status).phrase,
@@ -102,7 +107,7 @@ class NotAcceptable(Problem):
 class TooLarge(Problem):
     slug = "too-large"
     status = 413
-    meaning = "The body or the answer would exceed a limit; `limit` and `got` say by how much."
+    meaning = "The body or the response would exceed a limit; `limit` and `got` say by how much."
 
 
 class UnsupportedMediaType(Problem):
@@ -141,12 +146,12 @@ class DeadlineExceeded(Problem):
 
 
 class ClientLeft(Exception):
-    """The client closed the connection: nobody is left to answer."""
+    """The client has disconnected, so no response is due."""
 
 
 def cut_off() -> Unavailable:
-    """Of what has not ended when the service must."""
-    return Unavailable("the service ends before the answer is there: ask another replica, or again", retry_after=1)
+    """Make the problem of a request that has not ended when the process must."""
+    return Unavailable("the service ends before the response is there: ask another replica, or again", retry_after=1)
 
 
 _ALL: list[type[Problem]] = [Problem, *Problem.__subclasses__()]

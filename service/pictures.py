@@ -1,4 +1,4 @@
-"""Pixels to pictures: single PNGs and contact sheets."""
+"""Pictures from pixels: PNGs and contact sheets."""
 
 import io
 from math import ceil, isqrt
@@ -9,12 +9,15 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
-GAP = 2  # pixels between two images of a sheet
-PAPER = 96  # grey between them
+GAP = 2  # pixels between the images of a sheet
+PAPER = 96  # grey level between the images of a sheet
 
 
 def png(image: Pixels) -> bytes:
-    """Encode one image, uint8 (C, H, W) with C 1 or 3, as a PNG."""
+    """Encode an image as a PNG.
+
+    image: uint8 (C, H, W), C 1 or 3
+    """
     channels_last = image.transpose(1, 2, 0)
     picture = Image.fromarray(np.ascontiguousarray(channels_last[..., 0] if len(image) == 1 else channels_last))
     buffer = io.BytesIO()
@@ -23,9 +26,12 @@ def png(image: Pixels) -> bytes:
 
 
 def sheet(images: Pixels, columns: int | None = None) -> Pixels:
-    """Lay images, uint8 (n, C, H, W), out in rows of `columns` (default: ceil(sqrt(n)), near to a square).
+    """Lay images out in rows.
 
-    Returns uint8 (C, height, width). A single image comes back as it is.
+    images: uint8 (n, C, H, W)
+    columns: images in a row; default: ceil(sqrt(n)), near to a square
+
+    Returns: uint8 (C, height, width); a single image as it is
     """
     n, channels, height, width = images.shape
     if n == 1:

@@ -45,9 +45,7 @@ class Settings(BaseSettings):
     Each option can also be set in the environment: REPARAM_ and its name in capitals, as in REPARAM_PORT=9000.
     An option on the command line wins.
 
-    Examples:
-      reparam serve                         ./artifacts, or the demo models where there is no ./artifacts
-      reparam serve my-models --port 9000
+    Example: reparam serve my-models --port 9000
     """
 
     model_config = SettingsConfigDict(

@@ -1,4 +1,4 @@
-"""Both clients behind one face, so that every fact is checked on both."""
+"""Both clients with one interface, so that one test checks both."""
 
 import asyncio
 from collections.abc import Generator
@@ -9,8 +9,8 @@ import pytest
 from reparam import AsyncClient, Client, Model, Samples
 
 
-class Awaited:
-    """AsyncClient with the face of Client."""
+class BlockingAsyncClient:
+    """AsyncClient with the interface of Client."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.client = AsyncClient(*args, **settings)
@@ -22,12 +22,12 @@ class Awaited:
     def iter_samples(self, *args: Any, **options: Any) -> Generator[Samples, None, None]:
         batches = self.client.iter_samples(*args, **options)
 
-        async def following() -> Samples | None:
+        async def next_batch() -> Samples | None:
             return await anext(batches, None)
 
         def drain() -> Generator[Samples, None, None]:
             try:
-                while batch := self.runner.run(following()):
+                while batch := self.runner.run(next_batch()):
                     yield batch
             finally:
                 self.runner.run(batches.aclose())
@@ -49,5 +49,5 @@ class Awaited:
         self.runner.close()
 
 
-Connect = type[Client] | type[Awaited]
-both = pytest.mark.parametrize("connect", [Client, Awaited], ids=["sync", "async"])
+Connect = type[Client] | type[BlockingAsyncClient]
+both = pytest.mark.parametrize("connect", [Client, BlockingAsyncClient], ids=["sync", "async"])

@@ -1,4 +1,4 @@
-"""A real HTTP server that answers by script: for what a healthy service never does."""
+"""A real HTTP server that responds by script, for responses that a healthy service never gives."""
 
 import io
 import json
@@ -40,8 +40,8 @@ MODEL = {
 
 
 @dataclass
-class Asked:
-    """A request that came."""
+class Received:
+    """A request that arrived."""
 
     method: str
     path: str
@@ -49,15 +49,15 @@ class Asked:
     body: Any
 
 
-Answer = Callable[[Asked, BaseHTTPRequestHandler], None]
+Responder = Callable[[Received, BaseHTTPRequestHandler], None]
 
 
 class Peer:
-    """Each request is given the next answer of the script, and the last one again when there is none left."""
+    """A server in a thread. Each request gets the next responder of the script; the last responder repeats."""
 
-    def __init__(self, *script: Answer) -> None:
-        self.asked: list[Asked] = []
-        self.failures: list[Exception] = []  # of the script; raised when the peer ends
+    def __init__(self, *script: Responder) -> None:
+        self.requests: list[Received] = []
+        self.failures: list[Exception] = []  # of responders; raised when the peer ends
         self.script = script
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -67,19 +67,19 @@ class Peer:
         peer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
+            def respond(self) -> None:
                 content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                asked = Asked(self.command, self.path, headers, json.loads(content or "null"))
-                peer.asked.append(asked)
+                request = Received(self.command, self.path, headers, json.loads(content or "null"))
+                peer.requests.append(request)
                 try:
-                    peer.script[min(len(peer.asked), len(peer.script)) - 1](asked, self)
-                except ConnectionError:  # the client may have gone
+                    peer.script[min(len(peer.requests), len(peer.script)) - 1](request, self)
+                except ConnectionError:  # the client may have disconnected
                     pass
                 except Exception as error:  # for the test to see
                     peer.failures.append(error)
 
-            do_GET = do_POST = answer  # noqa: N815  # names that http.server looks for
+            do_GET = do_POST = respond  # noqa: N815  # names that http.server looks for
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -98,72 +98,73 @@ class Peer:
             raise failure
 
 
-def reply(status: int, body: bytes = b"", **headers: str) -> Answer:
-    """An answer; `Retry_After="1"` is the header Retry-After."""
+def reply(status: int, body: bytes = b"", **headers: str) -> Responder:
+    """Respond with a body. `Retry_After="1"` is the header Retry-After."""
     given = {name.replace("_", "-"): value for name, value in headers.items()}
 
-    def answer(_: Asked, handler: BaseHTTPRequestHandler) -> None:
+    def respond(_: Received, handler: BaseHTTPRequestHandler) -> None:
         _begin(handler, status, {"Content-Length": str(len(body)), **given})
         handler.wfile.write(body)
 
-    return answer
+    return respond
 
 
-def problem(status: int, detail: str = "no", **headers: str) -> Answer:
+def problem(status: int, detail: str = "no", **headers: str) -> Responder:
     document = {"type": "/problems/some", "title": "Some", "status": status, "detail": detail}
     return reply(status, json.dumps(document).encode(), Content_Type="application/problem+json", **headers)
 
 
-def as_json(value: Any) -> Answer:
+def as_json(value: Any) -> Responder:
     return reply(200, json.dumps(value).encode(), Content_Type="application/json")
 
 
-def rows(cut: int | None = None, then: Callable[[BufferedIOBase], None] | None = None) -> Answer:
-    """The rows asked for, as images (1, 2, 2) that spell the number of their row.
+def rows(cut: int | None = None, then: Callable[[BufferedIOBase], None] | None = None) -> Responder:
+    """Respond with the requested rows, as images (1, 2, 2) that spell the number of their row.
 
-    cut: bytes of rows until it breaks. then: what happens before the connection closes.
+    cut: number of bytes of rows to send; None sends all.
+    then: called before the connection closes.
     """
 
-    def answer(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
-        start, n = asked.body["start"], asked.body["n"]
+    def respond(request: Received, handler: BaseHTTPRequestHandler) -> None:
+        start, n = request.body["start"], request.body["n"]
         images = np.arange(start, start + n, dtype="<u4").view("u1").tobytes()
         length = len(npy_header(n)) + len(images)
-        headers = {"Content-Length": str(length), "Sample-Seed": str(asked.body["seed"]), "Sample-Start": str(start)}
+        headers = {"Content-Length": str(length), "Sample-Seed": str(request.body["seed"]), "Sample-Start": str(start)}
         _begin(handler, 200, HEADERS | headers)
         handler.wfile.write(npy_header(n) + images[:cut])
         if then:
             then(handler.rfile)
 
-    return answer
+    return respond
 
 
-def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> Answer:
-    """An npy answer of these pieces, whose length nobody announced."""
+def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> Responder:
+    """Respond with these pieces of an npy file, without Content-Length."""
 
-    def answer(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
-        headers = {"Transfer-Encoding": "chunked", "Sample-Seed": "1", "Sample-Start": str(asked.body["start"])}
+    def respond(request: Received, handler: BaseHTTPRequestHandler) -> None:
+        headers = {"Transfer-Encoding": "chunked", "Sample-Seed": "1", "Sample-Start": str(request.body["start"])}
         _begin(handler, 200, HEADERS | headers)
         for piece in pieces:
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
         handler.wfile.write(end)
 
-    return answer
+    return respond
 
 
-def trickle(_: Asked, handler: BaseHTTPRequestHandler) -> None:
-    """An answer that never stops coming, a byte at a time."""
+def trickle(_: Received, handler: BaseHTTPRequestHandler) -> None:
+    """Respond without end, a byte at a time."""
     _begin(handler, 200, HEADERS)
     while True:
         handler.wfile.write(b"x")
         time.sleep(0.02)
 
 
-def hang_up(_: Asked, handler: BaseHTTPRequestHandler) -> None:
-    """No answer at all."""
+def hang_up(_: Received, handler: BaseHTTPRequestHandler) -> None:
+    """Close the connection without a response."""
 
 
-def silence(_: Asked, handler: BaseHTTPRequestHandler) -> None:
-    """No answer, until the client hangs up."""
+def silence(_: Received, handler: BaseHTTPRequestHandler) -> None:
+    """Send nothing until the client disconnects."""
     until_gone(handler.rfile)
 
 
@@ -185,7 +186,7 @@ def _begin(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]
 
 
 def numbers(batches: list[Samples]) -> list[int]:
-    """The row numbers that the images of the peer spell."""
+    """Returns: the row numbers that the images of the peer spell."""
     return [int(row) for batch in batches if batch.images is not None for row in batch.images.reshape(-1).view("<u4")]
 
 

@@ -1,4 +1,4 @@
-"""The command line, as it is typed."""
+"""The commands of the client, as typed."""
 
 import os
 import shlex
@@ -17,10 +17,10 @@ from PIL import Image
 from reparam import Client
 from reparam._cli import main
 from tests.conftest import Running
-from tests.peer import Asked, Peer, as_json, problem, rows, silence
+from tests.peer import Peer, Received, as_json, problem, rows, silence
 
 
-def test_png_is_a_contact_sheet_and_the_line_printed_repeats_it(
+def test_png_is_a_contact_sheet_and_the_printed_command_repeats_it(
     service: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "my rows.png"
@@ -36,7 +36,7 @@ def test_png_is_a_contact_sheet_and_the_line_printed_repeats_it(
         assert picture.size == (32, 22)
 
 
-def test_the_line_printed_has_every_choice(
+def test_the_printed_command_has_every_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Peer(rows()) as peer:
@@ -65,14 +65,14 @@ def test_an_array_larger_than_a_batch_is_written_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(path).reshape(-1).view("<u4"), np.arange(600_000))
 
 
-def test_two_that_write_one_file_write_it_whole(tmp_path: Path) -> None:
+def test_two_writers_of_one_file_each_write_it_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
 
-    def other(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
+    def other(request: Received, handler: BaseHTTPRequestHandler) -> None:
         command = [sys.executable, "-m", "reparam", "sample", "-n", "3", "-o", str(path), "--url", peer.url]
         subprocess.run(command, check=True, timeout=60)
         assert path.exists()
-        rows()(asked, handler)
+        rows()(request, handler)
 
     with Peer(other, rows()) as peer:
         assert main(["sample", "-n", "9", "--start", "5", "-o", str(path), "--url", peer.url]) == 0
@@ -80,7 +80,7 @@ def test_two_that_write_one_file_write_it_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["rows.npy"]
 
 
-def test_npz_holds_each_output_named(service: Running, tmp_path: Path) -> None:
+def test_npz_holds_each_output_by_name(service: Running, tmp_path: Path) -> None:
     path = tmp_path / "rows.npz"
     named = ["--model", "tiny-gumbel", "--hard", "--output", "codes", "--output", "indices"]
     assert main(["sample", "-n", "4", "-o", str(path), "--url", service.url, *named]) == 0
@@ -102,7 +102,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("REPARAM_API_KEY", "sesame")
     with Peer(as_json({"models": [], "default": None})) as peer:
         assert main(["models", "--url", peer.url]) == 0
-    assert peer.asked[0].headers["authorization"] == "Bearer sesame"
+    assert peer.requests[0].headers["authorization"] == "Bearer sesame"
 
 
 def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".png"])
-def test_a_place_for_no_file_is_told_in_one_line_before_anything_is_asked(
+def test_an_impossible_path_is_refused_in_one_line_before_anything_is_sent(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, suffix: str
 ) -> None:
     (tmp_path / f"folder{suffix}").mkdir()
@@ -130,11 +130,11 @@ def test_a_place_for_no_file_is_told_in_one_line_before_anything_is_asked(
         f"reparam: [Errno 2] no such folder: '{tmp_path / 'none'}'",
         f"reparam: [Errno 21] a folder has this name: '{tmp_path / f'folder{suffix}'}'",
     ]
-    assert peer.asked == []
+    assert peer.requests == []
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["-o", "x.gif"], "-o must end in .npy, .npz, .png, got 'x.gif'"),
         (["-o", "x.npy", "--output", "codes", "--output", "images"], ".npy holds one output, got codes, images"),
@@ -144,16 +144,16 @@ def test_a_place_for_no_file_is_told_in_one_line_before_anything_is_asked(
         ([], "the following arguments are required: -o"),
     ],
 )
-def test_wrong_usage_exits_with_2(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["sample", *options])
     assert exit.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored, as in the background."""
+    """SIGINT raises KeyboardInterrupt, even if the tests were started with SIGINT ignored, as background jobs are."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     yield
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
@@ -163,9 +163,9 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_neither_file_nor_traceback(tmp_path: Path, number: int, status: int) -> None:
-    def interrupt(asked: Asked, handler: BaseHTTPRequestHandler) -> None:
+    def interrupt(request: Received, handler: BaseHTTPRequestHandler) -> None:
         os.kill(os.getpid(), number)
-        silence(asked, handler)
+        silence(request, handler)
 
     with Peer(interrupt) as peer, pytest.raises(SystemExit) as ended:
         sys.exit(main(["sample", "-o", str(tmp_path / "x.npy"), "--url", peer.url]))

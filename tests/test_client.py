@@ -1,9 +1,9 @@
 """The clients against the real service."""
 
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.peer import MODEL, Peer, as_json
 
 
 @both
-def test_samples_are_pixels_with_what_reproduces_them(connect: Connect, service: Running) -> None:
+def test_samples_are_pixels_with_their_origin(connect: Connect, service: Running) -> None:
     with connect(service.url) as client:
         samples = client.sample(3, start=4)
     assert samples.images is not None
@@ -81,7 +81,7 @@ def test_hard_codes_are_one_hot_at_any_temperature(connect: Connect, service: Ru
 
 
 @both
-def test_models_come_with_the_default_one_first(connect: Connect, service: Running) -> None:
+def test_the_default_model_is_listed_first(connect: Connect, service: Running) -> None:
     with connect(service.url) as client:
         first, *others = client.models()
         gumbel = client.model("tiny-gumbel")
@@ -114,7 +114,7 @@ def test_a_failure_of_the_service_carries_the_request_id(connect: Connect, servi
 
 
 @both
-def test_a_key_opens_a_service_that_asks_for_one(connect: Connect, serve: Callable[..., Running]) -> None:
+def test_a_service_with_a_key_refuses_clients_without_the_key(connect: Connect, serve: Callable[..., Running]) -> None:
     closed = serve(api_key="sesame")
     with connect(closed.url, "sesame") as client:
         assert len(client.sample()) == 1
@@ -129,11 +129,11 @@ def test_every_problem_of_the_service_has_a_class() -> None:
 
 
 @both
-def test_a_name_is_one_part_of_a_path_and_answers_are_not_compressed(connect: Connect) -> None:
+def test_a_model_name_is_quoted_in_the_path_and_responses_are_not_compressed(connect: Connect) -> None:
     with Peer(as_json(MODEL)) as peer, connect(peer.url) as client:
         assert client.model("a/b c?").name == "peer"
-    assert peer.asked[0].path == "/models/a%2Fb%20c%3F"
-    assert peer.asked[0].headers["accept-encoding"] == "identity"
+    assert peer.requests[0].path == "/models/a%2Fb%20c%3F"
+    assert peer.requests[0].headers["accept-encoding"] == "identity"
 
 
 def test_threads_may_share_a_client(service: Running) -> None:
@@ -142,8 +142,10 @@ def test_threads_may_share_a_client(service: Running) -> None:
         np.testing.assert_array_equal(np.concatenate(list(rows)), client.sample(32, seed=3).outputs["images"])
 
 
-def test_importing_the_package_loads_little() -> None:
-    heavy = {"PIL", "argparse", "asyncio", "importlib.metadata", "numpy.random"}
-    script = "import sys, httpx, numpy; before = set(sys.modules); import reparam; print(*(set(sys.modules) - before))"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not heavy & set(loaded.stdout.split())
+def test_the_examples_of_the_guide_run(service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = Path("docs/client.md").read_text().replace("http://127.0.0.1:8000", service.url)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in re.findall("```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(example.replace("Client()", f'Client("{service.url}")'), "docs/client.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", *(f"row-{row}.png" for row in range(16))}

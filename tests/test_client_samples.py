@@ -1,4 +1,4 @@
-"""What can be done with samples once they are there."""
+"""Samples: files, pictures and their text form."""
 
 import io
 import sys
@@ -20,12 +20,12 @@ def samples(**arrays: Any) -> Samples:
     return Samples(**arrays, model="some", version=2, seed=7, start=0, noise_version=1)
 
 
-def test_a_repr_tells_shapes_and_the_seed() -> None:
+def test_the_repr_shows_shapes_and_the_origin() -> None:
     shown = repr(samples(images=GREY))
     assert shown == "Samples(images=uint8(5, 1, 8, 8), model='some', version=2, seed=7, start=0)"
 
 
-def test_npy_holds_the_one_output(tmp_path: Path) -> None:
+def test_npy_holds_the_single_output(tmp_path: Path) -> None:
     path = samples(images=GREY).save(tmp_path / "rows.npy")
     np.testing.assert_array_equal(np.load(path), GREY)
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.npy"]
@@ -50,8 +50,8 @@ def test_png_is_the_picture_of_the_grid(images: Any, tmp_path: Path) -> None:
 def test_the_grid_is_the_contact_sheet_of_the_service(service: Running) -> None:
     with Client(service.url) as client:
         grid = client.sample(7, seed=5).grid()
-    answer = service.post({"n": 7, "seed": 5}, headers={"Accept": "image/png"})
-    with Image.open(io.BytesIO(answer.content)) as sheet:
+    response = service.post({"n": 7, "seed": 5}, headers={"Accept": "image/png"})
+    with Image.open(io.BytesIO(response.content)) as sheet:
         np.testing.assert_array_equal(np.asarray(grid), np.asarray(sheet))
 
 
@@ -61,7 +61,7 @@ def test_columns_choose_the_shape_of_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "name", "said"),
+    ("arrays", "name", "message"),
     [
         ({"images": GREY}, "rows.jpg", "cannot save as 'rows.jpg': the name must end in .npy, .npz, .png"),
         ({"images": GREY, "latents": GREY}, "rows.npy", "the samples have images, latents; save them as .npz"),
@@ -69,8 +69,8 @@ def test_columns_choose_the_shape_of_the_grid() -> None:
         ({"images": GREY.reshape(5, 2, 8, 4)}, "rows.png", "a PNG has 1 or 3 channels, the images have 2"),
     ],
 )
-def test_what_does_not_fit_a_file_leaves_none(arrays: Any, name: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_samples_that_do_not_fit_a_file_leave_no_file(arrays: Any, name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         samples(**arrays).save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_without_images_a_notebook_shows_the_repr() -> None:
     assert samples(latents=np.ones((2, 3), np.float32))._repr_png_() is None
 
 
-def test_pictures_need_pillow_for_grid_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_grid_needs_pillow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert samples(images=GREY).save(tmp_path / "grid.png").stat().st_size > 0
     with pytest.raises(ImportError, match="pip install pillow"):

@@ -1,4 +1,4 @@
-"""Every source of images, and every way it can be broken: an error naming the file."""
+"""Sources of training images, and errors naming the broken file."""
 
 import gzip
 import io
@@ -57,7 +57,7 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_the_digits_are_always_there() -> None:
+def test_digits() -> None:
     data = load("digits")
     assert data.image_shape == (1, 8, 8)
     assert (len(data.train), len(data.test)) == (1617, 180)
@@ -74,7 +74,7 @@ def test_idx_files(tmp_path: Path, zipped: bool) -> None:
     assert data.name == tmp_path.name
 
 
-def test_npz_with_a_split_or_without(tmp_path: Path) -> None:
+def test_npz_with_and_without_a_split(tmp_path: Path) -> None:
     train, test = some_images(20), some_images(7)
     np.savez(tmp_path / "split.npz", train=train[:, 0], test=test)
     assert np.array_equal(load(str(tmp_path / "split.npz")).train, train)
@@ -85,13 +85,13 @@ def test_npz_with_a_split_or_without(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uint8", "bool", "int64", "float32"])
-def test_binary_images_are_black_and_white_whatever_their_type(tmp_path: Path, kind: str) -> None:
+def test_binary_images_of_any_dtype_become_0_and_255(tmp_path: Path, kind: str) -> None:
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).integers(0, 2, (20, 4, 4)).astype(kind))
     assert set(np.unique(load(str(tmp_path / "d.npz")).train)) == {0, 255}
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("1", 1), ("P", 3)])
-def test_a_folder_of_pictures(tmp_path: Path, mode: str, channels: int) -> None:
+def test_folder_of_pictures(tmp_path: Path, mode: str, channels: int) -> None:
     data = load(str(write_pictures(tmp_path, some_images(10), mode)))
     assert data.image_shape == (channels, 6, 5)
     assert (len(data.train), len(data.test)) == (9, 1)
@@ -103,12 +103,12 @@ def test_pictures_keep_their_pixels(tmp_path: Path) -> None:
     assert {image.tobytes() for image in [*data.train, *data.test]} == {image.tobytes() for image in images}
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_sources_are_refused(tmp_path: Path) -> None:
     assert "no data at 'nowhere'" in refusal("nowhere")
     assert "holds neither IDX files nor pictures" in refusal(tmp_path)
 
 
-def test_a_corrupt_gzip(tmp_path: Path) -> None:
+def test_corrupt_gzip_is_refused(tmp_path: Path) -> None:
     path = write_idx(tmp_path, some_images(), some_images()) / "t10k-images-idx3-ubyte.gz"
     content = path.read_bytes()
     for broken in (content[:-20], content[:50] + b"\0\0\0\0" + content[54:], b"plain", b""):
@@ -116,7 +116,7 @@ def test_a_corrupt_gzip(tmp_path: Path) -> None:
         assert str(path) in refusal(tmp_path)
 
 
-def test_idx_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+def test_broken_idx_files_are_refused(tmp_path: Path) -> None:
     folder = write_idx(tmp_path, some_images(), some_images(), zipped=False)
     train = folder / "train-images-idx3-ubyte"
     train.write_bytes(idx(some_images())[:-1])
@@ -129,7 +129,7 @@ def test_idx_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     assert "has no train-images-idx3-ubyte.gz" in refusal(folder)
 
 
-def test_npz_files_that_do_not_fit(tmp_path: Path) -> None:
+def test_broken_npz_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.npz"
     for arrays, says in (
         ({"x": some_images()}, "it should hold `train` and `test`, or `images`"),
@@ -155,19 +155,19 @@ def test_npz_files_that_do_not_fit(tmp_path: Path) -> None:
         assert f"{path} is not a readable .npz" in refusal(path)
 
 
-def test_deep_pictures_are_refused(tmp_path: Path) -> None:
+def test_pictures_with_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.arange(30, dtype=np.uint16).reshape(6, 5) * 1000).save(tmp_path / "deep.png")
     assert "deep.png has more than 8 bits a pixel" in refusal(tmp_path)
 
 
-def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
+def test_broken_pictures_are_refused(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, some_images(3))
     Image.new("L", (9, 9)).save(folder / "other.png")
     assert "other.png is 9x9" in refusal(folder)
     (folder / "other.png").write_bytes((folder / "000.png").read_bytes()[:40])
     assert "other.png is not a readable picture" in refusal(folder)
     broken = bytearray((folder / "000.png").read_bytes())
-    broken[16:24] = b"\0\0\0\5\0\0\0\7"  # the size, and not its checksum
+    broken[16:24] = b"\0\0\0\5\0\0\0\7"  # another size with the old checksum
     (folder / "other.png").write_bytes(broken)
     assert "other.png is not a readable picture" in refusal(folder)
 
@@ -187,13 +187,13 @@ def test_amat_files(tmp_path: Path, as_text: str | None) -> None:
 
 
 @pytest.mark.parametrize("content", [b"MATLAB 5.0 and no more", b"0 1 1", b"2 " * 784, b"x " * 784, b""])
-def test_amat_files_that_are_none(tmp_path: Path, content: bytes) -> None:
+def test_broken_amat_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "binarized_mnist_train.amat").write_bytes(content)
     with pytest.raises(DataError, match=r"binarized_mnist_train\.amat is not readable"):
         load(str(tmp_path))
 
 
-def test_pixels_are_white_as_often_as_they_are_grey() -> None:
+def test_pixels_are_1_with_the_probability_of_their_grey_value() -> None:
     greys = torch.arange(256, dtype=torch.uint8)
     drawn = as_images(greys.expand(20_001, 1, 1, 256), True, generator(0, 0))
     assert set(drawn.unique().tolist()) == {0.0, 1.0}

@@ -193,7 +193,7 @@ def test_signals_do_not_wait_for_the_lock_of_the_engine(serve: Callable[..., Run
     engine, server = service.lifespan.engine, service.server
 
     def interrupt() -> None:
-        with engine._lock:
+        with engine._queue._lock:
             server.handle_exit(signal.SIGINT, None)
             server.handle_exit(signal.SIGTERM, None)
 

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "export": {
         "torch", "onnx", "onnxruntime", "safetensors",
         "numpy", "scipy", "pydantic", "pydantic_settings", "PIL", "sklearn", "threadpoolctl", "tqdm",
-        "reparam.export", "reparam.models", "reparam.service.artifact", "reparam.service.pictures", "reparam._version",
+        "reparam.export", "reparam.models", "reparam.service.artifact", "reparam.service.pictures",
+        "reparam._version", "reparam._help",
     },
     "service": {
         "fastapi", "starlette", "uvicorn", "httptools", "pydantic", "pydantic_settings", "numpy", "scipy",
         "onnxruntime", "pydantic_core", "PIL", "orjson", "mimeparse", "prometheus_client", "pythonjsonlogger",
-        "reparam.service", "reparam._version",
+        "reparam.service", "reparam._version", "reparam._help",
     },
     "reparam": {"httpx", "httpx2", "numpy", "PIL"},
     "benchmarks": {"numpy", "benchmarks"},

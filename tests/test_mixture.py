@@ -1,4 +1,4 @@
-"""A mixture as the prior, served: stored in the artifact, drawn by noise of its own."""
+"""Mixture priors in the service: stored in the artifact, drawn by a separate noise stream."""
 
 import io
 import json
@@ -34,13 +34,13 @@ def mixture_of(repository: Path, kind: str) -> dict[str, Array]:
 
 
 def uniforms(seed: int, stream: int, row: int, elements: int) -> Array:
-    """docs/architecture.md, step by step: row r of a seed begins at counter r * blocks."""
+    """The steps in docs/architecture.md: row r of a seed begins at counter r * blocks."""
     blocks = -(-elements // 4)
     words = np.random.Philox(key=[seed, stream], counter=row * blocks).random_raw(elements)
     return (words + 0.5) * 2.0**-64
 
 
-def row_by_the_book(mixture: dict[str, Array], kind: str, seed: int, row: int, temperature: float) -> Array:
+def documented_row(mixture: dict[str, Array], kind: str, seed: int, row: int, temperature: float) -> Array:
     [u] = uniforms(seed, 1, row, 1)
     component = int(np.searchsorted(np.cumsum(mixture["weights"]), u))
     if kind == "gaussian":
@@ -54,8 +54,9 @@ def row_by_the_book(mixture: dict[str, Array], kind: str, seed: int, row: int, t
 
 
 def draw(service: Running, kind: str, **body: Any) -> Array:
-    given = {"model": kind, "outputs": [LATENTS[kind]], **body}
-    response = service.post(given, headers={"Accept": "application/x-npy"})
+    response = service.post(
+        {"model": kind, "outputs": [LATENTS[kind]], **body}, headers={"Accept": "application/x-npy"}
+    )
     assert response.status_code == 200, response.text
     rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
     return rows
@@ -64,35 +65,35 @@ def draw(service: Running, kind: str, **body: Any) -> Array:
 @pytest.mark.parametrize("start", [0, 2**40])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_what_the_documented_steps_give(
+def test_row_follows_the_documented_steps(
     service: Running, mixed: Path, kind: str, temperature: float, start: int
 ) -> None:
     mixture = mixture_of(mixed, kind)
     rows = draw(service, kind, seed=7, start=start, n=40, temperature=temperature)
-    expected = [row_by_the_book(mixture, kind, 7, start + row, temperature) for row in range(40)]
+    expected = [documented_row(mixture, kind, 7, start + row, temperature) for row in range(40)]
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_rows_however_they_are_asked_for(service: Running, kind: str) -> None:
-    """Alone, in one request, and all at once among rows of the standard prior and rows with parameters."""
+def test_rows_are_the_same_in_any_request_and_batch(service: Running, kind: str) -> None:
+    """Singly, in one request, and in batches with rows of the standard prior and rows with parameters."""
     parameter = {"gaussian": {"mu": [1.0, 2.0, 3.0]}, "gumbel": {"logits": np.eye(5)[:4].tolist()}}[kind]
     others: list[dict[str, Any]] = [{"prior": "standard"}, {"prior": "standard", **parameter}, parameter]
     alone = [draw(service, kind, seed=3, n=8, temperature=0.5, **other) for other in others]
     whole = draw(service, kind, seed=5, n=64, temperature=0.5)
 
-    def ask(number: int) -> tuple[Array, Array]:
+    def draw_both(number: int) -> tuple[Array, Array]:
         other = draw(service, kind, seed=3, n=8, temperature=0.5, **others[number % 3])
         return draw(service, kind, seed=5, start=number, n=1, temperature=0.5), other
 
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, range(64)))
-    for number, (row, other) in enumerate(answers):
+        drawn = list(pool.map(draw_both, range(64)))
+    for number, (row, other) in enumerate(drawn):
         assert np.array_equal(row[0], whole[number])
         assert np.array_equal(other, alone[number % 3])
 
 
-def test_components_are_drawn_as_often_as_they_weigh(service: Running, mixed: Path) -> None:
+def test_components_are_drawn_by_weight(service: Running, mixed: Path) -> None:
     mixture = mixture_of(mixed, "gaussian")
     means = draw(service, "gaussian", seed=1, n=200_000, temperature=0)
     counts = [(np.abs(means - mu) < 1e-5).all(1).sum() for mu in mixture["mu"]]
@@ -100,19 +101,21 @@ def test_components_are_drawn_as_often_as_they_weigh(service: Running, mixed: Pa
     assert stats.chisquare(counts, mixture["weights"] * 200_000).pvalue > 0.001
 
 
-def test_the_standard_prior_stays_selectable(service: Running) -> None:
+def test_standard_prior_is_selectable(service: Running) -> None:
     standard = draw(service, "gaussian", seed=2, n=16, prior="standard")
     assert np.array_equal(standard, draw(service, "gaussian", seed=2, n=16, mu=[0] * 3, log_var=[0] * 3))
-    # With parameters, those that are not given are the standard prior's.
+    # Parameters left out are parameters of the standard prior.
     assert np.array_equal(standard, draw(service, "gaussian", seed=2, n=16, mu=[0] * 3))
     assert not np.array_equal(standard, draw(service, "gaussian", seed=2, n=16))
-    answers = [service.post({"seed": 2, **prior}).json() for prior in ({}, {"prior": "mixture"}, {"prior": "standard"})]
-    assert [answer["prior"] for answer in answers] == ["mixture", "mixture", "standard"]
-    assert answers[0]["images"] == answers[1]["images"] != answers[2]["images"]
+    responses = [
+        service.post({"seed": 2, **prior}).json() for prior in ({}, {"prior": "mixture"}, {"prior": "standard"})
+    ]
+    assert [response["prior"] for response in responses] == ["mixture", "mixture", "standard"]
+    assert responses[0]["images"] == responses[1]["images"] != responses[2]["images"]
     assert service.get("/models/gaussian").json()["priors"] == ["mixture", "standard"]
 
 
-def test_the_sdk_chooses_the_prior(service: Running) -> None:
+def test_sdk_selects_the_prior(service: Running) -> None:
     with reparam.Client(service.url) as client:
         assert client.model("gumbel").priors == ("mixture", "standard")
         default, mixture, standard = (
@@ -131,7 +134,7 @@ def test_the_sdk_chooses_the_prior(service: Running) -> None:
         ({"prior": ["standard"]}, "'standard'"),
     ],
 )
-def test_a_prior_that_cannot_be_is_refused(service: Running, body: dict[str, Any], fault: str) -> None:
+def test_impossible_prior_is_refused(service: Running, body: dict[str, Any], fault: str) -> None:
     response = service.post(body)
     assert response.status_code == 422
     [error] = response.json()["errors"]
@@ -139,7 +142,7 @@ def test_a_prior_that_cannot_be_is_refused(service: Running, body: dict[str, Any
     assert fault in error["detail"]
 
 
-def test_a_model_without_a_mixture_says_so(serve: Any, repository: Path) -> None:
+def test_model_without_a_mixture_lists_its_priors(serve: Any, repository: Path) -> None:
     plain: Running = serve(artifacts=repository)
     assert plain.get("/models/tiny-gaussian").json()["priors"] == ["standard"]
     assert plain.post({"prior": "standard", "seed": 1}).json()["prior"] == "standard"
@@ -165,7 +168,7 @@ def test_a_model_without_a_mixture_says_so(serve: Any, repository: Path) -> None
         ([1.0], "'reparam.mixture' is [1.0]"),
     ],
 )
-def test_a_broken_mixture_is_refused_by_name(repository: Path, tmp_path: Path, mixture: Any, fault: str) -> None:
+def test_broken_mixture_is_refused_with_the_reason(repository: Path, tmp_path: Path, mixture: Any, fault: str) -> None:
     good = repository / "tiny-gaussian" / "1" / "model.onnx"
     path = operate(good, tmp_path / "model.onnx", set_metadata("reparam.mixture", json.dumps(mixture)))
     with pytest.raises(ArtifactError) as refusal:

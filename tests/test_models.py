@@ -1,4 +1,4 @@
-"""The distributions, against values computed another way."""
+"""The distributions, compared with values computed in another way."""
 
 import itertools
 import math
@@ -19,7 +19,9 @@ SHAPES = [(1, 28, 28), (1, 8, 8), (3, 7, 10), (1, 5, 1)]
 @pytest.mark.parametrize("image_shape", SHAPES)
 @pytest.mark.parametrize("body", ["mlp", "conv"])
 @pytest.mark.parametrize(("kind", "latent"), [("gaussian", (4,)), ("gaussian", (2, 3, 3)), ("gumbel", (3, 5))])
-def test_shapes(kind: str, latent: tuple[int, ...], body: str, image_shape: tuple[int, int, int]) -> None:
+def test_shapes_of_encoder_and_decoder(
+    kind: str, latent: tuple[int, ...], body: str, image_shape: tuple[int, int, int]
+) -> None:
     dense = (6,) if body == "conv" else ()
     model = MODELS[kind](VAEConfig(image_shape, latent, body, (4, 8), dense))  # type: ignore[arg-type]  # a Literal
     parameters = model.encode(torch.rand(2, *image_shape))
@@ -28,7 +30,7 @@ def test_shapes(kind: str, latent: tuple[int, ...], body: str, image_shape: tupl
 
 
 @pytest.mark.parametrize("image_shape", [(1, 28, 28), (1, 7, 10)])
-def test_the_last_convolution_of_grey_images_is_torchs_own(image_shape: tuple[int, int, int]) -> None:
+def test_convolution_to_one_channel_equals_torchs_convolution(image_shape: tuple[int, int, int]) -> None:
     *_, last = GaussianVAE(VAEConfig(image_shape, (4,), "conv", (6,))).decoder.double()
     assert isinstance(last, torch.nn.ConvTranspose2d)
     assert last.bias is not None
@@ -41,14 +43,14 @@ def test_the_last_convolution_of_grey_images_is_torchs_own(image_shape: tuple[in
     torch.testing.assert_close(torch.autograd.grad(images, inputs, pull), torch.autograd.grad(expected, inputs, pull))
 
 
-def test_both_kinds_have_the_same_names_in_the_same_order() -> None:
+def test_both_kinds_define_the_same_names_in_the_same_order() -> None:
     def names(kind: type) -> list[str]:
         return [name for name in vars(kind) if not name.startswith("__") or name == "__init__"]
 
     assert names(GaussianVAE) == names(GumbelVAE)
 
 
-def test_gaussian_kl_and_density_are_those_of_scipy() -> None:
+def test_gaussian_kl_and_density_equal_scipys() -> None:
     mu, log_var, prior_mu, prior_log_var = (torch.tensor([[value]]) for value in (0.7, -0.4, -0.2, 0.5))
     q = stats.norm(0.7, math.exp(-0.2))
     p = stats.norm(-0.2, math.exp(0.25))
@@ -60,7 +62,7 @@ def test_gaussian_kl_and_density_are_those_of_scipy() -> None:
     assert density.item() == pytest.approx(q.logpdf(1.5), abs=1e-6)
 
 
-def test_gumbel_kl_and_probability_are_finite_sums() -> None:
+def test_gumbel_kl_and_probability_equal_finite_sums() -> None:
     model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,)))
     q, p = torch.randn(1, 2, 3, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
     codes = torch.eye(3, dtype=torch.float64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
@@ -71,7 +73,7 @@ def test_gumbel_kl_and_probability_are_finite_sums() -> None:
 
 
 @pytest.mark.parametrize("model", [GaussianVAE, GumbelVAE])
-def test_many_divergences_are_each_the_sum_over_variables(model: type[GaussianVAE] | type[GumbelVAE]) -> None:
+def test_pairwise_kl_equals_the_sum_over_variables(model: type[GaussianVAE] | type[GumbelVAE]) -> None:
     draws = torch.Generator().manual_seed(0)
     posterior, components = (
         tuple(torch.randn(n, 4, 3, generator=draws, dtype=torch.float64) for _ in model.parameter_names) for n in (5, 2)
@@ -80,7 +82,7 @@ def test_many_divergences_are_each_the_sum_over_variables(model: type[GaussianVA
     torch.testing.assert_close(model.pairwise_kl(posterior, components), torch.stack(one_by_one, 1))
 
 
-def test_the_divergence_from_a_mixture_is_charged_no_less_than_it_is() -> None:
+def test_mixture_kl_is_an_upper_bound() -> None:
     model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,)))
     draws = torch.Generator().manual_seed(0)
     codes = torch.eye(3, dtype=torch.float64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
@@ -89,12 +91,12 @@ def test_the_divergence_from_a_mixture_is_charged_no_less_than_it_is() -> None:
     for q in (some, 5 * some, 1000 * codes[2:3]):
         log_q = model.log_prob(codes, (q,))
         exact = (log_q.exp() * (log_q - mixture.log_prob(model, codes))).sum().item()
-        charged = mixture.kl(model, (q,)).item()
-        assert exact - 1e-9 <= charged <= exact + math.log(4)
-    assert charged == pytest.approx(exact)  # of one code
+        bound = mixture.kl(model, (q,)).item()
+        assert exact - 1e-9 <= bound <= exact + math.log(4)
+    assert bound == pytest.approx(exact)  # the last posterior is a single code
 
 
-def test_the_nearest_distribution_has_the_mean_and_the_spread_of_a_mixture() -> None:
+def test_nearest_distribution_has_the_mean_and_the_variance_of_a_mixture() -> None:
     weights = torch.tensor([0.25, 0.75])
     mu, log_var = torch.tensor([[[3.0]], [[-1.0]]]), torch.tensor([[[4.0]], [[0.25]]]).log()
     mean, log_variance = GaussianVAE.nearest(Mixture(weights.log(), (mu, log_var)))
@@ -104,11 +106,11 @@ def test_the_nearest_distribution_has_the_mean_and_the_spread_of_a_mixture() -> 
     torch.testing.assert_close(logits.exp(), torch.tensor([[0.5, 0.5]]))
 
 
-def test_the_importance_weighted_bound_reaches_the_exact_likelihood_of_a_tiny_model() -> None:
+def test_importance_weighted_bound_reaches_the_exact_likelihood_of_a_tiny_model() -> None:
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,))).eval()
     images = torch.bernoulli(torch.full((3, 1, 2, 2), 0.5))
-    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all nine
+    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all 9 codes
     with torch.inference_mode():
         prior = model.prior().log_prob(model, codes)
         decoded = model.decode(codes)
@@ -121,7 +123,7 @@ def test_the_importance_weighted_bound_reaches_the_exact_likelihood_of_a_tiny_mo
     assert ((likelihood - kl).unflatten(0, (3000, 3)).mean(0) < exact + 0.03).all()
 
 
-def test_temperature_0_is_one_hot_and_passes_no_nan_back() -> None:
+def test_temperature_0_gives_one_hot_codes_and_finite_gradients() -> None:
     logits = torch.randn(4, 3, 5, requires_grad=True)
     noise = GumbelVAE.noise((4, 3, 5), generator(0, 0))
     temperature = torch.tensor([0.0, 1e-40, 0.5, 2.0])
@@ -135,7 +137,9 @@ def test_temperature_0_is_one_hot_and_passes_no_nan_back() -> None:
 
 @pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_one_temperature_for_all_is_that_of_each(kind: type[GaussianVAE | GumbelVAE], temperature: float) -> None:
+def test_float_temperature_equals_a_temperature_for_each_row(
+    kind: type[GaussianVAE | GumbelVAE], temperature: float
+) -> None:
     torch.manual_seed(0)
     parameters = tuple(torch.randn(4, 3, 5) for _ in kind.parameter_names)
     noise = kind.noise((2, 4, 3, 5), generator(0, 0))
@@ -145,7 +149,7 @@ def test_one_temperature_for_all_is_that_of_each(kind: type[GaussianVAE | Gumbel
 
 
 @pytest.mark.parametrize("categories", [1, 3, 10, 20])
-def test_codes_are_relaxed_over_their_categories(categories: int) -> None:
+def test_relaxed_codes_are_the_softmax_over_categories(categories: int) -> None:
     logits = torch.randn(4, 3, categories)
     noise = GumbelVAE.noise((4, 3, categories), generator(0, 0))
     relaxed = GumbelVAE.sample((logits,), noise, 0.5)
@@ -154,7 +158,7 @@ def test_codes_are_relaxed_over_their_categories(categories: int) -> None:
     torch.testing.assert_close(found, (relaxed * logits.log_softmax(-1)).sum((1, 2)))
 
 
-def test_noise_follows_its_law() -> None:
+def test_noise_follows_its_distribution() -> None:
     for model, law in ((GaussianVAE, stats.norm), (GumbelVAE, stats.gumbel_r)):
         draws = model.noise((100_000,), generator(0, 0)).numpy()
         assert draws.dtype == np.float32
@@ -169,7 +173,7 @@ def test_noise_follows_its_law() -> None:
         ({"dense": (4,)}, "dense belongs to the convolutions"),
     ],
 )
-def test_an_impossible_configuration_is_refused(changes: dict[str, tuple[int, ...]], says: str) -> None:
+def test_impossible_configuration_is_refused(changes: dict[str, tuple[int, ...]], says: str) -> None:
     config = {"image_shape": (1, 8, 8), "latent_shape": (3,), "body": "mlp", "width": (4,)}
     with pytest.raises(ValueError, match=says):
         VAEConfig(**(config | changes))  # type: ignore[arg-type]  # each field has its own type

@@ -1,7 +1,9 @@
-"""Networks that were trained elsewhere, from torch to HTTP."""
+"""Networks trained elsewhere: published, served, refused."""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from tests.conftest import Running
 
 
 class Flat(nn.Module):
-    """As tutorials write one: methods, and images as vectors."""
+    """A VAE as in tutorials: `encode` and `decode` methods, images as vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Call(nn.Module):
 
 
 def flat(**parts: Any) -> Network:
-    """A `Flat`, but for these parts."""
+    """A network around `Flat`, with some arguments replaced."""
     vae = Flat()
     wanted: dict[str, Any] = {
         "kind": "gaussian",
@@ -63,7 +65,7 @@ def flat(**parts: Any) -> Network:
 
 
 def normalized() -> Network:
-    """Convolutions with batch normalization that has seen data, a latent that is a picture itself, pixel logits."""
+    """Convolutions with trained batch normalization, a latent with channels, height and width, and pixel logits."""
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 1))
     activation = (nn.BatchNorm2d(8), nn.Dropout(), nn.SiLU())
     decoder = nn.Sequential(nn.Conv2d(2, 8, 1), *activation, nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1))
@@ -75,14 +77,16 @@ def normalized() -> Network:
 
 
 def saturated() -> Network:
-    """Images by a tanh of large values, which in onnxruntime goes a little beyond -1, without the axis of their one
-    channel."""
+    """Images (n, 8, 8) without a channel axis, by a tanh of large values.
+
+    onnxruntime's tanh can be slightly below -1.
+    """
     layers = (nn.Linear(3, 64), Call(lambda values: torch.tanh(20 * values).view(-1, 8, 8) / 2 + 0.5))
     return flat(decoder=nn.Sequential(*layers))
 
 
 def categorical() -> Network:
-    """Codes laid out by `view`, which wants them contiguous."""
+    """A decoder with `view`: codes must be contiguous."""
     decoder = (Call(lambda codes: codes.view(-1, 20)), nn.Linear(20, 64), nn.Sigmoid())
     return Network(
         "gumbel",
@@ -93,17 +97,55 @@ def categorical() -> Network:
     )
 
 
-@pytest.mark.parametrize("make", [flat, normalized, saturated, categorical])
-def test_any_network_is_served_as_it_computes(
-    make: Callable[[], Network], serve: Callable[..., Running], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    network = make()
-    verify(publish(network, "mine", tmp_path, trained_on={"data": "rings", "rate": 0.1}, evaluation={"elbo": -9.5}))
+NETWORKS = {make.__name__: make for make in (flat, normalized, saturated, categorical)}
+
+
+@dataclass
+class Published:
+    """A model repository, its networks by model name, and their states before the publication."""
+
+    repository: Path
+    networks: dict[str, Network]
+    states: dict[str, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """All of NETWORKS, published in training mode."""
+    repository = tmp_path_factory.mktemp("artifacts")
+    networks, states = {}, {}
+    for name, make in NETWORKS.items():
+        torch.manual_seed(0)
+        networks[name] = make()
+        states[name] = copy.deepcopy(networks[name].state_dict())
+        facts: dict[str, Any] = {"trained_on": {"data": "rings", "rate": 0.1}, "evaluation": {"elbo": -9.5}}
+        publish(networks[name].train(), name, repository, **facts)
+    return Published(repository, networks, states)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_publication_does_not_change_the_network(published: Published, name: str) -> None:
+    state = published.networks[name].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in published.states[name].items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_network_verifies(published: Published, name: str) -> None:
+    verify(published.repository / name / "1")
+
+
+@pytest.fixture(scope="module")
+def client(serve: Callable[..., Running], published: Published) -> Iterator[Client]:
+    with Client(serve(artifacts=published.repository, default_model="flat").url) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_is_served_as_torch_computes(client: Client, published: Published, name: str) -> None:
+    network = published.networks[name]
     latents = "codes" if network.kind == "gumbel" else "latents"
-    with Client(serve(artifacts=tmp_path, default_model="mine").url) as client:
-        samples = client.sample(64, seed=3, outputs=("images", latents))
-        model = client.model("mine")
+    samples = client.sample(64, model=name, seed=3, outputs=("images", latents))
+    model = client.model(name)
     assert model.trained_on == {"data": "rings", "rate": 0.1}
     assert model.evaluation == {"elbo": -9.5}
     drawn = getattr(samples, latents)
@@ -116,16 +158,8 @@ def test_any_network_is_served_as_it_computes(
     assert images.std() > 0.01
 
 
-def test_publication_leaves_the_network_as_it_was(tmp_path: Path) -> None:
-    network = normalized()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    network.train()
-    publish(network, "mine", tmp_path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-
-
 @pytest.mark.parametrize("make", [flat, normalized])
-def test_the_decoder_may_be_rounded_to_float16(make: Callable[[], Network], tmp_path: Path) -> None:
+def test_decoder_can_be_published_in_float16(make: Callable[[], Network], tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = make()
     half = load(publish(network, "mine", tmp_path, "float16") / "model.onnx")
@@ -135,7 +169,7 @@ def test_the_decoder_may_be_rounded_to_float16(make: Callable[[], Network], tmp_
     assert 0 < np.abs(half.run(feeds)["images"] - images).max() < 0.02
 
 
-def test_it_may_have_a_mixture(tmp_path: Path) -> None:
+def test_network_can_have_a_mixture(tmp_path: Path) -> None:
     network = flat()
     mu, _ = network.encode(torch.rand(100, 1, 8, 8))
     mixture = fit_mixture(GaussianVAE, mu, 4, seed=0)
@@ -145,14 +179,14 @@ def test_it_may_have_a_mixture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(components["mu"], mixture.parameters[0])
 
 
-def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path("docs/artifact.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     architecture, rest = example.split("vae.load_state_dict")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, Any] = {}
-    exec(compile(architecture, "docs/artifact.md", "exec"), names)  # ours
+    exec(compile(architecture, "docs/artifact.md", "exec"), names)  # an example from this repository
     torch.save(names["vae"].state_dict(), tmp_path / "vae.pt")
     exec(compile("vae.load_state_dict" + rest, "docs/artifact.md", "exec"), names)
     assert load(tmp_path / "artifacts" / "mine" / "1" / "model.onnx").contract.trained_on == {"data": "my digits"}
@@ -184,24 +218,24 @@ MIXTURE = Mixture(torch.zeros(2), (torch.zeros(2, 3), torch.zeros(2, 3)))
         ({"decoder": wide}, "the decoder must be a torch.nn.Module, or a method of one, got <function wide"),
         ({"decoder": nn.Linear(3, 63)}, r"the decoder does not work on float32\[2, 3\]: .*\[1, 8, 8\].*63"),
         ({"decoder": nn.Linear(4, 64)}, r"the decoder does not work on float32\[2, 3\]: .*cannot be multiplied"),
-        ({"decoder": Call(lambda z: wide(z).view(-1, 4, 16))}, r"answers float32\[2, 4, 16\], not \(n, 1, 8, 8\)"),
-        ({"decoder": Call(lambda z: {"sample": z})}, r"it answers a dict, not a tensor \(n, 1, 8, 8\)"),
+        ({"decoder": Call(lambda z: wide(z).view(-1, 4, 16))}, r"returns float32\[2, 4, 16\], not \(n, 1, 8, 8\)"),
+        ({"decoder": Call(lambda z: {"sample": z})}, r"it returns a dict, not a tensor \(n, 1, 8, 8\)"),
         ({"decoder": Call(lambda z: wide(z).sigmoid().view(2, 64))}, r"float32\[3, 3\]: shape '\[2, 64\]' is invalid"),
-        ({"decoder": Call(lambda z: wide(z).sigmoid()[:1])}, r"answers float32\[1, 1, 8, 8\], not float32 of 2 rows"),
-        ({"decoder": Call(lambda z: wide(z).sigmoid().double())}, r"answers float64\[2, 1, 8, 8\], not float32"),
+        ({"decoder": Call(lambda z: wide(z).sigmoid()[:1])}, r"returns float32\[1, 1, 8, 8\], not float32 of 2 rows"),
+        ({"decoder": Call(lambda z: wide(z).sigmoid().double())}, r"returns float64\[2, 1, 8, 8\], not float32"),
         ({"decoder": nn.Linear(3, 64).double()}, r"decoder\.weight is torch.float64 on cpu: call \.float\(\)\.cpu\(\)"),
         ({"decoder": nn.LazyLinear(64)}, r"decoder\.weight has no values yet: run the network once"),
-        ({"decoder": Call(wide)}, r"answers -\S+ \.\. \S+: scale its images to \[0, 1\], or say logits=True"),
-        ({"decoder": Call(lambda z: wide(z) / 0)}, "the decoder answers NaN or infinity for latents of the prior"),
-        ({"logits": True}, "these are no logits, leave out logits=True"),
+        ({"decoder": Call(wide)}, r"returns -\S+ \.\. \S+: scale the images to \[0, 1\], or pass logits=True"),
+        ({"decoder": Call(lambda z: wide(z) / 0)}, "the decoder returns NaN or infinity for latents of the prior"),
+        ({"logits": True}, "images, not logits; leave out logits=True"),
         ({"encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 5))}, "the encoder does not work on"),
-        ({"encoder": Call(lambda images: (images,))}, "it answers 1 values, not mu and log_var"),
+        ({"encoder": Call(lambda images: (images,))}, "it returns 1 values, not mu and log_var"),
         ({"decoder": Call(branching)}, "torch cannot export the sampler: "),
         ({"decoder": Call(drawing)}, "^model.onnx: output 'images' differs .* the graph draws noise"),
         ({"decoder": Call(lambda z: wide(z - z.mean(0)).sigmoid())}, "images is .* in a batch of 1"),
     ],
 )
-def test_what_cannot_be_served_is_refused_and_nothing_is_written(
+def test_impossible_network_is_refused_and_nothing_is_written(
     parts: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(GateError, match=message):
@@ -221,7 +255,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_written(
         ({"mixture": MIXTURE._replace(log_weights=torch.full((2,), torch.nan))}, "must be a list of positive numbers"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     wanted: dict[str, Any] = {"name": "mine", "repository": tmp_path} | arguments
     with pytest.raises(GateError, match=message):
         publish(flat(), **wanted)

@@ -1,4 +1,4 @@
-"""What training minimizes, against values computed another way."""
+"""The objectives of a training, compared with values computed in another way."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ IMAGE = (1, 2, 2)
 
 
 def gaussian(width: tuple[int, ...] = (4,)) -> GaussianVAE:
-    """A VAE of four pixels and one latent."""
+    """A VAE with four pixels and one latent, in float64."""
     torch.manual_seed(0)
     return GaussianVAE(VAEConfig(IMAGE, (1,), "mlp", width)).double()
 
@@ -41,7 +41,7 @@ def images(n: int) -> Tensor:
 
 
 def quadrature(model: GaussianVAE, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A grid of latents: q(z | x) dz, log p(x | z), log p(z) and log q(z | x) on it."""
+    """q(z | x) dz, log p(x | z), log p(z) and log q(z | x) on a grid of latents, (4001,) each."""
     z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     mu, log_var = (parameter.item() for parameter in model.encode(image))
     q = stats.norm(mu, math.exp(0.5 * log_var))
@@ -61,7 +61,7 @@ def last_weight(network: nn.Sequential) -> Tensor:
     return layer.weight
 
 
-def test_the_elbo_is_that_of_quadrature() -> None:
+def test_elbo_equals_quadrature() -> None:
     model, image = gaussian(), images(1)
     with torch.no_grad():
         weight, likelihood, prior, posterior = quadrature(model, image)
@@ -73,7 +73,7 @@ def test_the_elbo_is_that_of_quadrature() -> None:
     assert terms.kl.item() == pytest.approx(kl, abs=1e-6)
 
 
-def test_iwae_rises_from_the_elbo_to_the_likelihood_that_quadrature_finds() -> None:
+def test_iwae_rises_from_the_elbo_to_the_likelihood() -> None:
     model, image = gaussian(), images(1)
     with torch.no_grad():
         weight, likelihood, prior, posterior = quadrature(model, image)
@@ -88,8 +88,8 @@ def test_iwae_rises_from_the_elbo_to_the_likelihood_that_quadrature_finds() -> N
 
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.3])
-def test_dreg_has_the_gradient_of_iwae_and_less_noise(kl_weight: float) -> None:
-    """The decoder's is the same for the same draws; the encoder's in the mean."""
+def test_dreg_has_the_gradient_of_iwae_with_less_variance(kl_weight: float) -> None:
+    """The decoder's gradients are equal for equal draws, the encoder's gradients on average."""
     model, image = gaussian(), images(1).expand(200, -1, -1, -1)
     encoder = sum(parameter.numel() for parameter in model.encoder.parameters())
 
@@ -109,7 +109,7 @@ def test_dreg_has_the_gradient_of_iwae_and_less_noise(kl_weight: float) -> None:
 
 
 @pytest.mark.parametrize("doubly", [False, True])
-def test_a_few_resampled_latents_have_the_gradient_of_all(doubly: bool) -> None:
+def test_resampled_latents_have_the_gradient_of_all_latents_on_average(doubly: bool) -> None:
     model, image = gaussian(), images(1).expand(500, -1, -1, -1)
 
     def gradients(seed: int, resampled: int) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_few_resampled_latents_have_the_gradient_of_all(doubly: bool) -> None:
     assert (difference.mean(0).abs() <= 4.5 * error).all()
 
 
-def test_systematic_resampling_draws_shares_rounded_up_or_down() -> None:
+def test_systematic_resampling_rounds_each_count_up_or_down() -> None:
     shares = torch.rand(7, 40_000, generator=generator(0, 0)).softmax(0)
     shares[2], shares[5] = 0, shares[5] + shares[2]
     drawn = one_hot(systematic(shares, 4, generator(1, 0)), 7).sum(0).T
@@ -131,20 +131,20 @@ def test_systematic_resampling_draws_shares_rounded_up_or_down() -> None:
     torch.testing.assert_close(drawn.double().mean(1), 4 * shares.double().mean(1), atol=0.01, rtol=0)
 
 
-def test_free_bits_charge_only_what_is_above() -> None:
+def test_free_bits_charge_only_the_kl_above() -> None:
     model, batch = GaussianVAE(VAEConfig(IMAGE, (5,), "mlp", (4,))), images(6).float()
     with torch.no_grad():
         kl = model.kl(model.encode(batch), model.prior().parameters).mean(0)
-        bits = kl.median().item()  # two of the five carry less
+        bits = kl.median().item()  # two of the five variables have less
         free = negative_elbo(model, batch, generator(0, 0), temperature=1.0, free_bits=bits)
         none = negative_elbo(model, batch, generator(0, 0), temperature=1.0)
-    charged = (kl.clamp_min(bits) - kl).sum().item()
-    assert charged > 0
-    assert (free.loss - none.loss).item() == pytest.approx(charged, abs=1e-5)
+    excess = (kl.clamp_min(bits) - kl).sum().item()
+    assert excess > 0
+    assert (free.loss - none.loss).item() == pytest.approx(excess, abs=1e-5)
 
 
-def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> None:
-    """Against the chain rule by hand: d loss / d codes at the corner times d codes / d logits of the relaxation."""
+def test_straight_through_decodes_one_hot_codes_with_the_relaxed_gradient() -> None:
+    """The chain rule by hand: d loss / d codes at the one-hot code, times d codes / d logits of the relaxed code."""
     torch.manual_seed(0)
     model, batch = GumbelVAE(VAEConfig(IMAGE, (2, 3), "mlp", ())).double(), images(4)
     loss = negative_elbo(model, batch, generator(0, 0), temperature=0.7, kl_weight=0.0, straight_through=True).loss
@@ -152,11 +152,11 @@ def test_straight_through_decodes_corners_and_passes_the_relaxed_gradient() -> N
     found = torch.autograd.grad(loss, weight)[0]
     (logits,) = model.encode(batch)
     relaxed = model.sample((logits,), model.noise((4, 2, 3), generator(0, 0)), 0.7)
-    corner = nn.functional.one_hot(relaxed.argmax(-1), 3).double().requires_grad_()
-    by_hand = -log_likelihood(model.decode(corner), batch).mean()
+    code = nn.functional.one_hot(relaxed.argmax(-1), 3).double().requires_grad_()
+    by_hand = -log_likelihood(model.decode(code), batch).mean()
     assert loss.item() == pytest.approx(by_hand.item())
-    (at_corner,) = torch.autograd.grad(by_hand, corner)
-    torch.testing.assert_close(found, torch.autograd.grad(relaxed, weight, at_corner)[0])
+    (at_code,) = torch.autograd.grad(by_hand, code)
+    torch.testing.assert_close(found, torch.autograd.grad(relaxed, weight, at_code)[0])
 
 
 def learn_prior(model: VAE, loss: Tensor, rate: float) -> None:
@@ -164,7 +164,7 @@ def learn_prior(model: VAE, loss: Tensor, rate: float) -> None:
     model.learn_prior(torch.autograd.grad(loss, own, materialize_grads=True), rate)
 
 
-def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() -> None:
+def test_learned_prior_is_the_mean_posterior_with_the_least_kl() -> None:
     torch.manual_seed(0)
     model, batch = GumbelVAE(VAEConfig(IMAGE, (5, 3), "mlp", (4,))).double(), images(40)
     with torch.no_grad():
@@ -179,9 +179,8 @@ def test_the_learned_prior_is_the_mean_posterior_where_the_kl_term_is_least() ->
 
 
 @pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
-def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
-    """At a rate of 1 one step is one round of it over the batch: each component takes the moments of the images that it
-    is responsible for."""
+def test_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
+    """At rate 1 a step is an iteration over the batch: a component's moments are weighted by responsibility."""
     torch.manual_seed(0)
     model, batch = kind(VAEConfig(IMAGE, (5, 3), "mlp", (4,), prior_components=3)).double(), images(40)
     model.set_prior(Mixture(torch.rand(3).log_softmax(0), tuple(map(torch.randn_like, model.prior().parameters))))
@@ -205,11 +204,11 @@ def test_a_mixture_learns_by_expectation_maximization(kind: type[GaussianVAE] | 
 
 
 @pytest.mark.parametrize("kind", [GaussianVAE, GumbelVAE])
-def test_a_component_that_no_image_is_near_stays_a_density(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
+def test_component_far_from_all_images_stays_finite(kind: type[GaussianVAE] | type[GumbelVAE]) -> None:
     model, image = kind(VAEConfig(IMAGE, (5, 3), "mlp", (), prior_components=2)), torch.ones(1, *IMAGE)
     with torch.no_grad():
         last_weight(model.encoder)[:15] = 0
-        last_weight(model.encoder)[15:] = -50  # of a Gaussian: no variance
+        last_weight(model.encoder)[15:] = -50  # for a Gaussian: variance nearly 0
     far = tuple(torch.stack([same[0], same[0] + 40 * torch.eye(5, 3)]) for same in model.prior().parameters)
     model.set_prior(Mixture(torch.zeros(2).log_softmax(0), far))
     for _ in range(3):
@@ -220,9 +219,11 @@ def test_a_component_that_no_image_is_near_stays_a_density(kind: type[GaussianVA
     assert all(tensor.isfinite().all() for tensor in (prior.log_weights, *prior.parameters))
 
 
-def test_the_bound_is_exact_where_the_posterior_is() -> None:
-    """With one variable and linear maps, log p(z | x) is linear in x, so an encoder can hold it: then every weight is
-    p(x), and each bound is the finite sum over all codes."""
+def test_bound_is_exact_for_an_exact_posterior() -> None:
+    """A linear encoder can be exact: log p(z | x) is linear in x for one variable and a linear decoder.
+
+    Every importance weight is then p(x), a finite sum over all codes.
+    """
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig(IMAGE, (1, 6), "mlp", ())).double().eval()
     encoder = model.encoder[1]
@@ -246,16 +247,16 @@ def test_the_bound_is_exact_where_the_posterior_is() -> None:
     torch.testing.assert_close(elbo, exact, atol=0.05, rtol=0)
 
 
-def test_how_many_are_decoded_together_decides_nothing_but_time() -> None:
+def test_bound_does_not_depend_on_the_samples_per_call() -> None:
     model, batch = gaussian(), images(3)
     with torch.no_grad():
         one, other = (importance_weighted_bound(model, batch, 12, generator(0, 0), size) for size in (12, 5))
-    torch.testing.assert_close(one, other, atol=0.5, rtol=0)  # other draws of the same law
+    torch.testing.assert_close(one, other, atol=0.5, rtol=0)  # the draws differ, their distribution does not
     assert torch.isfinite(one).all()
 
 
 @pytest.mark.parametrize(("body", "width"), [("mlp", (4,)), ("mlp", ()), ("conv", (3, 4))])
-def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int, ...]) -> None:
+def test_initial_bias_decodes_to_the_mean_image(body: str, width: tuple[int, ...]) -> None:
     model = GaussianVAE(VAEConfig((1, 8, 8), (2,), body, width))  # type: ignore[arg-type]  # a Literal
     mean = torch.from_numpy(np.random.default_rng(0).random((1, 8, 8), np.float32)) * 0.5
     set_initial_bias(model.decoder, mean)
@@ -267,7 +268,7 @@ def test_a_fresh_decoder_can_start_at_the_mean_image(body: str, width: tuple[int
         assert found.mean().item() == pytest.approx(mean.mean().item(), abs=0.01)
 
 
-def test_what_a_sample_adds_is_the_bound_less_that_with_the_mean_of_the_others() -> None:
+def test_gain_of_a_sample_replaces_its_weight_by_the_geometric_mean() -> None:
     weights = torch.tensor([[0.3], [-1.0], [2.0]], dtype=torch.float64)
     [bound] = (weights.exp().mean(0)).log()
     for number, gain in enumerate(gains(weights)):
@@ -277,13 +278,13 @@ def test_what_a_sample_adds_is_the_bound_less_that_with_the_mean_of_the_others()
 
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.3])
-def test_vimco_follows_the_gradient_of_the_bound_on_average(kl_weight: float) -> None:
-    """Against the exact gradient: the bound of two samples, summed over all pairs of codes. 40000 draws."""
+def test_vimco_has_the_gradient_of_the_bound_on_average(kl_weight: float) -> None:
+    """The exact gradient: the bound of two samples, summed over all pairs of codes."""
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig(IMAGE, (2, 2), "mlp", (4,), prior_components=3)).double()
     model.set_prior(Mixture(torch.rand(3).log_softmax(0), (torch.randn(3, 2, 2),)))
     image = images(1)
-    codes = torch.eye(2, dtype=torch.float64)[torch.tensor(list(itertools.product(range(2), repeat=2)))]  # all four
+    codes = torch.eye(2, dtype=torch.float64)[torch.tensor(list(itertools.product(range(2), repeat=2)))]  # all 4 codes
     log_q = model.log_prob(codes, model.encode(image))
     densities = model.prior().log_prob(model, codes) - log_q
     weights = log_likelihood(model.decode(codes), image) + kl_weight * densities
@@ -301,17 +302,17 @@ def test_vimco_follows_the_gradient_of_the_bound_on_average(kl_weight: float) ->
     assert exact.abs().max() > 10 * error.max()
 
 
-def test_the_temperature_is_a_closed_form_of_the_global_step() -> None:
+def test_temperature_is_a_closed_form_of_the_step() -> None:
     def tau(step: int) -> float:
         return gumbel_temperature(step, start=1.0, minimum=0.5, rate=1e-4, every=500)
 
     assert tau(0) == tau(499) == 1.0
     assert tau(500) == tau(999) == math.exp(-0.05)
-    assert tau(1000) == pytest.approx(tau(500) ** 2)  # one factor every 500 steps: nothing compounds
+    assert tau(1000) == pytest.approx(tau(500) ** 2)  # a factor every 500 steps
     assert tau(10**9) == 0.5
 
 
-def test_the_other_schedules_begin_and_end_where_they_should() -> None:
+def test_schedules_begin_and_end_at_their_limits() -> None:
     assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert warm_up(0, 0) == 1
     assert cosine_decay(0, 10) == 1

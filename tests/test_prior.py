@@ -1,4 +1,4 @@
-"""A mixture as the prior, found: fitted afterwards by expectation maximization, or learned with the weights."""
+"""Mixture priors: fitted after the training by expectation maximization, or learned with the weights."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from scipy import stats
 
 from reparam.export.__main__ import main
 from reparam.export.config import TrainConfig
+from reparam.export.data import load as load_images
 from reparam.export.draws import generator
 from reparam.export.errors import RunError
 from reparam.export.evaluate import evaluate
@@ -22,10 +23,10 @@ from reparam.export.run import Run
 from reparam.export.train import train
 from reparam.models import GaussianVAE, GumbelVAE, Mixture, VAEConfig
 from reparam.service.artifact.file import load
-from tests.conftest import COMPONENTS, KINDS
+from tests.conftest import COMPONENTS, KINDS, small
 
 
-def test_the_density_is_that_of_scipy() -> None:
+def test_mixture_density_equals_scipys() -> None:
     model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
     mu, log_var = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[0.0, 0.5], [-1.0, 0.3]])
     mixture = Mixture(torch.tensor([0.3, 0.7]).log(), (mu, log_var))
@@ -37,7 +38,7 @@ def test_the_density_is_that_of_scipy() -> None:
     np.testing.assert_allclose(mixture.log_prob(model, z), np.log(expected), atol=1e-5)
 
 
-def test_the_fit_finds_the_mixture_that_gaussian_latents_come_from() -> None:
+def test_fit_finds_the_mixture_of_gaussian_latents() -> None:
     model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
     random = np.random.default_rng(0)
     component = random.choice(2, 20_000, p=[0.25, 0.75])
@@ -50,7 +51,7 @@ def test_the_fit_finds_the_mixture_that_gaussian_latents_come_from() -> None:
     np.testing.assert_allclose((mixture.parameters[1][order] / 2).exp(), sigma, atol=0.02)
 
 
-def test_the_fit_finds_the_mixture_that_codes_come_from() -> None:
+def test_fit_finds_the_mixture_of_codes() -> None:
     model = GumbelVAE(VAEConfig((1, 2, 2), (8, 3), "mlp", (4,)))
     random = np.random.default_rng(0)
     component = random.choice(2, 20_000, p=[0.3, 0.7])
@@ -63,7 +64,7 @@ def test_the_fit_finds_the_mixture_that_codes_come_from() -> None:
     np.testing.assert_allclose(mixture.parameters[0][order].exp(), expected, atol=0.02)
 
 
-def test_the_density_keeps_its_digits_far_from_zero() -> None:
+def test_density_keeps_its_digits_far_from_zero() -> None:
     model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
     z = 300 + 0.1 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
     mu, log_var = model.most_likely(z, torch.ones(5000, 1))
@@ -72,7 +73,7 @@ def test_the_density_keeps_its_digits_far_from_zero() -> None:
     assert found.item() == pytest.approx(model.log_prob(z, (mu, log_var)).mean().item(), rel=1e-3)
 
 
-def test_a_component_of_one_latent_stays_a_density() -> None:
+def test_component_of_a_single_latent_stays_finite() -> None:
     model = GaussianVAE(VAEConfig((1, 2, 2), (2,), "mlp", (4,)))
     z = torch.cat([torch.randn(500, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[90.0, 90.0]])])
     mixture = fit_mixture(model, z, 2, seed=0)
@@ -82,16 +83,18 @@ def test_a_component_of_one_latent_stays_a_density() -> None:
     same = torch.eye(3)[torch.tensor([[0, 1]] * 50 + [[2, 2]])]
     mixture = fit_mixture(codes, same, 2, seed=0)
     assert mixture.parameters[0].isfinite().all()
-    with pytest.raises(RunError, match="3 components need as many different latents, there are 2: fit fewer"):
+    with pytest.raises(
+        RunError, match="3 components need as many different latents, there are 2: fit fewer components"
+    ):
         fit_mixture(codes, same, 3, seed=0)
 
 
-def test_the_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
+def test_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig((1, 2, 2), (2, 3), "mlp", (4,))).eval()
     mixture = Mixture(torch.tensor([0.2, 0.8]).log(), (torch.randn(2, 2, 3),))
     images = torch.bernoulli(torch.full((3, 1, 2, 2), 0.5))
-    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all nine
+    codes = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]  # all 9 codes
     with torch.inference_mode():
         decoded, prior = model.decode(codes), mixture.log_prob(model, codes)
         exact = torch.stack([(log_likelihood(decoded, image) + prior).logsumexp(0) for image in images])
@@ -104,7 +107,7 @@ def test_the_bound_with_a_mixture_reaches_the_exact_likelihood() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_raises_the_density_of_held_out_latents_and_repeats(fitted: dict[str, Path], kind: str) -> None:
+def test_fit_raises_the_density_of_held_out_latents_and_repeats(fitted: dict[str, Path], kind: str) -> None:
     before = fitted[kind].joinpath("prior.safetensors").read_bytes()
     densities = fit_prior(fitted[kind], components=COMPONENTS, seed=0)
     assert densities["mixture"] > densities["standard"]
@@ -120,7 +123,7 @@ def test_evaluation_reports_the_bound_with_the_mixture(fitted: dict[str, Path], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: str, tmp_path: Path) -> None:
+def test_mixture_learned_with_the_weights_is_published(kind: str, tmp_path: Path) -> None:
     latent_shape = {"gaussian": (3,), "gumbel": (4, 5)}[kind]
     config = TrainConfig(
         kind=kind,  # type: ignore[arg-type]  # a Literal
@@ -136,7 +139,7 @@ def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: s
     learned = model.prior()
     assert not torch.equal(*learned.parameters[0][:2])
     used = [json.loads(line)["components"] for line in run.metrics.read_text().splitlines()]
-    assert used[0] == pytest.approx(COMPONENTS)  # alike
+    assert used[0] == pytest.approx(COMPONENTS)  # equal until the warm-up ends
     assert 1 < used[1] < COMPONENTS
     evaluate(run.folder, samples=2, rows=50, seed=0)
     contract = load(publish_run(run.folder, kind, tmp_path / "artifacts") / "model.onnx").contract
@@ -149,7 +152,7 @@ def test_a_mixture_learned_with_the_weights_is_what_the_artifact_samples(kind: s
         fit_prior(run.folder, components=2, seed=0)
 
 
-def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_or_stale_mixture_is_refused(fitted: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(fitted["gaussian"], folder)
     shutil.copy(fitted["gumbel"] / "checkpoint.safetensors", folder)
@@ -171,38 +174,40 @@ def test_a_mixture_of_other_weights_is_refused(fitted: dict[str, Path], tmp_path
     (folder / "prior.safetensors").write_bytes(b"none")
     with pytest.raises(RunError, match=r"prior\.safetensors is damaged"):
         Run(folder).mixture()
-    # What was evaluated with another prior may not be published either.
+    # An evaluation with another prior may not be published either.
     (folder / "prior.safetensors").unlink()
     with pytest.raises(RunError, match="no evaluation of its last checkpoint and prior"):
         publish_run(folder, "stale", tmp_path / "artifacts")
 
 
 def test_more_components_than_images_are_refused(fitted: dict[str, Path]) -> None:
-    with pytest.raises(RunError, match="5000 components need as many different latents, there are 1617: fit fewer"):
+    with pytest.raises(
+        RunError, match="5000 components need as many different latents, there are 1617: fit fewer components"
+    ):
         fit_prior(fitted["gaussian"], components=5000, seed=0)
 
 
-def test_a_mixture_that_is_no_better_is_not_kept(
-    fitted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor is an older one that cannot be read or is of other weights."""
-    folder = Path(shutil.copytree(fitted["gaussian"], tmp_path / "r"))
-    before = (folder / "prior.safetensors").read_bytes()
-    densities = fit_prior(folder, components=400, seed=0)
+def test_overfitted_mixture_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An older mixture stays, unless the file is damaged or belongs to other weights."""
+    images = load_images("digits").train
+    np.savez(tmp_path / "few.npz", train=images[:60], test=images[60:120])
+    run = train(small(data=str(tmp_path / "few.npz"), latent_shape=(3,)), tmp_path / "run", resume=False, sheet_every=1)
+    run.save_prior(run.trained().prior())
+    before = run.prior_file.read_bytes()
+    densities = fit_prior(run.folder, components=40, seed=0)
     assert densities["mixture"] < densities["standard"]
-    assert (folder / "prior.safetensors").read_bytes() == before
-    (folder / "prior.safetensors").write_bytes(b"none")
-    monkeypatch.setattr("sys.argv", ["export", "fit-prior", str(folder), "--components", "400"])
-    main()
-    assert "the mixture gains nothing and is not kept" in capsys.readouterr().out
-    assert not (folder / "prior.safetensors").exists()
+    assert run.prior_file.read_bytes() == before
+    run.prior_file.write_bytes(b"none")
+    main(["fit-prior", str(run.folder), "--components", "40"])
+    assert "the mixture gains nothing" in capsys.readouterr().out
+    assert not run.prior_file.exists()
 
 
-def test_by_default_a_component_has_200_images() -> None:
+def test_default_is_a_component_per_200_images() -> None:
     assert [default_components(images) for images in (1, 200, 1617, 10_000, 60_000)] == [1, 1, 8, 50, 50]
 
 
-def test_a_fit_by_default_is_of_so_many_components(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_fit_uses_the_default_number_of_components(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["tiny-gaussian"], tmp_path / "r")
     fit_prior(tmp_path / "r", components=None, seed=0)
     mixture = Run(tmp_path / "r").mixture()

@@ -1,4 +1,4 @@
-"""The folder of a training: begun, gone on with, and not when it is another's or damaged."""
+"""The folder of a run: started, resumed, and refused if damaged or of another configuration."""
 
 import resource
 from pathlib import Path
@@ -18,10 +18,8 @@ from reparam.export.run import Run
 from reparam.export.train import train
 from tests.conftest import small
 
-OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
 
-
-def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
+def test_run_is_neither_overwritten_nor_resumed_with_another_configuration(tmp_path: Path) -> None:
     train(small(), tmp_path / "r", resume=False, sheet_every=1)
     with pytest.raises(RunError, match="add --resume"):
         train(small(), tmp_path / "r", resume=False, sheet_every=1)
@@ -29,21 +27,21 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path: Path) -> None
         train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
 
 
-def test_a_checkpoint_without_its_configuration_is_not_taken_over(tmp_path: Path) -> None:
+def test_checkpoint_without_a_configuration_is_refused(tmp_path: Path) -> None:
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
     (run.folder / "config.json").unlink()
     with pytest.raises(RunError, match="already holds a run"):
         train(small(seed=1), tmp_path / "r", resume=True, sheet_every=1)
 
 
-def test_resuming_a_finished_or_a_missing_run_is_no_error(tmp_path: Path) -> None:
+def test_resume_accepts_a_finished_and_a_missing_run(tmp_path: Path) -> None:
     train(small(), tmp_path / "r", resume=True, sheet_every=1)
     before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
     train(small(), tmp_path / "r", resume=True, sheet_every=1)
     assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_two_do_not_write_into_one_folder(tmp_path: Path) -> None:
+def test_second_process_cannot_write_into_a_run(tmp_path: Path) -> None:
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
     before = run.metrics.read_bytes()
     with run.locked():
@@ -57,7 +55,7 @@ def test_two_do_not_write_into_one_folder(tmp_path: Path) -> None:
     assert evaluate(run.folder, samples=1, rows=10, seed=0)["images"] == 10
 
 
-def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
+def test_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
     before = run.checkpoint.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -71,7 +69,7 @@ def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
     assert not list(run.folder.glob(".*"))
 
 
-def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+def test_damaged_run_is_refused_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run"):
         Run(tmp_path / "none").trained()
     run = train(small(), tmp_path / "r", resume=False, sheet_every=1)
@@ -99,7 +97,7 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
         ("average.decoder.1.bias", None),
     ],
 )
-def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Tensor | None) -> None:
+def test_damaged_state_is_not_resumed(tmp_path: Path, name: str, damaged: Tensor | None) -> None:
     config = small(average=0.9, epochs=2)
     run = train(config, tmp_path, resume=False, sheet_every=9)
     tensors = load_file(run.checkpoint)
@@ -113,7 +111,7 @@ def test_a_damaged_state_is_not_continued(tmp_path: Path, name: str, damaged: Te
         train(config, tmp_path, resume=True, sheet_every=9)
 
 
-def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_on_the_same_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(small(device="cpu"), tmp_path, resume=False, sheet_every=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train(small(), tmp_path, resume=True, sheet_every=1).config().train.device == "cpu"
@@ -121,8 +119,8 @@ def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.Monkey
         train(small(device="cuda"), tmp_path, resume=True, sheet_every=1)
 
 
-def test_a_run_of_an_older_version_is_not_continued(tmp_path: Path) -> None:
-    """One whose optimizer had moments for each layer."""
+def test_run_of_an_older_version_is_not_resumed(tmp_path: Path) -> None:
+    """The older checkpoint has moments for each layer."""
     run = train(small(), tmp_path, resume=False, sheet_every=1)
     tensors = {name.replace("exp_avg", "encoder.0.weight.exp_avg"): t for name, t in load_file(run.checkpoint).items()}
     run.checkpoint.write_bytes(save(tensors, {"epoch": "1"}))
@@ -130,30 +128,25 @@ def test_a_run_of_an_older_version_is_not_continued(tmp_path: Path) -> None:
         train(run.config().train, tmp_path, resume=True, sheet_every=1)
 
 
-def test_a_run_goes_on_by_what_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its recipe says, and from whatever folder."""
+def test_run_resumes_with_the_options_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent of the recipe and of the working directory."""
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
     np.savez(tmp_path / "d.npz", images=images)
     out = ["--out", str(tmp_path / "r")]
     monkeypatch.chdir(tmp_path)
     options = ["--recipe", "jang-bernoulli", "--data", "d.npz", "--epochs", "2", "--width", "4", "--decoder-width", "4"]
-    run_command(monkeypatch, "train", *options, *out)
+    main(["train", *options, *out])
     monkeypatch.chdir("/")
-    run_command(monkeypatch, "train", "--resume", *out)
-    run_command(monkeypatch, "train", "--resume", "--recipe", "jang-bernoulli", *out)
-    run_command(monkeypatch, "train", "--resume", "--data", str(tmp_path / "d.npz"), *out)
+    main(["train", "--resume", *out])
+    main(["train", "--resume", "--recipe", "jang-bernoulli", *out])
+    main(["train", "--resume", "--data", str(tmp_path / "d.npz"), *out])
     assert Run(tmp_path / "r").data().train.shape == (36, 1, 8, 8)
     with pytest.raises(SystemExit, match="was started with epochs=2, not 3"):
-        run_command(monkeypatch, "train", "--resume", "--epochs", "3", *out)
+        main(["train", "--resume", "--epochs", "3", *out])
     with pytest.raises(SystemExit, match="was started with kind='gumbel', not 'gaussian'"):
-        run_command(monkeypatch, "train", "gaussian", "--resume", *out)
+        main(["train", "gaussian", "--resume", *out])
 
 
-def test_a_run_that_is_not_there_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="holds no run: `reparam train` makes one"):
-        run_command(monkeypatch, "train", "--resume", "--out", str(tmp_path / "none"))
-
-
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", ["export", *arguments])
-    main()
+def test_missing_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no run: `reparam train` starts one"):
+        main(["train", "--resume", "--out", str(tmp_path / "none")])

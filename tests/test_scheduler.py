@@ -170,7 +170,7 @@ def test_a_limit_holds_from_the_next_batch_on() -> None:
     ticket = added(scheduler, 100)
     scheduler.set_limit("m", 3)
     assert taken(scheduler) == {ticket: 3}
-    assert (scheduler.limit("m"), scheduler.limit("a")) == (3, LIMIT)
+    assert (scheduler.limits["m"], scheduler.limits["a"]) == (3, LIMIT)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
@@ -226,7 +226,7 @@ class Rows(RuleBasedStateMachine):
         if batch is None:
             assert self.scheduler.waiting == 0
             return
-        assert 0 < batch.rows == sum(hi - lo for _, lo, hi in batch.pieces) <= self.scheduler.limit(batch.graph)
+        assert 0 < batch.rows == sum(hi - lo for _, lo, hi in batch.pieces) <= self.scheduler.limits[batch.graph]
         for ticket, lo, hi in batch.pieces:
             assert ticket.graph == batch.graph
             assert ticket not in self.dropped

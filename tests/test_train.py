@@ -1,8 +1,9 @@
-"""Training: killed or not, the same weights."""
+"""Training: resumed or not, the same weights."""
 
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from reparam.export.__main__ import main
 from reparam.export.compute import use_device
 from reparam.export.data import load
 from reparam.export.errors import RunError
@@ -24,53 +26,66 @@ from reparam.export.prior import fit_prior
 from reparam.export.run import Run
 from reparam.export.train import train, train_epoch
 from reparam.models import GumbelVAE, VAEConfig
-from tests.conftest import small, wait_until
+from tests.conftest import small
 
-OPTIONS = ["--data", "digits", "--epochs", "6", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
+ROOT = Path(__file__).parent.parent
+
+OPTIONS = ["--data", "digits", "--epochs", "4", "--width", "8,8", "--tau-every", "7", "--seed", "3"]
+COMMANDS = {
+    "gaussian": ["train", "gaussian", "--average", "0.9", *OPTIONS],
+    "gumbel": ["train", "gumbel", "--prior-components", "3", *OPTIONS],
+}
+# Trains each command until the metrics of epoch 3 are written, then kills the process: epoch 3 has no checkpoint.
+KILLED_IN_EPOCH_3 = f"""
+import os, signal
+from pathlib import Path
+from reparam.export.__main__ import main
+from reparam.export.run import Run
+
+write, commands = Run.log, {COMMANDS}
+
+def write_then_die(run, line):
+    write(run, line)
+    if line["epoch"] == 3:
+        train_next()
+
+def train_next():
+    if not commands:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kind, command = commands.popitem()
+    main([*command, "--out", kind])
+
+Run.log = write_then_die
+train_next()
+"""
 
 
-def command(kind: str, out: Path, *more: str) -> "subprocess.Popen[bytes]":
-    arguments = [sys.executable, "-m", "reparam", "train", kind, *OPTIONS, "--out", str(out), *more]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two runs, killed in epoch 3 of 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", KILLED_IN_EPOCH_3], cwd=folder, env=environment, check=False)
+    assert process.returncode == -signal.SIGKILL
+    return folder
 
 
-def finished(process: "subprocess.Popen[bytes]") -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"), [("gaussian", ["--average", "0.9"]), ("gumbel", ["--prior-components", "3"])]
-)
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, kind: str, more: list[str]
-) -> None:
-    finished(command(kind, tmp_path / "whole", *more))
-    killed = command(kind, tmp_path / "killed", *more)
-    wait_until(lambda: (tmp_path / "killed" / "checkpoint.safetensors").exists())
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert finished_epochs(tmp_path / "killed") < 6
-    with pytest.raises(RunError, match="continue it with `train --resume`"):
-        Run(tmp_path / "killed").trained()
-    with (tmp_path / "killed" / "metrics.jsonl").open("ab") as metrics:
-        metrics.write(b'{"epoch": 6, "elbo"\n\xff\n[]\n{"epoch": 99}')
-    resume = [sys.executable, "-m", "reparam", "train", "--out", str(tmp_path / "killed"), "--resume"]
-    finished(subprocess.Popen(resume, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_killed_training_resumes_to_the_same_weights(tmp_path: Path, killed: Path, kind: str) -> None:
+    main([*COMMANDS[kind], "--out", str(tmp_path / "whole")])
+    run = Run(Path(shutil.copytree(killed / kind, tmp_path / "killed")))
+    with pytest.raises(RunError, match="finished 2 of 4 epochs: continue it with `train --resume`"):
+        run.trained()
+    with run.metrics.open("ab") as metrics:
+        metrics.write(b'{"epoch": 4, "elbo"\n\xff\n[]\n{"epoch": 99}')
+    main(["train", "--out", str(run.folder), "--resume"])
     whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["epoch"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def finished_epochs(folder: Path) -> int:
-    run = Run(folder)
-    return run.restore(lambda state: None)
-
-
-def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> None:
+def test_parallel_shares_train_to_the_same_weights_again(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     for name in ("one", "other"):
         train(small(shares=3), tmp_path / name, resume=False, sheet_every=1)
@@ -79,7 +94,7 @@ def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> N
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(RunError, match="was started with shares=3, not 2"):
         train(small(shares=2), tmp_path / "one", resume=True, sheet_every=1)
-    # Where nothing is said of them, they stay as they were, whatever machine goes on.
+    # Without an option the run keeps its number of shares, on any machine.
     train(small(), tmp_path / "one", resume=True, sheet_every=1)
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     del config["train"]["shares"]
@@ -87,7 +102,7 @@ def test_shares_that_run_at_the_same_time_repeat_themselves(tmp_path: Path) -> N
     train(small(), tmp_path / "one", resume=True, sheet_every=1)
 
 
-def test_a_run_leaves_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None:
+def test_run_writes_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None:
     (line,) = (runs["tiny-gaussian"] / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
     assert metrics["epoch"] == 1
@@ -97,12 +112,12 @@ def test_a_run_leaves_metrics_and_a_contact_sheet(runs: dict[str, Path]) -> None
 
 
 def test_training_improves_the_bound(tmp_path: Path) -> None:
-    train(small(epochs=8, width=(16, 16), batch_size=32), tmp_path / "r", resume=False, sheet_every=9)
+    train(small(epochs=6, width=(16, 16), batch_size=32), tmp_path / "r", resume=False, sheet_every=9)
     bounds = [json.loads(line)["held_out_elbo"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert bounds[-1] > bounds[0] + 3
 
 
-def test_images_that_are_binary_already_enter_as_they_are(tmp_path: Path) -> None:
+def test_binary_images_are_not_binarized_again(tmp_path: Path) -> None:
     images = 255 * np.random.default_rng(0).integers(0, 2, (40, 8, 8), np.uint8)
     np.savez(tmp_path / "binary.npz", images=images)
     for name, binarize in (("drawn", True), ("taken", False)):
@@ -114,7 +129,7 @@ def test_images_that_are_binary_already_enter_as_they_are(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("grey", ["train", "test"])
-def test_images_that_are_grey_in_one_part_are_drawn(tmp_path: Path, grey: str) -> None:
+def test_images_with_grey_pixels_in_one_part_are_binarized(tmp_path: Path, grey: str) -> None:
     random = np.random.default_rng(0)
     parts = {name: 255 * random.integers(0, 2, (20, 8, 8), np.uint8) for name in ("train", "test")}
     parts[grey] = random.integers(0, 256, (20, 8, 8), np.uint8)
@@ -127,24 +142,24 @@ def test_images_that_are_grey_in_one_part_are_drawn(tmp_path: Path, grey: str) -
     assert found[0] != found[1]
 
 
-def test_an_mlp_trains_as_well(tmp_path: Path) -> None:
+def test_mlp_trains(tmp_path: Path) -> None:
     run = train(small(body="mlp", width=(16,), latent_shape=(2, 3)), tmp_path / "r", resume=False, sheet_every=9)
     assert run.trained().config.latent_shape == (2, 3)
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e3, "body": "mlp", "epochs": 2}])
-def test_training_that_diverges_fails(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_diverging_training_fails(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(RunError, match="lower --learning-rate"):
         train(small(**{"width": (8,), "latent_shape": (2,), **options}), tmp_path, resume=False, sheet_every=1)
 
 
-def test_a_variable_below_its_free_bits_keeps_its_prior(tmp_path: Path) -> None:
+def test_variable_below_free_bits_keeps_its_prior(tmp_path: Path) -> None:
     config = small(kind="gumbel", latent_shape=(3, 4), free_bits=9.0)
     model = train(config, tmp_path / "r", resume=False, sheet_every=1).trained()
     assert not model.prior().parameters[0].softmax(-1).sub(0.25).any()
 
 
-def test_an_average_of_the_weights_is_what_counts(tmp_path: Path) -> None:
+def test_trained_network_has_the_averaged_weights(tmp_path: Path) -> None:
     run = train(small(average=0.9, epochs=2), tmp_path / "r", resume=False, sheet_every=9)
     tensors = load_file(run.checkpoint)
     name = next(name for name in run.trained().state_dict() if name.startswith("decoder"))
@@ -157,7 +172,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["gaussian", "gumbel"])
-def test_each_device_trains_goes_on_and_evaluates(tmp_path: Path, kind: str, device: str) -> None:
+def test_device_trains_resumes_and_evaluates(tmp_path: Path, kind: str, device: str) -> None:
     latent_shape = (4,) if kind == "gaussian" else (4, 3)
     run = train(small(kind=kind, latent_shape=latent_shape, device=device), tmp_path, resume=False, sheet_every=1)
     model = run.config().build().to(device)
@@ -172,7 +187,7 @@ def test_each_device_trains_goes_on_and_evaluates(tmp_path: Path, kind: str, dev
     assert math.isfinite(found["mixture_bound"])
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert use_device(None).type == "cpu"
     with pytest.raises(RunError, match=r"device 'cuda': this torch .* --device cpu"):
@@ -182,8 +197,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert use_device("cpu").type == "cpu"
 
 
-def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
-    """One step: 0.98 p(z) + 0.02 mean q(z | x), whatever the weight of the KL term and the parts of the batch."""
+def test_training_step_updates_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
+    """p(z) becomes 0.98 p(z) + 0.02 mean q(z | x), for any weight of the KL term and any number of shares."""
     torch.manual_seed(0)
     model = GumbelVAE(VAEConfig((1, 8, 8), (3, 4), "mlp", (5,)))
     with torch.no_grad():
@@ -207,7 +222,7 @@ def test_training_learns_the_prior_of_a_gumbel_vae(tmp_path: Path) -> None:
         ("gaussian", {"objective": "iwae", "samples": 3, "resampled": 2}),
     ],
 )
-def test_another_objective_comes_after_the_epochs_of_the_elbo(tmp_path: Path, kind: str, then: dict[str, Any]) -> None:
+def test_objective_begins_after_the_elbo_epochs(tmp_path: Path, kind: str, then: dict[str, Any]) -> None:
     options = {"kind": kind, "latent_shape": (3, 4), "epochs": 2, "shares": 1}
     tail = small(**options, **then, elbo_epochs=1)
     curves = []

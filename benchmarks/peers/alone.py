@@ -1,4 +1,4 @@
-"""The limit of the model: onnxruntime with nothing around it. python -m benchmarks.peers.alone ROWS THREADS SECONDS"""
+"""The limit of the model: onnxruntime without a server. python -m benchmarks.peers.alone ROWS THREADS SECONDS"""
 
 import json
 import sys

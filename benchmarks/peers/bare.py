@@ -1,5 +1,4 @@
-"""The limit of a lone request: as noop, but the answer is the model's, run once on the event loop, always on the same
-noise."""
+"""The limit of a lone request: noop with one run of the model on the event loop, always on the same noise."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What every peer runs: noise from the request's seed, and the decoder over the rows of a whole batch."""
+"""The decoder of every peer: noise from the request's seed, and one run for all rows of a batch."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ MAX_ROWS = 64 * 64  # 64 requests in a batch, of 64 rows at most
 
 
 class Decoder:
-    """The model file named by $MODEL, sampled from its prior at temperature 1."""
+    """The model file in $MODEL, sampled from its prior at temperature 1."""
 
     def __init__(self, threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
@@ -21,12 +21,18 @@ class Decoder:
         self.ones = np.ones(MAX_ROWS, np.float32)
 
     def sample(self, requests: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Pixels, uint8 (rows, 784), for each (seed, rows), from one run of the model."""
+        """Sample several requests in one run of the model.
+
+        requests: (seed, rows) of each request.
+
+        Returns: pixels of each request, uint8 (rows, 784).
+        """
         noise = [np.random.default_rng(seed).standard_normal((rows, LATENT), np.float32) for seed, rows in requests]
         ends = np.cumsum([len(rows) for rows in noise])
         return np.split(self.pixels(np.concatenate(noise)), ends[:-1])
 
     def pixels(self, noise: np.ndarray) -> np.ndarray:
+        """Pixels, uint8 (n, 784), for noise float32 (n, LATENT)."""
         rows = len(noise)
         prior = {"mu": self.zeros[:rows], "log_var": self.zeros[:rows], "temperature": self.ones[:rows]}
         pixels: np.ndarray

@@ -1,4 +1,4 @@
-"""The networks whose decoders are timed on a device: those of the demo models, and one as large as they come."""
+"""Networks for the timing of decoders on a device: the demo models, and a very large decoder."""
 
 from collections.abc import Iterator
 
@@ -11,19 +11,21 @@ from reparam.export.run import RunConfig
 from reparam.models.bodies import to_float16
 
 DEMOS = ("gaussian-best", "gumbel-best", "gaussian-fashion")
-CHANNELS = (512, 512, 256, 128)  # each but the first doubles the image
-GROUPS = 32  # of a normalization
+CHANNELS = (512, 512, 256, 128)  # each level after the first doubles the image
+GROUPS = 32  # groups of a normalization
 
 
 def demo(name: str) -> Network:
-    """The network of a recipe, untrained: which weights it has does not change its speed."""
+    """The untrained network of a recipe. Weights have no effect on the speed."""
     train = TrainConfig(**recipes.recipe(name))
     return Network.of(RunConfig(train=train, data_name="", data_sha256="", image_shape=(1, 28, 28)).build())
 
 
 def autoencoder() -> Network:
-    """A decoder of the size of Stable Diffusion's (AutoencoderKL; Rombach et al., 2022): latents (4, 64, 64), images
-    (3, 512, 512), 49 million random weights in float16. It has no encoder."""
+    """A decoder of the size of Stable Diffusion's (AutoencoderKL; Rombach et al., 2022), without an encoder.
+
+    Latents (4, 64, 64), images (3, 512, 512), 49 million random weights in float16.
+    """
     return Network(
         "gaussian",
         latent_shape=(4, 64, 64),
@@ -67,7 +69,7 @@ class _Residual(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Of each place to all others, one head."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

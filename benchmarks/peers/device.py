@@ -1,4 +1,4 @@
-"""Times decoders on the device that the service would choose, and prints JSON.
+"""Time decoders on the device the service would choose, and print JSON.
 
 python -m benchmarks.peers.device SECONDS ROUNDS
 """
@@ -28,7 +28,7 @@ from reparam.service.settings import Settings
 
 LARGE = "autoencoder-kl"
 ROWS, LARGE_ROWS = (1, 64, 1024), (1, 8)
-COMPILED = (64, 8)  # rows: to compile takes up to a minute
+COMPILED = (64, 8)  # rows; each compilation takes up to a minute
 TOLERANCE = 5  # levels of a pixel: float16 and TF32 round
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -37,12 +37,15 @@ Way = Callable[[], Pixels]
 
 
 def main(seconds: float, rounds: int) -> None:
-    """seconds: of each way in each case, all rounds together."""
+    """Measure all cases.
+
+    seconds: time for each way in each case, all rounds together.
+    """
     device = choose(Settings())
     on_gpu = device.name == "cuda"
     if not on_gpu:
-        torch.set_num_threads(device.threads)  # as many as one run of ours has
-    torch.backends.cudnn.allow_tf32 = False  # as ours
+        torch.set_num_threads(device.threads)  # as in a run of the service
+    torch.backends.cudnn.allow_tf32 = False  # as in the service
     networks: dict[str, Network] = {name: demo(name) for name in DEMOS}
     cases = [(name, rows) for name in DEMOS for rows in ROWS]
     if on_gpu:
@@ -66,14 +69,14 @@ def main(seconds: float, rounds: int) -> None:
                 seen[case] = _rows_per_second(ways, rows, seconds / rounds, rounds)
             except AssertionError as error:
                 differing[case] = str(error)
-            print(case, seen.get(case, "differ"), file=sys.stderr, flush=True)  # in case the rest does not end
+            print(case, seen.get(case, "differ"), file=sys.stderr, flush=True)  # progress, in case of a timeout
     where = torch.cuda.get_device_name() if on_gpu else "the CPU"
     found = {"device": device.name, "name": where, "reason": device.reason, "rows_per_second": seen}
     print(json.dumps(found | {"differing_pixels": differing}))
 
 
 def _artifact(model: Network, path: Path, precision: Precision) -> Path:
-    """A file that the service would load; nothing in it was evaluated."""
+    """Write an artifact the service can load, without an evaluation."""
     contract = Contract(
         kind=model.kind,
         latent_shape=model.latent_shape,
@@ -99,11 +102,11 @@ def _ways(model: Network, served: Model, rows: int, device: str) -> Iterator[tup
     for name, array in inputs.items():
         graph.arrays[name][:rows] = array
     yield "reparam", lambda: graph.run(rows)["pixels"]
-    asked = (served.contract.traits.latents, "pixels")
+    asked = (served.contract.family.latents, "pixels")
     yield "onnxruntime", lambda: served.artifact.run(inputs, asked)["pixels"]
     sampler = Sampler(model).to(where).eval()
     yield "torch", lambda: _through(sampler, inputs, where)
-    torch.compiler.reset()  # it gives up on a function that it has compiled eight times
+    torch.compiler.reset()  # torch.compile gives up after eight compilations of a function
     compiled = torch.compile(sampler, dynamic=False, mode="reduce-overhead" if device == "cuda" else None)
     yield "torch.compile", lambda: _through(compiled, inputs, where)
 
@@ -119,14 +122,17 @@ def _inputs(model: Network, rows: int) -> Arrays:
 
 @torch.inference_mode()
 def _through(sampler: Callable[..., tuple[Tensor, ...]], inputs: Arrays, where: torch.device) -> Pixels:
-    """To the device, through the network, and back, which waits for it."""
+    """Copy the inputs to the device, run the network, and copy the outputs back, which waits for the device."""
     latents, _, pixels = sampler(*(torch.from_numpy(array).to(where) for array in inputs.values()))
     latents.cpu()
     return pixels.cpu().numpy()
 
 
 def _rows_per_second(ways: dict[str, Way], rows: int, seconds: float, rounds: int) -> dict[str, float]:
-    """Medians; the ways in turn, for the machine's speed changes. Raises AssertionError if their pixels differ."""
+    """Medians of rows per second; the ways take turns, because the speed of the machine varies.
+
+    Raises: AssertionError if the pixels differ.
+    """
     expected = ways["torch"]()
     for way in ways.values():
         np.testing.assert_allclose(way(), expected, atol=TOLERANCE)

@@ -1,4 +1,4 @@
-"""The limit of the HTTP layer: uvicorn as it comes, and an application that does nothing but answer."""
+"""The limit of the HTTP layer: uvicorn with default settings, and an application with a fixed response."""
 
 import os
 from collections.abc import Awaitable, Callable
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 
-# Of an npy file of 1 row or of 64, as long as Reparam's.
+# The header of an npy file, with the length of Reparam's header.
 HEADER = np.lib.format.magic(1, 0) + bytes(118)
 ANSWERS = {rows: HEADER + bytes(784 * rows) for rows in (1, 64)}
 
@@ -16,7 +16,10 @@ App = Callable[..., Awaitable[None]]
 
 
 def answering(answer: Callable[[int], bytes]) -> App:
-    """An ASGI application. answer: for 1 row or 64, the body."""
+    """An ASGI application.
+
+    answer: function from the number of rows, 1 or 64, to the body.
+    """
 
     async def app(
         scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]

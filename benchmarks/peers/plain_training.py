@@ -1,8 +1,8 @@
-"""A training loop as tutorials and VAE collections write it (https://github.com/pytorch/examples/tree/main/vae,
-https://github.com/AntixK/PyTorch-VAE), around the network, the optimizer and the batches of one of our recipes.
+"""A training loop as in tutorials and VAE collections (https://github.com/pytorch/examples/tree/main/vae,
+https://github.com/AntixK/PyTorch-VAE), with the network, optimizer and batches of one of our recipes.
 
-python -m benchmarks.peers.plain_training RECIPE DATA SAMPLES WORKERS THREADS prints images per second of the ELBO by
-one sample, or of the importance-weighted bound by more.
+python -m benchmarks.peers.plain_training RECIPE DATA SAMPLES WORKERS THREADS prints images per second: of the ELBO
+for one sample, of the importance-weighted bound for more samples.
 """
 
 import sys
@@ -27,7 +27,7 @@ from reparam.models import VAE
 
 
 class Images(Dataset[Tensor]):
-    """What torchvision's MNIST with ToTensor does, and a draw of each pixel unless all are black or white."""
+    """Images as from torchvision's MNIST with ToTensor, with a draw of each pixel unless all are black or white."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = torch.from_numpy(pixels.copy())
@@ -88,13 +88,13 @@ def main() -> None:
     model = RunConfig.of(config, data).build()
     for layer in model.decoder:
         if isinstance(layer, nn.ConvTranspose2d):
-            layer.forward = partial(nn.ConvTranspose2d.forward, layer)  # type: ignore[method-assign]  # torch's own
+            layer.forward = partial(nn.ConvTranspose2d.forward, layer)  # type: ignore[method-assign]  # use torch's convolution
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     dataset = Images(data.train)
     loader = DataLoader(
         dataset, batch_size=config.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
-    epoch(model, optimizer, loader, samples)  # warm
+    epoch(model, optimizer, loader, samples)  # warm up
     started = time.perf_counter()
     epoch(model, optimizer, loader, samples)
     print(len(dataset) / (time.perf_counter() - started))

@@ -1,4 +1,4 @@
-"""What a service in FastAPI begins with: a route that checks its JSON, and does nothing but answer as noop does."""
+"""A minimal service in FastAPI: a route with validated JSON, and a fixed response as in noop."""
 
 from typing import Annotated, Literal
 

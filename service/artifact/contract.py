@@ -33,7 +33,7 @@ class ArtifactError(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
+class Family:
     """A kind of model: what distinguishes Gaussian from Gumbel.
 
     parameters: names of the distribution's parameters, each with the largest value that a request may give.
@@ -55,14 +55,14 @@ class Kind:
         return (*self.parameters, *self.flags)
 
 
-KINDS = {
-    "gaussian": Kind(
+FAMILIES = {
+    "gaussian": Family(
         parameters={"mu": FLOAT32_MAX, "log_var": LOG_VAR_MAX},
         latents="latents",
         noise=noise.normal,
         outputs=("images", "latents"),
     ),
-    "gumbel": Kind(
+    "gumbel": Family(
         parameters={"logits": FLOAT32_MAX},
         latents="codes",
         noise=noise.gumbel,
@@ -135,11 +135,11 @@ class Contract(BaseModel):
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of a row of each output that a request can ask for."""
-        return {name: OUTPUTS[name].row_shape(self.latent_shape, self.image_shape) for name in self.traits.outputs}
+        return {name: OUTPUTS[name].row_shape(self.latent_shape, self.image_shape) for name in self.family.outputs}
 
     @property
-    def traits(self) -> Kind:
-        return KINDS[self.kind]
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
 
     def prior_arrays(self) -> Arrays:
         """Read the parameters of the standard prior.
@@ -158,7 +158,7 @@ class Contract(BaseModel):
         Raises: ArtifactError
         """
         if self.mixture is None:
-            return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.traits.parameters}
+            return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.family.parameters}
         parameters = dict(self.mixture)
         try:
             weights = _numbers(parameters.pop("weights", ()), np.float64)
@@ -169,9 +169,9 @@ class Contract(BaseModel):
         return weights, self._parameter_arrays("mixture", parameters, (len(weights), *self.latent_shape))
 
     def _parameter_arrays(self, what: str, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Arrays:
-        if parameters.keys() != set(self.traits.parameters):
+        if parameters.keys() != set(self.family.parameters):
             raise ArtifactError(
-                f"reparam.{what} has {sorted(parameters)}, a {self.kind} has {sorted(self.traits.parameters)}"
+                f"reparam.{what} has {sorted(parameters)}, a {self.kind} has {sorted(self.family.parameters)}"
             )
         try:
             stored = {name: _numbers(values, np.float32) for name, values in parameters.items()}
@@ -184,13 +184,13 @@ class Contract(BaseModel):
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Name the sampler's inputs, in order, with their shapes after the batch axis. All are float32."""
-        latent_shaped = dict.fromkeys(("noise", *self.traits.parameters), self.latent_shape)
+        latent_shaped = dict.fromkeys(("noise", *self.family.parameters), self.latent_shape)
         return {**latent_shaped, "temperature": ()}
 
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name the sampler's outputs, in order, with their types and their shapes after the batch axis."""
         return {
-            self.traits.latents: ("tensor(float)", self.latent_shape),
+            self.family.latents: ("tensor(float)", self.latent_shape),
             "images": ("tensor(float)", self.image_shape),
             "pixels": ("tensor(uint8)", self.image_shape),
         }
@@ -207,7 +207,7 @@ class Contract(BaseModel):
         shape = (len(words), *self.latent_shape)
         parameters = self.prior_arrays() if parameters is None else parameters
         return {
-            "noise": self.traits.noise(words),
+            "noise": self.family.noise(words),
             **{name: np.ascontiguousarray(np.broadcast_to(array, shape)) for name, array in parameters.items()},
             "temperature": np.full(len(words), temperature, np.float32),
         }

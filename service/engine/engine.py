@@ -16,8 +16,9 @@ from concurrent.futures import Future
 from reparam.service.engine.admission import Admission
 from reparam.service.engine.deadlines import SHORT, Deadlines
 from reparam.service.engine.job import Job
+from reparam.service.engine.queue import Queue
 from reparam.service.engine.runner import Result, Runner
-from reparam.service.engine.scheduler import Batch, Closed, Piece, Scheduler, Ticket
+from reparam.service.engine.scheduler import Batch, Closed, Piece, Ticket
 from reparam.service.errors import DeadlineExceeded, Problem, Unavailable, cut_off
 from reparam.service.runtime.graphs import Graph, Work
 from reparam.service.telemetry.metrics import Metrics
@@ -52,11 +53,7 @@ class Engine:
         self._loaded = Future[None]()
         self._metrics = metrics
         self._recorder = recorder
-        self._scheduler = Scheduler[Job]()
-        self._lock = threading.Lock()  # held to use the scheduler, the gate and _free
-        self._gate = threading.Lock()  # released while there may be work for a runner; a runner takes it to pass
-        self._gate.acquire()
-        self._free = 0  # runners that wait at the gate
+        self._queue = Queue[Job]()
         self._turns = 0  # loop iterations since rows wait that no runner was woken for
         self._arrives_singly = False  # the latest request was the only one of its loop iteration
         self._closed = ""  # why no rows are taken any more
@@ -78,8 +75,7 @@ class Engine:
 
     def serve(self, graph: Graph) -> None:
         """Take rows of this graph from now on."""
-        with self._lock:
-            self._scheduler.set_limit(graph, graph.batch_rows)
+        self._queue.set_limit(graph, graph.batch_rows)
 
     @property
     def busy(self) -> bool:
@@ -89,7 +85,7 @@ class Engine:
     @property
     def queued_rows(self) -> int:
         """Rows that wait."""
-        return self._scheduler.waiting
+        return self._queue.waiting
 
     def join(self, job: Job) -> None:
         """Begin a request. The caller calls `leave` in the end. Raises Unavailable."""
@@ -102,7 +98,7 @@ class Engine:
 
     def reserve_body(self, job: Job, size: int) -> None:
         """Reserve room for so many more bytes of the job's body. Raises QueueFull."""
-        self.admission.admit_body(job, self._scheduler.waiting, size)
+        self.admission.admit_body(job, self._queue.waiting, size)
 
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
         """Compute the work of a job that has joined.
@@ -114,7 +110,7 @@ class Engine:
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
-        self.admission.admit(job, self._scheduler.waiting, first, size)
+        self.admission.admit(job, self._queue.waiting, first, size)
         job.start(work)
         if self._arrives_singly and first == work.n and self._is_lone(job, first):
             self._arrives_singly = False  # until this loop iteration has ended without another request
@@ -133,9 +129,8 @@ class Engine:
         if self._closed:
             self.fail(job, Unavailable(self._closed, retry_after=1))
         elif job.ticket is not None:
-            with self._lock:
-                self._scheduler.grant(job.ticket, rows)
-            if not self._turns and self._gate.locked():
+            self._queue.grant(job.ticket, rows)
+            if not self._turns and self._queue.is_shut():
                 self._gather(0)
 
     def fail(self, job: Job, error: Exception) -> None:
@@ -188,7 +183,7 @@ class Engine:
         for job in list(self.jobs):
             if job.ticket is not None and job.ticket.waiting:
                 self.fail(job, Unavailable(reason, retry_after=1))
-        self._open_gate()
+        self._queue.close()
 
     def abandon(self) -> None:
         """Fail all jobs: the process ends before their rows are computed."""
@@ -202,14 +197,13 @@ class Engine:
 
     def _withdraw(self, job: Job) -> None:
         if job.ticket is not None:
-            with self._lock:
-                self._scheduler.drop(job.ticket)
+            self._queue.drop(job.ticket)
 
     # How batches start. Simultaneous requests share a batch, so it starts after the loop has read all ready sockets.
 
     def _gather(self, before: int) -> None:
         """Wake a runner, once a loop iteration has added no rows to those that waited before, or after a few."""
-        waiting = self._scheduler.waiting
+        waiting = self._queue.waiting
         if self._turns < GATHER_TURNS and waiting > before:
             self._turns += 1
             self.loop.call_soon(self._gather, waiting)
@@ -217,7 +211,7 @@ class Engine:
         self._turns = 0
         self._arrives_singly = self._take_lone()
         if not self._arrives_singly:
-            self._open_gate()
+            self._queue.open()
 
     def _end_turn(self) -> None:
         self._arrives_singly = not self._turns
@@ -228,9 +222,9 @@ class Engine:
         return (
             len(self.jobs) == 1
             and graph.steady
-            and 0 < rows <= self._scheduler.limit(graph) // LONE_PART
+            and 0 < rows <= self._queue.limits[graph] // LONE_PART
             and job.timer is None  # so the deadline is not near
-            and self._free == len(self._runners)
+            and self._queue.free == len(self._runners)
         )
 
     def _take_lone(self) -> bool:
@@ -240,8 +234,7 @@ class Engine:
         (job,) = self.jobs
         if job.ticket is None:
             return False
-        with self._lock:
-            batch = self._scheduler.take() if self._is_lone(job, job.ticket.waiting) else None
+        batch = self._queue.take() if self._is_lone(job, job.ticket.waiting) else None
         if batch is None:
             return False
         ((_, lo, hi),) = batch.pieces
@@ -276,18 +269,13 @@ class Engine:
                 job.on_change()
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
-    def _open_gate(self) -> None:
-        with self._lock:
-            if self._gate.locked():
-                self._gate.release()
-
     # What runs on the runners' threads.
 
     def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
         try:
             if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
                 self._thread_load(load)
-            while (batch := self._thread_next_batch()) is not None:
+            while (batch := self._queue.wait()) is not None:
                 shares = [(job.work, lo, hi) for job, lo, hi in batch.pieces]
                 self._thread_call(self._finish, batch, *runner.run(shares))
         except BaseException as error:  # /livez reports every reason for which the thread can end
@@ -303,25 +291,9 @@ class Engine:
         else:
             self._loaded.set_result(None)
 
-    def _thread_next_batch(self) -> Batch[Job] | None:
-        """Wait for a batch; None ends the thread. If work remains, the gate stays open for the next runner."""
-        while True:
-            with self._lock:
-                self._free += 1
-            self._gate.acquire()
-            with self._lock:
-                batch = self._scheduler.take(self._free)
-                self._free -= 1
-                if (self._scheduler.waiting or self._closed) and self._gate.locked():
-                    self._gate.release()
-            if batch is not None or self._closed:
-                return batch
-
     def _thread_out_of_memory(self, graph: Graph, rows: int) -> None:
         """Make batches of the graph smaller than `rows` for a while, and count the failure."""
-        with self._lock:
-            before = self._scheduler.limit(graph)
-            self._scheduler.set_limit(graph, max(1, min(before, rows // 2)))
+        before = self._queue.shrink(graph, rows)
         self._metrics.out_of_memory.inc()
         if before == graph.batch_rows > 1:  # otherwise a recovery is due already
             self._thread_call(self.loop.call_later, RECOVERY, self.serve, graph)

@@ -83,12 +83,13 @@ class Scheduler(Generic[Owner]):
     """The one queue: tickets go in, batches come out. Graphs take turns.
 
     waiting: rows that wait.
+    limits: rows of a batch, at most, by graph.
     """
 
     def __init__(self) -> None:
         self.waiting = 0
+        self.limits: dict[Hashable, int] = {}
         self._queues: OrderedDict[Hashable, _Queue[Owner]] = OrderedDict()  # by graph, the next one first
-        self._limits: dict[Hashable, int] = {}
 
     def grant(self, ticket: Ticket[Owner], rows: int) -> None:
         """Let `rows` more rows of the ticket run, at most all it has left."""
@@ -97,7 +98,7 @@ class Scheduler(Generic[Owner]):
             return
         queue = self._queues.get(ticket.graph)
         if queue is None:
-            queue = self._queues[ticket.graph] = _Queue(self._limits[ticket.graph])
+            queue = self._queues[ticket.graph] = _Queue(self.limits[ticket.graph])
         ticket.granted += rows
         queue.waiting += rows
         self.waiting += rows
@@ -148,13 +149,9 @@ class Scheduler(Generic[Owner]):
                 )
         return None
 
-    def limit(self, graph: Hashable) -> int:
-        """Return the rows of a batch of this graph, at most."""
-        return self._limits[graph]
-
     def set_limit(self, graph: Hashable, rows: int) -> None:
         """Bound batches of this graph from now on. Must be called before the first ticket of the graph."""
-        self._limits[graph] = rows
+        self.limits[graph] = rows
         if graph in self._queues:
             self._queues[graph].limit = rows
 

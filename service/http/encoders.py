@@ -17,7 +17,7 @@ from reparam.service.artifact.outputs import Output
 from reparam.service.errors import NotAcceptable, clipped
 from reparam.service.operations.operation import FACTS, Operation
 from reparam.service.pictures import png, sheet
-from reparam.service.runtime.graphs import Graph, Work
+from reparam.service.runtime.graphs import Work
 
 MAX_ACCEPT = 1000  # bytes of the header that are read
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
@@ -77,11 +77,11 @@ class HeaderBlock:
         varying = [fact for fact in facts if not fact.per_model]
         self._names = [fact.name for fact in varying]
         self._template = b"content-length: %d\r\nserver-timing: queue;dur=%.3f, infer;dur=%.3f, encode;dur=%.3f\r\n"
-        self._template += (
-            b"".join(f"{fact.header}: ".lower().encode() + _FORMATS[fact.type] + b"\r\n" for fact in varying) + b"%b"
-        )
+        for fact in varying:
+            self._template += b"%b: %b\r\n" % (str(fact.header).lower().encode(), _FORMATS[fact.type])
+        self._template += b"%b"
         self._of_model = [fact for fact in facts if fact.per_model]
-        self._lines_of_model: dict[tuple[Graph, str], bytes] = {}
+        self._lines_of_model: dict[tuple[tuple[str, str], str], bytes] = {}
 
     def write(self, work: Work, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
         """Say what the body is, how to get it again, and how long it took.
@@ -90,11 +90,11 @@ class HeaderBlock:
         queue, infer, encode: seconds
         """
         facts = work.facts()
-        lines = self._lines_of_model.get((work.graph, media_type))
+        lines = self._lines_of_model.get((work.graph.labels, media_type))
         if lines is None:
             headers = [("content-type", media_type), *((str(fact.header), facts[fact.name]) for fact in self._of_model)]
             lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode()
-            self._lines_of_model[work.graph, media_type] = lines
+            self._lines_of_model[work.graph.labels, media_type] = lines
         times = 1e3 * queue, 1e3 * infer, 1e3 * encode
         return self._template % (size, *times, *map(facts.__getitem__, self._names), lines)
 

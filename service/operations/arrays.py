@@ -28,7 +28,7 @@ def parameter(name: str, values: list[Any], n: int, contract: Contract) -> npt.N
     if len(values) != shapes[depth - len(shape)][0]:
         raise wrong_shape(name, shapes, f"a list of {len(values)}")
     try:
-        checked = _nested(depth, contract.traits.parameters[name]).validate_python(values)
+        checked = _nested(depth, contract.family.parameters[name]).validate_python(values)
     except ValidationError as refusal:
         raise invalid(
             [((name, *location), message, value) for location, message, value in faults_of(refusal)]

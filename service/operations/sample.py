@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from reparam.service.artifact.contract import FLOAT32_MAX, KINDS, Prior
+from reparam.service.artifact.contract import FAMILIES, FLOAT32_MAX, Prior
 from reparam.service.artifact.noise import NOISE_VERSION
 from reparam.service.artifact.outputs import OUTPUTS, Output, OutputName
 from reparam.service.errors import NonFiniteSample, Problem, TooLarge
@@ -125,7 +125,7 @@ class SampleRows:
 
     def overflow(self) -> Problem:
         contract = self.model.contract
-        names = (*(("temperature",) if self.temperature else ()), *contract.traits.parameters)
+        names = (*(("temperature",) if self.temperature else ()), *contract.family.parameters)
         return NonFiniteSample(
             f"the parameters given overflow {contract.precision} at temperature {self.temperature:g}: lower "
             f"{' or '.join(names)}"
@@ -155,7 +155,7 @@ def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> Sa
     prior = defaults.prior
     if not request.model_fields_set <= _FIELDS_OF_EVERY_MODEL:
         _check_kind(request, model)
-        given = {name: getattr(request, name) for name in model.contract.traits.parameters}
+        given = {name: getattr(request, name) for name in model.contract.family.parameters}
         parameters = {
             name: parameter(name, values, n, model.contract) for name, values in given.items() if values is not None
         }
@@ -191,7 +191,7 @@ SAMPLE = Operation(
     facts=SAMPLE_FACTS,
 )
 
-_FIELDS_OF_ONE_KIND = [name for kind in KINDS.values() for name in kind.fields]
+_FIELDS_OF_ONE_KIND = [name for kind in FAMILIES.values() for name in kind.fields]
 _FIELDS_OF_EVERY_MODEL = SampleRequest.model_fields.keys() - _FIELDS_OF_ONE_KIND - {"prior"}
 
 
@@ -209,8 +209,8 @@ def _defaults(model: Model, outputs: tuple[OutputName, ...]) -> _Defaults:
     """Raises InvalidRequest for outputs that the model does not have."""
     contract = model.contract
     for index, output in enumerate(outputs):
-        if output not in contract.traits.outputs:
-            has = ", ".join(contract.traits.outputs)
+        if output not in contract.family.outputs:
+            has = ", ".join(contract.family.outputs)
             problem = f"model {model.name!r} is {contract.kind} and has no {output}; it has: {has}"
             raise invalid([(("outputs", index), problem, output)])
     if len(set(outputs)) < len(outputs):
@@ -220,7 +220,7 @@ def _defaults(model: Model, outputs: tuple[OutputName, ...]) -> _Defaults:
 
 def _check_kind(request: SampleRequest, model: Model) -> None:
     """Refuse fields that only another kind of model has. Raises InvalidRequest."""
-    known = model.contract.traits.fields
+    known = model.contract.family.fields
     for name in _FIELDS_OF_ONE_KIND:
         value = getattr(request, name)
         if name not in known and value is not None and value is not False:

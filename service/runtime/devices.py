@@ -1,4 +1,4 @@
-"""Which onnxruntime provider runs the models, and why."""
+"""The device: which onnxruntime provider runs the models, and why."""
 
 import ctypes
 import os
@@ -15,19 +15,25 @@ from reparam.service.artifact.file import CPU
 from reparam.service.settings import Settings
 
 CUDA = "CUDAExecutionProvider"
-MOST_WORKERS = 4  # processes; each loads the models
-MOST_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # algorithms by rule, not by timing: the same on every start
+MAX_WORKERS = 4  # processes; each loads the models
+MAX_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # by rule, not by timing: the same algorithms on every start
 
 
 class DeviceError(Exception):
-    """The device asked for is not there; the message says what is missing."""
+    """The device cannot be used; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """attempts: lists of providers; a model runs with the first that takes it. runners: batches that run at a time,
-    one on a GPU. threads: cores that each of them uses on the CPU. workers: processes that serve side by side."""
+    """A device, and how it is shared.
+
+    attempts: lists of providers; a model runs with the first list that can run it.
+    reason: why this device was chosen.
+    runners: batches that run at a time; 1 on a GPU.
+    threads: cores that a run uses on the CPU.
+    workers: processes that serve side by side.
+    """
 
     name: Literal["cpu", "cuda"]
     attempts: tuple[tuple[Any, ...], ...]
@@ -39,24 +45,27 @@ class Device:
 
 @lru_cache(1)
 def device_of(settings: Settings) -> Device:
-    """Looked for once: to ask CUDA takes a second. Raises DeviceError."""
+    """Choose the device, once for equal settings: trying CUDA takes a second. Raises DeviceError."""
     return choose(settings)
 
 
 def choose(settings: Settings) -> Device:
-    """Raises DeviceError if cuda is asked for and CUDA does not work, or workers cannot share a port here."""
+    """Choose the device.
+
+    Raises: DeviceError, if `cuda` is chosen and CUDA does not work, or if workers cannot share a port here
+    """
     wanted, workers = settings.device, settings.workers
     if workers > 1 and sys.platform != "linux":
         raise DeviceError(f"REPARAM_WORKERS={workers}, but only Linux lets processes share a port evenly: use 1")
     gpu_workers = workers or 1  # each would need memory of its own for the models
     threads = settings.threads or _cores()
-    workers = workers or (min(threads, MOST_WORKERS) if sys.platform == "linux" else 1)
-    runners = settings.runners or min(-(-threads // workers), MOST_RUNNERS)
+    workers = workers or (min(threads, MAX_WORKERS) if sys.platform == "linux" else 1)
+    runners = settings.runners or min(-(-threads // workers), MAX_RUNNERS)
     each = max(1, threads // (runners * workers))
     cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":
         return cpu("REPARAM_DEVICE=cpu")
-    if not settings.tf32:  # else onnxruntime takes it where cuDNN has nothing more exact; read when CUDA is loaded
+    if not settings.tf32:  # or onnxruntime would use TF32 where cuDNN has no exact algorithm; read when CUDA is loaded
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     missing = _missing_for_cuda()
     if missing is None:
@@ -68,24 +77,24 @@ def choose(settings: Settings) -> Device:
 
 
 def cuda_attempts(settings: Settings) -> tuple[tuple[Any, ...], ...]:
-    """Lists of providers. Some graphs cannot be captured as a CUDA graph, such as those of which a part runs on the
-    CPU."""
+    """List the providers to try. A graph of which a part runs on the CPU cannot be captured as a CUDA graph."""
     options = {**CUDA_OPTIONS, "use_tf32": str(int(settings.tf32))}
     captured, plain = ((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU)
     return (captured, plain) if settings.cuda_graphs else (plain,)
 
 
 def with_tensor_cores(providers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For a decoder of float16: onnxruntime keeps its convolutions off the tensor cores too, unless TF32 is allowed."""
+    """Allow TF32, without which onnxruntime keeps float16 convolutions off the tensor cores too."""
     return tuple((CUDA, {**each[1], "use_tf32": "1"}) if each[0] == CUDA else each for each in providers)
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _missing_for_cuda() -> str | None:
+    """Say what CUDA lacks; None if CUDA works."""
     if CUDA not in ort.get_available_providers():
         return f"this onnxruntime {ort.__version__} has no CUDA provider: install onnxruntime-gpu"
     try:
@@ -95,14 +104,16 @@ def _missing_for_cuda() -> str | None:
     count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver shows no GPU"
-    ort.preload_dlls()  # from the nvidia packages of the `cuda` dependency group, where they are installed
+    ort.preload_dlls()  # from the nvidia packages of the extra `cuda`, where they are installed
     return cuda_fault()
 
 
 def cuda_fault() -> str | None:
-    """Why CUDA computes nothing, or nothing any more. Asks onnxruntime itself, by a convolution: it falls back to the
-    CPU if a library of CUDA cannot be loaded, and looks for cuDNN, and for kernels that suit the GPU, only when it
-    needs them."""
+    """Say why CUDA does not compute, or not any more; None if it does.
+
+    The test is a convolution: onnxruntime falls back to the CPU if a library of CUDA cannot be loaded, and looks for
+    cuDNN and for kernels that suit the GPU only when it needs them.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -110,14 +121,14 @@ def cuda_fault() -> str | None:
         if session.get_providers()[0] == CUDA:
             session.run(None, {"x": np.ones((1, 1, 1, 1), np.float32)})
             return None
-    except Exception as error:  # onnxruntime's errors have no common base but this
+    except Exception as error:  # onnxruntime's errors have no narrower common base
         fault = str(error).partition("\n")[0]
-        return f"onnxruntime cannot compute on the GPU ({fault}): it needs the `cuda` dependency group and its cuDNN"
+        return f"onnxruntime cannot compute on the GPU ({fault}): it needs the extra `cuda` with its cuDNN"
     provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
-        ctypes.CDLL(str(provider))  # only for the loader's message, which names the library that is missing
+        ctypes.CDLL(str(provider))  # for the loader's message, which names the missing library
     except OSError as error:
-        return f"the CUDA provider cannot be loaded ({error}): install the `cuda` dependency group"
+        return f"the CUDA provider cannot be loaded ({error}): install the extra `cuda`"
     return "onnxruntime refused to use CUDA, though its libraries are there"
 
 

@@ -19,7 +19,7 @@ def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -
         contract.inputs(),
         contract.outputs(),
         lambda arrays: SamplerInputs(contract, arrays),
-        checked=(contract.traits.latents, "images"),
+        checked=(contract.family.latents, "images"),
         summed="images",
         max_rows=max_rows,
         apart=apart,
@@ -39,7 +39,7 @@ class SamplerInputs:
         self._contract = contract
         self._elements = contract.elements
         self._blocks = noise.blocks_of(contract.elements)
-        self._noise = contract.traits.noise
+        self._noise = contract.family.noise
         self._draw = noise.Source().draw
         max_rows = len(arrays["temperature"])
         self._words_per_row = noise.WORDS_PER_BLOCK * self._blocks

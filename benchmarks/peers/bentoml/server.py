@@ -14,6 +14,6 @@ class Decoder:
 
     @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=60_000)
     def sample(self, requests: list[tuple[int, int]]) -> list[str]:
-        # A batchable API answers a list as JSON, where base64 is leaner than numbers. Raw bytes take a second service
-        # in front (bentoml.depends), whose hop between processes costs more than it saves.
+        # A batchable API returns a list as JSON, and base64 is smaller than numbers. Raw bytes need a second service in
+        # front (bentoml.depends); the hop between processes costs more than raw bytes save.
         return [b64encode(pixels.tobytes()).decode() for pixels in self.decoder.sample(requests)]

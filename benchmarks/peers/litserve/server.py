@@ -18,7 +18,7 @@ class Api(litserve.LitAPI):
         return request["seed"], request["rows"]
 
     def batch(self, inputs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return inputs  # the decoder joins them
+        return inputs  # the decoder concatenates the requests
 
     def predict(self, batch: list[tuple[int, int]]) -> list[np.ndarray]:
         return self.decoder.sample(batch)
@@ -27,11 +27,11 @@ class Api(litserve.LitAPI):
         return output
 
     def encode_response(self, output: np.ndarray) -> Response:
-        return Response(output.tobytes(), media_type="application/octet-stream")  # bytes as they are, not JSON
+        return Response(output.tobytes(), media_type="application/octet-stream")  # raw bytes instead of JSON
 
 
 if __name__ == "__main__":
-    # Of batch_timeout 0, 2 and 5 ms, 1 and 2 workers, 1 and 2 API servers and both queues none was faster than this.
+    # The fastest of batch_timeout 0, 2 and 5 ms, 1 and 2 workers, 1 and 2 API servers, and both queues.
     api = Api(max_batch_size=64, batch_timeout=0.0)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=False)
     server.run(

@@ -27,7 +27,7 @@ class Sampler:
 
 
 if __name__ == "__main__":
-    # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html: ten times as fast here
+    # Ten times as fast here: https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
     os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     ray.init(include_dashboard=False, log_to_driver=False)
     serve.start(

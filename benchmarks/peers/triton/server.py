@@ -1,4 +1,4 @@
-"""The tritonserver inside the nvidia-pytriton wheel, by itself; it needs Debian's or Ubuntu's own Python 3.11."""
+"""The tritonserver in the nvidia-pytriton wheel, without pytriton. Needs the Python 3.11 of Debian or Ubuntu."""
 
 import os
 import sysconfig

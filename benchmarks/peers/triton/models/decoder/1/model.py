@@ -1,11 +1,11 @@
 """Triton's Python backend: https://github.com/triton-inference-server/python_backend"""
 
-from __future__ import annotations  # the types below exist only inside the server
+from __future__ import annotations  # the types exist only inside the server
 
 import os
 import sys
 
-sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)  # the backend's interpreter does not read it
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)  # the backend's interpreter ignores PYTHONPATH
 
 import triton_python_backend_utils as pb_utils  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What comes back: pure functions from HTTP answers to values."""
+"""Responses: pure functions from HTTP responses to values."""
 
 import io
 import json
@@ -10,33 +10,32 @@ from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
-import httpx
 import numpy as np
 from numpy.lib import format as npy
 
-from reparam._errors import media_type_of, status_error, unexpected_answer
+from reparam._errors import media_type_of, status_error, unexpected_response
+from reparam._http import httpx
 from reparam._model import Model
+from reparam._options import of_rows
 from reparam._request import SampleRequest
-from reparam._samples import DTYPES, Array, Samples
+from reparam._samples import DTYPES, ORIGIN, Array, Samples
 
 NPY = "application/x-npy"
 NPZ = "application/x-npz"
-JSON = "application/json"
-BATCH_BYTES = 2**20  # of a batch of a stream, or one row where that is larger
-# What json, zipfile and NumPy raise for bytes that are not theirs.
+BATCH_BYTES = 2**20  # size of a batch of a stream; a larger row is a batch of its own
+# Errors of json, zipfile and NumPy for bytes of another format.
 UNREADABLE = (BadZipFile, EOFError, KeyError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)
 
 
 def check(response: httpx.Response, body: bytes | bytearray, media_type: str) -> None:
-    """Raises StatusError where the answer is an error, or of another type than was asked for."""
+    """Check that a response is no error and has this media type. Raises: StatusError."""
     if not response.is_success:
         raise status_error(response, body)
     if not usable(response, media_type):
-        raise unexpected_answer(response, f"answered with {media_type_of(response)}, not with {media_type}")
+        raise unexpected_response(response, f"answered with {media_type_of(response)}, not with {media_type}")
 
 
 def usable(response: httpx.Response, media_type: str) -> bool:
-    """It is no error, and of the type that was asked for."""
     return response.is_success and media_type_of(response) == media_type
 
 
@@ -48,7 +47,7 @@ def read_npy(response: httpx.Response, body: bytearray, request: SampleRequest) 
             raise ValueError("its array broke off")
         row_shape, offset = header
         array = np.frombuffer(body, DTYPES[name], offset=offset).reshape(request.n, *row_shape)
-        return _samples(response, {name: array})
+        return _samples(response, {name: array}, request)
 
 
 def read_npz(response: httpx.Response, body: bytearray, request: SampleRequest) -> Samples:
@@ -56,11 +55,11 @@ def read_npz(response: httpx.Response, body: bytearray, request: SampleRequest) 
         arrays = {name: archive[name] for name in request.outputs}
         for name, array in arrays.items():
             _check_array(name, array.dtype, array.shape, request.n)
-        return _samples(response, arrays)
+        return _samples(response, arrays, request)
 
 
 def read_models(response: httpx.Response, body: bytearray) -> list[Model]:
-    """The default model first, the others by name."""
+    """Returns: the default model, then the others by name."""
     with _readable(response):
         listed = json.loads(body)
         models = [Model.from_json(described) for described in listed["models"]]
@@ -73,39 +72,47 @@ def read_model(response: httpx.Response, body: bytearray) -> Model:
 
 
 class RowReader:
-    """Makes batches of the rows of an npy answer while its bytes come in. It holds one batch and one chunk at most."""
+    """Cuts the rows of an npy response into batches while bytes arrive. Holds at most one batch and one chunk.
 
-    response: httpx.Response  # set when it is there; before, there are no bytes
+    request: the request for the rows.
+    received: number of rows returned so far.
+    response: the response; set before the first bytes arrive.
+    """
+
+    response: httpx.Response
 
     def __init__(self, request: SampleRequest) -> None:
         self.request = request
-        self.received = 0  # rows handed out
+        self.received = 0
         [self._name] = request.outputs
         self._buffer = bytearray()
         self._row_shape: tuple[int, ...] = ()
-        self._row_bytes = 0  # 0: the header is still to come
+        self._row_bytes = 0  # 0 until the header has arrived
 
     @property
     def missing(self) -> int:
         return self.request.n - self.received
 
     def pinned(self) -> SampleRequest:
-        """The request for the version that answered, whatever becomes the latest meanwhile."""
+        """Returns: the request for the version that responded, even if another version becomes the latest."""
         headers = self.response.headers
-        return self.request.of(headers["Model-Name"], int(headers["Model-Version"]))
+        return self.request.pinned(headers["Model-Name"], int(headers["Model-Version"]))
 
     def feed(self, chunk: bytes) -> list[Samples]:
-        """Take the next bytes in, b"" for the end of them. Returns the batch that they complete, if they do."""
+        """Take the next bytes in; b"" is the end of the body.
+
+        Returns: the batch that these bytes complete, or an empty list.
+        """
         self._buffer += chunk
         if not self._buffer:
             return []
         with _readable(self.response):
             if not self._row_bytes and not self._read_header():
                 return []
-            whole = len(self._buffer) // self._row_bytes
-            if not whole or (chunk and len(self._buffer) < BATCH_BYTES):
+            rows = len(self._buffer) // self._row_bytes
+            if not rows or (chunk and len(self._buffer) < BATCH_BYTES):
                 return []
-            return [self._take(whole)]
+            return [self._take(rows)]
 
     def _read_header(self) -> bool:
         header = _npy_header(self._buffer, self._name, self.request.n)
@@ -116,21 +123,24 @@ class RowReader:
         del self._buffer[:offset]
         return True
 
-    def _take(self, whole: int) -> Samples:
-        """The next rows. The buffer becomes their memory; the part of a row behind them moves to a new one."""
-        if whole > self.missing:
+    def _take(self, rows: int) -> Samples:
+        """Returns: the next rows. The buffer becomes their memory; an incomplete row moves to a new buffer."""
+        if rows > self.missing:
             raise ValueError("more rows than the header says")
-        end = whole * self._row_bytes
-        rows, self._buffer = self._buffer, self._buffer[end:]
-        array = np.frombuffer(rows, DTYPES[self._name], whole * prod(self._row_shape)).reshape(whole, *self._row_shape)
-        samples = _samples(self.response, {self._name: array}, self.received)
-        self.received += whole
+        end = rows * self._row_bytes
+        data, self._buffer = self._buffer, self._buffer[end:]
+        array = np.frombuffer(data, DTYPES[self._name], rows * prod(self._row_shape)).reshape(rows, *self._row_shape)
+        samples = _samples(self.response, {self._name: array}, self.request, self.received)
+        self.received += rows
         return samples
 
 
 def _npy_header(data: bytearray, name: str, n: int) -> tuple[tuple[int, ...], int] | None:
-    """Shape of a row and offset of the first; None until the header is whole. Raises ValueError for another array."""
-    begin = 10  # magic string, version of the format, length of the rest
+    """Returns: the shape of a row and the offset of the first row; None until the header has arrived.
+
+    Raises: ValueError for another array than n rows of this output.
+    """
+    begin = 10  # magic string, version of the format, length of the header
     offset = begin + int.from_bytes(data[8:begin], "little")
     if len(data) < begin or len(data) < offset:
         return None
@@ -149,23 +159,31 @@ def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], n: int
         raise ValueError(f"{name} are {dtype}{shape}, not {n} rows of {DTYPES[name]}")
 
 
-def _samples(response: httpx.Response, arrays: Mapping[str, Array], after: int = 0) -> Samples:
+def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: SampleRequest, first: int = 0) -> Samples:
+    """Returns: rows of a request, from row `first` of the request on."""
     headers = response.headers
+    n = len(next(iter(arrays.values())))
+    # Arrays of latents say for certain how many dimensions a latent has.
+    known = [array.ndim - 1 for name, array in arrays.items() if name in ("latents", "codes")]
+    latent_dims = known[0] if known else request.latent_dims
+    options = {name: value for name, value in request.options.items() if name not in ORIGIN}
     return Samples(
         **arrays,
         model=headers["Model-Name"],
         version=int(headers["Model-Version"]),
         seed=int(headers["Sample-Seed"]),
-        start=int(headers["Sample-Start"]) + after,
+        start=int(headers["Sample-Start"]) + first,
         noise_version=int(headers["Noise-Version"]),
+        options=of_rows(options, slice(first, first + n), latent_dims),
+        _latent_dims=latent_dims,
     )
 
 
 @contextmanager
 def _readable(response: httpx.Response) -> Iterator[None]:
-    """Where reading an answer fails, say so as StatusError."""
+    """Turn errors of reading a response into StatusError."""
     try:
         yield
     except UNREADABLE as error:
-        what = f"answered with something that cannot be read: {type(error).__name__}: {error}"
-        raise unexpected_answer(response, what) from error
+        problem = f"answered with something that cannot be read: {type(error).__name__}: {error}"
+        raise unexpected_response(response, problem) from error

@@ -18,7 +18,7 @@ RECOVERY = "reparam.service.engine.engine.RECOVERY"
 def batch_limit(service: Running, model: str) -> int:
     """Read how many rows a batch of the model may have now."""
     graph = service.lifespan.repository.find(model, None).sampler
-    return service.lifespan.engine._scheduler.limit(graph)
+    return service.lifespan.engine._queue.limits[graph]
 
 
 def run_out_of_memory(service: Running, rows: int) -> None:

@@ -1,0 +1,86 @@
+"""Options of a sample: one table of names, types and checks."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from reparam import _checks as check
+
+
+class SampleOptions(TypedDict, total=False):
+    """Options of `sample` and `iter_samples`. To leave an option out, or to give None, means its default.
+
+    model: name of the model. Default: the service's default model.
+    version: version of the model. Default: the latest.
+    temperature: at least 0. Gaussian: scale of the noise; 0 gives z = mu. Gumbel: temperature of the relaxation; 0
+        gives one-hot codes. Default: the model's.
+    hard: one-hot codes at any temperature (Gumbel). Default: False.
+    prior: distribution of rows without parameters. "standard" is one distribution for every row, "mixture" one of
+        several. Default: "mixture" where the model has a mixture.
+    seed: 0 .. 2**64 - 1. Default: a fresh seed, drawn by the client.
+    start: number of the first row of the seed. Default: 0.
+    mu, log_var: parameters of a Gaussian model, in place of `prior`. The latent shape means the same parameters for
+        every row, (n, *latent_shape) parameters of each row. Default: the standard prior. The service takes
+        8 MiB of parameters in one request: send parameters of more rows in parts, each from its own `start`.
+    logits: parameters of a Gumbel model, likewise.
+    """
+
+    model: Annotated[str | None, check.string]
+    version: Annotated[int | None, check.integer]
+    temperature: Annotated[float | None, check.temperature]
+    hard: Annotated[bool | None, check.flag]
+    prior: Annotated[str | None, check.string]
+    seed: Annotated[int | None, check.seed]
+    start: Annotated[int | None, check.start]
+    mu: Annotated[npt.ArrayLike | None, check.array]
+    log_var: Annotated[npt.ArrayLike | None, check.array]
+    logits: Annotated[npt.ArrayLike | None, check.array]
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(SampleOptions, include_extras=True).items()
+}
+
+
+def checked(options: Mapping[str, Any], others: tuple[str, ...]) -> dict[str, Any]:
+    """Check the options of a call.
+
+    others: names of the other arguments of the call, for the message.
+
+    Returns: the options that were given, in plain types; arrays as float64.
+    Raises: TypeError for an unknown name or a value of a wrong type, ValueError for a wrong value.
+    """
+    for name in options:
+        if name not in CHECKS:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join([*others, *CHECKS])}")
+    return {name: CHECKS[name](name, value) for name, value in options.items() if value is not None}
+
+
+def parameters(options: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Returns: the options among these that are arrays: mu and log_var, or logits."""
+    return {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
+
+
+def latent_dims(n: int, options: Mapping[str, Any]) -> int:
+    """Guess how many dimensions a latent has from the parameters of n rows. It tells shared parameters from rows.
+
+    The guess is wrong only for shared parameters whose first dimension happens to be n, and only if no other parameter
+    has more dimensions. The service refuses slices of such parameters, because no shape of theirs fits.
+    """
+    arrays = parameters(options)
+    if not arrays:
+        return 0
+    if "logits" in arrays:
+        return 2  # variables, categories
+    dims = {array.ndim for array in arrays.values()}
+    fewest = min(dims)
+    rows_each = len(dims) == 1 and fewest > 1 and all(len(array) == n for array in arrays.values())
+    return fewest - 1 if rows_each else fewest
+
+
+def of_rows(options: Mapping[str, Any], rows: slice, latent_dims: int) -> dict[str, Any]:
+    """Returns: the options of some of the rows. Parameters of each row are sliced, shared parameters stay whole."""
+    each = {name: array[rows] for name, array in parameters(options).items() if array.ndim > latent_dims}
+    return {**options, **each}

@@ -1,4 +1,4 @@
-# Every command a person or CI runs. PYTHON may name any Python from 3.11 on.
+# Every command for people and CI. PYTHON may name any Python from 3.11 on.
 PYTHON ?= python3
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --python-version 3.11 --no-annotate --no-header
@@ -24,7 +24,7 @@ check: .venv/all ## format, lint and types
 check-wheel: .venv/all ## install the wheel into empty environments and use it there; minutes, and it downloads
 	BUILDER=$(BIN)/python PYTHON=$(PYTHON) tests/packaging.sh
 
-fix: .venv/all ## format, and mend what the linter can
+fix: .venv/all ## format, and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -48,7 +48,7 @@ lock: .venv/all ## pin, with hashes, what the image is built from and runs on
 	$(COMPILE) pyproject.toml --extra cuda -c requirements/service.txt -o requirements/cuda.txt
 	$(COMPILE) --group build -c requirements/service.txt -o requirements/build.txt
 
-clean: ## remove the environment and what tools left behind
+clean: ## remove the environment, builds and caches
 	rm -rf .venv .bench build dist .*_cache .hypothesis .coverage* *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -188,7 +188,7 @@ class Classifier(Command):
         from reparam.export.classifier import train_classifier
 
         accuracy = train_classifier(self.data, self.out, epochs=self.epochs, seed=self.seed)
-        print(f"{self.out}: {accuracy:.2%} of the held-out images are put right")
+        print(f"{self.out}: {accuracy:.2%} of the held-out images are classified correctly")
 
 
 class Publish(Command):
@@ -309,4 +309,4 @@ def _explain(kind: str, location: tuple[int | str, ...], given: object, says: st
     if not names:
         return says
     name = names[-1].replace("_", "-")
-    return f"{name} is missing: --help says what it is" if kind == "missing" else f"--{name} {given!r}: {says}"
+    return f"{name} is missing: --help describes it" if kind == "missing" else f"--{name} {given!r}: {says}"

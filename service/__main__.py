@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(str(error))
     logging.config.dictConfig(log_config(settings))
     if unknown := _unknown_in_the_environment():
-        log.warning("no settings, and ignored: `reparam serve --help` lists those there are", extra={"names": unknown})
+        log.warning("no settings, and ignored: `reparam serve --help` lists the settings", extra={"names": unknown})
     log.info("model repository", extra={"folder": str(settings.artifacts.absolute()), "reason": _reason(settings)})
     return run(settings, workers)
 

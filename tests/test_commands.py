@@ -179,7 +179,7 @@ def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
             "30 of 30 epochs: leave some",
         ),
         (["train", "--recipe", "none", "--out", "x"], "no recipe 'none'; there are: dreg-50"),
-        (["train", "--out", "x"], "kind is missing: --help says what it is\ndata is missing"),
+        (["train", "--out", "x"], "kind is missing: --help describes it\ndata is missing"),
         (["train", "gumbel", "--data", "digits", "--out", "x", "--tau-start", "inf"], "--tau-start 'inf'"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "inf"], "--free-bits 'inf'"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--width", "1" + 12 * "0"], "not enough memory"),

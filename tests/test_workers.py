@@ -111,7 +111,7 @@ def test_a_worker_that_does_not_end_is_killed(service: tuple["subprocess.Popen[s
 def test_a_stop_during_the_start_is_a_good_end(repository: Path, seconds: float) -> None:
     running = start("--port", "0", "--workers", "2", "--device", "cpu", "--artifacts", str(repository))
     assert running.stderr is not None
-    assert '"starting"' in running.stderr.readline()
+    assert any('"starting"' in line for line in running.stderr)  # waits for the line
     time.sleep(seconds)
     running.send_signal(signal.SIGTERM)
     _, log = running.communicate(timeout=30)

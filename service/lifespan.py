@@ -61,7 +61,7 @@ class Lifespan:
 
     @contextlib.asynccontextmanager
     async def run(self, _: FastAPI) -> AsyncIterator[None]:
-        """Serve, as FastAPI's lifespan. The models load on a runner thread, so that /livez can answer during loading."""
+        """Serve, as FastAPI's lifespan. The models load on a runner thread, so /livez can answer during loading."""
         settings = self.settings
         load = partial(self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS)
         self.loading = asyncio.create_task(self._serve(self.engine.start(asyncio.get_running_loop(), load)))

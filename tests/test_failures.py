@@ -81,7 +81,8 @@ def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
 def test_livez_fails_when_a_runner_dies(serve: Callable[..., Running]) -> None:
     service = serve()
     assert service.get("/livez").status_code == 200
-    service.lifespan.engine._queue.wait = None  # type: ignore[method-assign,assignment]  # so that the thread dies
+    for runner in service.lifespan.engine._runners:
+        runner.run = None  # type: ignore[method-assign,assignment]  # so that the thread dies
     problem(service.post({"n": 500}), "unavailable")  # too many rows for the event loop's thread
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")

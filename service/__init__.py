@@ -2,5 +2,5 @@
 
 import os
 
-# By default onnxruntime reports what it loads and runs to its makers. It reads this variable when first imported.
+# By default onnxruntime sends usage data to Microsoft. The first import of onnxruntime reads this variable.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

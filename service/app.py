@@ -27,13 +27,13 @@ def create_app(
     reports: WorkerReports | None = None,
     operations: Sequence[Operation] = OPERATIONS,
 ) -> "Application":
-    """Make the application, as for `uvicorn --factory reparam.service.app:create_app`.
+    """Make the application, also for `uvicorn --factory reparam.service.app:create_app`.
 
-    settings: default: those of the environment
-    reports: of the other workers of the service
-    operations: that the application offers
+    settings: settings of the service; default: settings from the environment.
+    reports: exchange of reports between the workers of the service; None for a single process.
+    operations: operations to serve, each at `POST <path>`.
 
-    Raises: DeviceError, pydantic.ValidationError
+    Raises: DeviceError; pydantic.ValidationError for wrong settings in the environment.
     """
     lifespan = Lifespan(Settings() if settings is None else settings, reports)
     app = Application(lifespan, operations)
@@ -44,12 +44,12 @@ def create_app(
 
 
 class Application(FastAPI):
-    """FastAPI, except that operations go straight to their ASGI applications.
+    """A FastAPI application. Requests for operations bypass FastAPI's middleware and routing.
 
-    FastAPI's middleware and routing take longer than everything else that a sample needs.
+    FastAPI's middleware and routing take longer than all other steps of a sample.
 
-    reparam: what the application holds while it runs.
-    fast_paths: of the operations, by path; for the server of `process/`.
+    reparam: the lifespan, with models, engine and state.
+    fast_paths: fast paths of the operations, by path; used by `wire/` alone.
     """
 
     def __init__(self, lifespan: Lifespan, operations: Sequence[Operation]) -> None:
@@ -86,7 +86,7 @@ class Application(FastAPI):
             await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
-        """Describe the application, its operations included."""
+        """Return the OpenAPI schema, including the operations."""
         if self.openapi_schema is None:
             add_operations(super().openapi(), self._operations, self._has_key)
         return super().openapi()

@@ -1,26 +1,26 @@
-"""Problems: why a request cannot be answered. Each problem type (RFC 9457) is one class."""
+"""Problems: errors of requests. Each problem type (RFC 9457) is one class, documented by its `meaning`."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 MEDIA_TYPE = "application/problem+json"
-SHORT = 80  # characters of a client's value that a message repeats, at most
+SHORT = 80  # largest number of characters of a client's value in a message
 
 
 def clipped(text: str) -> str:
-    """Cut text from a client to the length that a message repeats."""
+    """Cut text from a client to SHORT characters, for a message."""
     return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 class Problem(Exception):
-    """A request that cannot be answered.
+    """An error that becomes a problem document (RFC 9457) as the response.
 
-    slug: names the problem type in `type`.
-    status: of the response.
+    slug: name of the problem type; `type` is /problems/<slug>.
+    status: HTTP status of the response.
     meaning: one sentence, for OpenAPI and /problems.
-    detail: names the offending value and the way out.
-    headers: of the response. `retry_after`, in seconds, becomes the header Retry-After.
+    detail: message with the offending value and the way out.
+    headers: headers of the response. The member `retry_after`, in seconds, also becomes the header Retry-After.
     members: further members of the document.
     """
 
@@ -37,7 +37,7 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(members["retry_after"])
 
     def document(self, request_id: str) -> dict[str, Any]:
-        """Make the problem document of a request."""
+        """Make the problem document for the request with this id."""
         return {
             "type": f"/problems/{self.slug}",
             "title": HTTPStatus(self.status).phrase,
@@ -146,11 +146,11 @@ class DeadlineExceeded(Problem):
 
 
 class ClientLeft(Exception):
-    """The client has disconnected, so no response is due."""
+    """The client has disconnected, so the request needs no response."""
 
 
 def cut_off() -> Unavailable:
-    """Make the problem of a request that has not ended when the process must."""
+    """Make the problem of a request still unanswered when the process must end."""
     return Unavailable("the service ends before the response is there: ask another replica, or again", retry_after=1)
 
 

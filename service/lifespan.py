@@ -1,4 +1,4 @@
-"""What an application holds while it runs, from the loading of the models to the last response."""
+"""The lifespan of an application: models, engine and state, from loading to the last response."""
 
 import asyncio
 import contextlib
@@ -21,19 +21,24 @@ from reparam.service.telemetry.reports import Report, WorkerReports
 
 log = logging.getLogger(__name__)
 
-# States of a process, the worst first; a service is in the worst state of its processes.
+# States of a process, the worst state first. The state of a service is the worst state of its processes.
 STATES = ("failed", "draining", "no model", "no default model", "starting", "ready")
 
 
 class Lifespan:
-    """The models, the engine, and whether requests are taken.
+    """The models, the engine and the state of an application.
 
-    settings: of the application.
-    reports: of the other workers of the service; None for a single process.
-    state: an entry of STATES, but for "failed".
-    is_loaded: the models are loaded, and requests are taken.
+    settings: settings of the service.
+    reports: exchange of reports between the workers of the service; None for a single process.
+    device: device of the models.
+    metrics, recorder: metrics and access log of this process.
+    repository: the models.
+    engine: runs rows of the models.
+    state: an entry of STATES except "failed"; `report` detects failures.
+    is_loaded: the models are loaded, and requests are accepted.
+    loading: the task that loads the models; None before the start.
 
-    Raises: DeviceError
+    Raises: DeviceError.
     """
 
     def __init__(self, settings: Settings, reports: WorkerReports | None = None) -> None:
@@ -56,7 +61,7 @@ class Lifespan:
 
     @contextlib.asynccontextmanager
     async def run(self, _: FastAPI) -> AsyncIterator[None]:
-        """Load the models beside the event loop, so that /livez answers meanwhile; serve until the end."""
+        """Serve, as FastAPI's lifespan. The models load on a runner thread, so /livez can answer during loading."""
         settings = self.settings
         load = partial(self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS)
         self.loading = asyncio.create_task(self._serve(self.engine.start(asyncio.get_running_loop(), load)))
@@ -88,7 +93,7 @@ class Lifespan:
             self.state = self.repository.state
 
     def report(self) -> Report:
-        """Report the state of this process."""
+        """Report the state and the metrics of this process."""
         failure = self._failure()
         self.recorder.flush()
         return Report("failed" if failure else self.state, failure, self.metrics.families())
@@ -102,15 +107,18 @@ class Lifespan:
         return [self.repository.find(name, None) for name in sorted(self.repository.models)]
 
     def drain(self) -> None:
-        """Let /readyz fail. Requests are answered until `stop`."""
+        """Make /readyz fail, so that load balancers send no new requests. Requests are still answered."""
         self.state = "draining"
 
     def stop(self) -> None:
-        """Refuse requests that wait and requests that come."""
+        """Refuse queued requests and new requests."""
         self.engine.close("the service is draining: ask another replica, or again")
 
     def check_ready(self) -> None:
-        """Raise Unavailable while the models are not loaded."""
+        """Check that the models are loaded.
+
+        Raises: Unavailable.
+        """
         if self.is_loaded:
             return
         if self._failure() is not None:
@@ -118,7 +126,7 @@ class Lifespan:
         raise Unavailable("the models are being loaded: try again in a second", retry_after=1)
 
     def _failure(self) -> str | None:
-        """Say why only a restart helps; None if the process is well."""
+        """Return the reason for a restart; None if the process is well."""
         loading = self.loading
         if loading is not None and loading.done() and not loading.cancelled() and loading.exception():
             return f"the models could not be loaded: {loading.exception()!r}"

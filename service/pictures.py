@@ -16,7 +16,7 @@ PAPER = 96  # grey level between the images of a sheet
 def png(image: Pixels) -> bytes:
     """Encode an image as a PNG.
 
-    image: uint8 (C, H, W), C 1 or 3
+    image: uint8 (C, H, W), C 1 or 3.
     """
     channels_last = image.transpose(1, 2, 0)
     picture = Image.fromarray(np.ascontiguousarray(channels_last[..., 0] if len(image) == 1 else channels_last))
@@ -26,12 +26,12 @@ def png(image: Pixels) -> bytes:
 
 
 def sheet(images: Pixels, columns: int | None = None) -> Pixels:
-    """Lay images out in rows.
+    """Lay images out as a contact sheet.
 
-    images: uint8 (n, C, H, W)
-    columns: images in a row; default: ceil(sqrt(n)), near to a square
+    images: uint8 (n, C, H, W).
+    columns: number of images in a row; default: ceil(sqrt(n)), nearly a square.
 
-    Returns: uint8 (C, height, width); a single image as it is
+    Returns: uint8 (C, height, width); a single image without a frame.
     """
     n, channels, height, width = images.shape
     if n == 1:

@@ -1,6 +1,6 @@
-"""The contract of an artifact, and the only code that reads and writes it.
+"""The contract of an artifact. No other module reads or writes the contract.
 
-A file carries the contract in ONNX metadata properties, one `reparam.<field of Contract>` each, in JSON.
+An ONNX file stores each field of Contract as JSON in the metadata property `reparam.<field>`.
 """
 
 import json
@@ -25,7 +25,7 @@ KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
-WEIGHTS_TOLERANCE = 1e-6  # how far the sum of a mixture's weights may be from 1
+WEIGHTS_TOLERANCE = 1e-6  # largest difference between the sum of a mixture's weights and 1
 
 
 class ArtifactError(Exception):
@@ -34,13 +34,13 @@ class ArtifactError(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: what distinguishes Gaussian from Gumbel.
+    """The differences between Gaussian and Gumbel models.
 
-    parameters: names of the distribution's parameters, each with the largest value that a request may give.
+    parameters: names of the distribution's parameters, each with the largest value allowed in a request.
     latents: name of the graph's latent output.
     noise: maps random words, uint64 (...), to the noise of the reparameterization, float32 of the same shape.
-    outputs: what a request may ask for.
-    flags: fields of a request that only this kind has, besides its parameters.
+    outputs: names of the outputs available to requests.
+    flags: request fields of this kind alone, besides the parameters.
     """
 
     parameters: Mapping[str, float]
@@ -51,7 +51,7 @@ class Family:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of a request that only this kind has."""
+        """Request fields of this kind alone."""
         return (*self.parameters, *self.flags)
 
 
@@ -73,29 +73,48 @@ FAMILIES = {
 
 
 class Contract(BaseModel):
-    """The contract of an artifact, a field for each metadata key."""
+    """The contract of an artifact, a field for each metadata key.
+
+    kind: a key of FAMILIES.
+    latent_shape: shape of one row's latent; (variables, categories) for Gumbel.
+    image_shape: (channels, height, width).
+    prior: the standard prior. Each parameter is nested lists of latent_shape, or one number for every element.
+    mixture: a prior of C components: `weights` (C), and each parameter (C, *latent_shape).
+    precision: of the decoder; latents are always float32.
+    default_temperature: of requests without `temperature`; at least 0.
+    noise_version: version of the noise contract in `noise`.
+    trained_on, evaluation: names and values for `/models`.
+    tools: versions of the exporting packages.
+    reference: outputs of the exported network on fixed inputs, for `reparam verify`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["gaussian", "gumbel"]
     latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
     image_shape: tuple[Literal[1, 3], PositiveInt, PositiveInt]
-    prior: dict[str, Any]  # each parameter: nested lists of latent_shape, or one number for every element
-    mixture: dict[str, Any] | None = None  # a prior of C components: weights (C), each parameter (C, *latent_shape)
-    precision: Precision = "float32"  # that the decoder computes in; latents are always float32
+    prior: dict[str, Any]
+    mixture: dict[str, Any] | None = None
+    precision: Precision = "float32"
     default_temperature: Annotated[float, Field(ge=0, le=FLOAT32_MAX)]
     noise_version: Literal[1]
     trained_on: dict[str, str | int | float]
     evaluation: dict[str, str | int | float]
     tools: dict[str, str]
-    reference: dict[str, Any]  # what the network that was exported answered, for `verify`
+    reference: dict[str, Any]
 
     def to_metadata(self) -> dict[str, str]:
+        """Write the contract as metadata properties: key to JSON."""
         return {KEY_PREFIX + key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Contract":
-        """Raises ArtifactError naming the key."""
+        """Read the contract from metadata properties, and check each field.
+
+        metadata: key to JSON. Keys without the prefix `reparam.` are ignored.
+
+        Raises: ArtifactError naming the key.
+        """
         fields: dict[str, Any] = {}
         for key, value in metadata.items():
             if not key.startswith(KEY_PREFIX):
@@ -124,38 +143,39 @@ class Contract(BaseModel):
 
     @property
     def elements(self) -> int:
-        """Count the elements of one row's latent."""
+        """Number of elements in one row's latent."""
         return prod(self.latent_shape)
 
     @property
     def priors(self) -> tuple[Prior, ...]:
-        """Names of the priors that rows without parameters can be drawn from; the first is the default."""
+        """Names of the priors for rows without parameters; the first is the default."""
         return ("standard",) if self.mixture is None else ("mixture", "standard")
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of a row of each output that a request can ask for."""
+        """Shape of one row of each output available to requests."""
         return {name: OUTPUTS[name].row_shape(self.latent_shape, self.image_shape) for name in self.family.outputs}
 
     @property
     def family(self) -> Family:
+        """The family of this kind."""
         return FAMILIES[self.kind]
 
     def prior_arrays(self) -> Arrays:
         """Read the parameters of the standard prior.
 
-        Returns: by name, float32 (*latent_shape)
+        Returns: parameters by name, float32 (*latent_shape).
 
-        Raises: ArtifactError
+        Raises: ArtifactError.
         """
         return self._parameter_arrays("prior", self.prior, self.latent_shape)
 
     def mixture_arrays(self) -> tuple[noise.Float64, Arrays]:
         """Read the mixture's weights and the parameters of its components.
 
-        Returns: weights, float64 (C,), and by name, float32 (C, *latent_shape); C is 0 without a mixture
+        Returns: weights, float64 (C,), and parameters by name, float32 (C, *latent_shape); C is 0 without a mixture.
 
-        Raises: ArtifactError
+        Raises: ArtifactError.
         """
         if self.mixture is None:
             return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.family.parameters}
@@ -183,12 +203,12 @@ class Contract(BaseModel):
         return arrays
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Name the sampler's inputs, in order, with their shapes after the batch axis. All are float32."""
+        """List the sampler's inputs in order: name to shape without the batch axis. All inputs are float32."""
         latent_shaped = dict.fromkeys(("noise", *self.family.parameters), self.latent_shape)
         return {**latent_shaped, "temperature": ()}
 
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name the sampler's outputs, in order, with their types and their shapes after the batch axis."""
+        """List the sampler's outputs in order: name to ONNX type and shape without the batch axis."""
         return {
             self.family.latents: ("tensor(float)", self.latent_shape),
             "images": ("tensor(float)", self.image_shape),
@@ -196,13 +216,13 @@ class Contract(BaseModel):
         }
 
     def feeds(self, words: noise.Words, temperature: float, parameters: Arrays | None = None) -> Arrays:
-        """Make the sampler's inputs.
+        """Make the sampler's inputs for n rows.
 
-        words: uint64 (n, *latent_shape)
-        temperature: of every row
-        parameters: by name, (*latent_shape) for every row or (n, *latent_shape); default: those of the standard prior
+        words: uint64 (n, *latent_shape), random words.
+        temperature: temperature of every row.
+        parameters: by name, (*latent_shape) for every row or (n, *latent_shape); default: the standard prior.
 
-        Returns: by name, float32 (n, ...)
+        Returns: inputs by name, float32 (n, ...).
         """
         shape = (len(words), *self.latent_shape)
         parameters = self.prior_arrays() if parameters is None else parameters
@@ -214,9 +234,9 @@ class Contract(BaseModel):
 
 
 def _numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Convert nested lists of JSON to an array. Raises ValueError."""
+    """Convert nested lists of JSON to an array. Raises: ValueError."""
     array = np.asarray(values)
     if array.dtype.kind not in "iuf":  # a number of more than 64 bits makes an array of objects
         raise ValueError(f"it holds {array.dtype}")
-    with np.errstate(over="ignore"):  # infinity is refused by the caller
+    with np.errstate(over="ignore"):  # the caller refuses infinity
         return array.astype(dtype)

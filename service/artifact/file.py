@@ -1,4 +1,4 @@
-"""The artifact: one ONNX file that carries its contract, and the only code that opens the file."""
+"""The artifact: one ONNX file with a sampler and the sampler's contract. No other module opens such a file."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,24 @@ Providers = Sequence[Any]  # each a name, or a name and options
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
-COMPONENTS_PER_RUN = 64  # of a mixture, when a file is checked
-ROUNDING = 0.01  # difference of two runs on a GPU, which may add up in another order; random operators differ by more
+COMPONENTS_PER_RUN = 64  # mixture components in one run, while a file is checked
+# Largest difference between two runs on a GPU, because a GPU may add in another order. Random operators differ by more.
+ROUNDING = 0.01
 
-# The operators that run a subgraph as often as the data decides, as a file spells them: field 4 of a NodeProto, the
-# length of the name, the name. A graph whose weights happen to hold these bytes counts as not steady.
+# Operators with a subgraph, whose running time depends on the data. The bytes are those of a NodeProto: the tag of
+# field 4 (op_type), the length of the name, the name. If weights happen to hold these bytes, the graph counts as not
+# steady.
 _BRANCHES = tuple(b'"%c%b' % (len(name), name) for name in (b"If", b"Loop", b"Scan", b"SequenceMap"))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sampler that is loaded and keeps its contract.
+    """A loaded sampler, checked against the contract.
 
+    contract: the contract in the file.
+    session: session of onnxruntime.
     size: bytes of the file.
-    steady: the time of a run depends on the number of rows alone, not on their values.
+    steady: the time of a run depends on the number of rows alone, not on values in the rows.
     """
 
     contract: Contract
@@ -42,30 +46,33 @@ class Artifact:
 
     @property
     def provider(self) -> str:
+        """First execution provider of the session, such as CPUExecutionProvider."""
         return str(self.session.get_providers()[0])
 
     def run(self, feeds: Mapping[str, npt.NDArray[np.float32]], names: Sequence[str] = ()) -> Arrays:
         """Run the graph.
 
-        feeds: the inputs of `contract.inputs()`, float32 (n, ...)
-        names: of outputs; default: all
+        feeds: the inputs of `contract.inputs()`, float32 (n, ...).
+        names: names of outputs; default: all.
 
-        Returns: the outputs by name, (n, ...)
+        Returns: the outputs by name, (n, ...).
         """
         names = list(names or self.contract.outputs())
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")  # no CUDA graph, which would need arrays that stay
+        options.add_run_config_entry(
+            "gpu_graph_id", "-1"
+        )  # no CUDA graph: a CUDA graph needs arrays at fixed addresses
         return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))
 
 
 def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifact:
-    """Load a sampler and check that it keeps its contract.
+    """Load a sampler, and check the graph against the contract.
 
-    path: of model.onnx
-    providers: of onnxruntime, the preferred one first
-    threads: of one run on the CPU; 0 for one a core
+    path: path of model.onnx.
+    providers: providers of onnxruntime, the preferred provider first.
+    threads: threads of one run on the CPU; 0 for one per core.
 
-    Raises: ArtifactError, which names the file and the fault
+    Raises: ArtifactError naming the file and the fault.
     """
     try:
         content = path.read_bytes()
@@ -78,17 +85,24 @@ def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifac
         raise ArtifactError(f"{path}: {error}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # a broken file can make any of its readers raise anything
+    except Exception as error:  # a broken file can raise any error, from onnxruntime, pydantic or NumPy
         raise ArtifactError(f"{path}: {error!r}") from error
     return artifact
 
 
 def open_session(content: bytes, providers: Providers = (CPU,), threads: int = 0) -> ort.InferenceSession:
-    """Open a self-contained file as an onnxruntime session. Raises ArtifactError."""
+    """Open a self-contained ONNX file as an onnxruntime session.
+
+    content: bytes of the file.
+    providers: providers of onnxruntime, the preferred provider first.
+    threads: threads of one run on the CPU; 0 for one per core.
+
+    Raises: ArtifactError.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # faults are raised instead
-    # An idle server leaves the cores to others.
+    options.log_severity_level = 4  # log fatal faults only, because onnxruntime also raises each fault
+    # Idle threads must not spin: other processes need the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # No folder: the graph must not read weights from other files.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
@@ -123,7 +137,10 @@ def _check_signature(session: ort.InferenceSession, contract: Contract) -> None:
 
 
 def _check_run(artifact: Artifact) -> None:
-    """Run the sampler twice on the same two rows: outputs must be finite, and equal, or the graph draws noise."""
+    """Run two rows of the prior twice, and each component of the mixture once.
+
+    All outputs must be finite. If the two runs differ, the graph draws noise itself.
+    """
     contract = artifact.contract
     feeds = contract.feeds(noise.words(0, 0, 2, contract.latent_shape), contract.default_temperature)
     try:

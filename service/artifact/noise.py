@@ -1,8 +1,8 @@
 """Noise as a pure function of seed and row (`noise_version` 1).
 
 Each row owns counters of NumPy's Philox 4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
-So a row is the same in every batch, request and replica. Only raw words are used, the one output that NumPy promises
-never to change (NEP 19). docs/architecture.md specifies every step.
+So a row is the same in every batch, request and replica. Only raw words are used, because NumPy promises never to
+change raw words (NEP 19). docs/architecture.md specifies every step.
 """
 
 from math import prod
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 NOISE_VERSION = 1
-LATENT_STREAM, COMPONENT_STREAM = 0, 1  # the other streams of a seed are reserved
+LATENT_STREAM, COMPONENT_STREAM = 0, 1  # further streams of a seed are reserved
 
 Words = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
@@ -28,7 +28,7 @@ _BELOW_ONE = 1 - 2.0**-53
 class Source:
     """Draws random words. Used by one thread.
 
-    Each draw sets the state of one generator: making a generator takes ten times as long.
+    Each draw sets the state of one generator, because a new generator takes ten times as long.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,12 @@ class Source:
     def draw(self, seed: int, start: int, n: int, blocks: int, stream: int = LATENT_STREAM) -> Words:
         """Draw the random words of rows start .. start + n - 1 of a seed.
 
-        seed: 0 .. 2**64 - 1
-        blocks: blocks of four words that a row owns; row r begins at counter r * blocks
-        stream: 0 .. 2**64 - 1
+        seed: 0 .. 2**64 - 1.
+        start, n: first row and number of rows.
+        blocks: blocks of four words per row; row r begins at counter r * blocks.
+        stream: 0 .. 2**64 - 1.
 
-        Returns: uint64 (n * 4 * blocks,)
+        Returns: uint64 (n * 4 * blocks,).
         """
         counter = start * blocks
         self._at["counter"] = (counter & _WORD, counter >> 64, 0, 0)
@@ -57,7 +58,10 @@ class Source:
 def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = LATENT_STREAM) -> Words:
     """Draw the random words of rows start .. start + n - 1, without the unused words of each row's last block.
 
-    Returns: uint64 (n, *shape)
+    seed, stream: 0 .. 2**64 - 1.
+    shape: shape of one row.
+
+    Returns: uint64 (n, *shape).
     """
     elements = prod(shape)
     drawn = Source().draw(seed, start, n, blocks_of(elements), stream)
@@ -65,17 +69,17 @@ def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = L
 
 
 def blocks_of(elements: int) -> int:
-    """Count the blocks of four words that a row of so many elements owns."""
+    """Return the number of four-word blocks for a row with this number of elements."""
     return -(-elements // WORDS_PER_BLOCK)
 
 
 def component(words: Words, cumulative_weights: Float64) -> Int64:
     """Draw a component of a mixture for each row, by inversion of the cumulative distribution function.
 
-    words: uint64 (n,), the first word of each row in COMPONENT_STREAM
-    cumulative_weights: float64 (C,), the weights added up; the weights are positive
+    words: uint64 (n,), the first word of each row in COMPONENT_STREAM.
+    cumulative_weights: float64 (C,), cumulative sum of the weights; every weight is positive.
 
-    Returns: int64 (n,), 0 .. C - 1
+    Returns: int64 (n,), 0 .. C - 1.
     """
     thresholds = uniform(words) * cumulative_weights[-1]
     components: Int64 = np.searchsorted(cumulative_weights[:-1], thresholds, side="right")
@@ -83,11 +87,11 @@ def component(words: Words, cumulative_weights: Float64) -> Int64:
 
 
 def uniform(words: Words) -> Float64:
-    """Map words to (word + 0.5) * 2**-64, at least 2**-65 and at most 1 - 2**-53. Small values keep all digits.
+    """Map words to uniform draws (word + 0.5) * 2**-64, at most 1 - 2**-53. Small values keep all digits.
 
-    words: uint64, any shape
+    words: uint64, any shape.
 
-    Returns: float64 of the same shape
+    Returns: float64 of the same shape, 2**-65 .. 1 - 2**-53.
     """
     uniform: Float64 = np.add(words, 0.5, dtype=np.float64)
     uniform *= 2.0**-64
@@ -97,9 +101,9 @@ def uniform(words: Words) -> Float64:
 def normal(words: Words) -> Float32:
     """Map words to standard normal draws by inversion of the distribution function, computed in float64.
 
-    words: uint64, any shape
+    words: uint64, any shape.
 
-    Returns: float32 of the same shape
+    Returns: float32 of the same shape.
     """
     return ndtri(uniform(words)).astype(np.float32)
 
@@ -107,11 +111,11 @@ def normal(words: Words) -> Float32:
 def gumbel(words: Words) -> Float32:
     """Map words to standard Gumbel draws, -log(-log(1 - u)) computed in float64.
 
-    Large draws come from small u, where log1p is exact. So no epsilon is needed, and argmax(logits + g) selects
-    categories of probability 1e-15 as often as it should.
+    Large draws come from small u, where log1p is exact. So no epsilon is needed. With g a draw, argmax(logits + g)
+    selects even a category of probability 1e-15 at the right rate.
 
-    words: uint64, any shape
+    words: uint64, any shape.
 
-    Returns: float32 of the same shape
+    Returns: float32 of the same shape.
     """
     return -np.log(-np.log1p(-uniform(words))).astype(np.float32)

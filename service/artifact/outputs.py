@@ -1,4 +1,4 @@
-"""The table of outputs: every array that a response can carry."""
+"""The table of outputs: every array available to requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """An array that a request can ask for.
+    """An array available to requests.
 
-    name: in requests and responses.
-    dtype: of the array in a response.
-    source: the graph's output that `read` takes.
+    name: name in requests and responses.
+    dtype: dtype of the array in a response.
+    source: name of the graph's output, the argument of `read`.
     read: maps the source, (n, ...), to a new array, (n, *row shape). The next batch overwrites the source.
     row_shape: maps the model's latent_shape and image_shape to the shape of a row.
-    json_type: of the JSON member, for OpenAPI.
+    json_type: type of the JSON member, for OpenAPI.
     meaning: one sentence, for OpenAPI.
-    is_picture: a row is uint8 (C, H, W), which JSON carries as a PNG in base64.
+    is_picture: a row is uint8 (C, H, W). JSON carries such a row as a PNG in base64.
     """
 
     name: str
@@ -81,4 +81,4 @@ OUTPUTS = {
 if TYPE_CHECKING:
     OutputName = str
 else:
-    OutputName = Literal[tuple(OUTPUTS)]  # the names stand in the table alone
+    OutputName = Literal[tuple(OUTPUTS)]  # computed, so that each name is written once, in the table

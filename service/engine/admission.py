@@ -1,4 +1,4 @@
-"""Admission: which requests there is room for, in rows and in bytes."""
+"""Admission: limits on queued rows and on reserved bytes."""
 
 import math
 
@@ -8,16 +8,16 @@ from reparam.service.telemetry.metrics import Metrics
 
 
 class Admission:
-    """Bounds the rows that wait, and the bytes that bodies and responses reserve.
+    """Limits the queued rows, and the bytes reserved by bodies and responses.
 
     The limits are the same for every request. A request that exceeds a limit alone is admitted when nothing else is
-    there, or it could never run.
+    queued or reserved, or the request could never run.
 
-    max_queue_rows: rows that may wait.
-    max_reserved_bytes: bytes that bodies and responses may reserve.
+    max_queue_rows: limit on queued rows.
+    max_reserved_bytes: limit on the bytes of bodies and responses.
     reserved_bytes: bytes reserved now.
-    incoming_bytes: the part of them that belongs to bodies which are still being read.
-    seconds_per_row: measured time of a row, over all runners.
+    incoming_bytes: the part of `reserved_bytes` for bodies not yet read to their end.
+    seconds_per_row: moving average of a row's time in seconds, divided by the number of runners.
     """
 
     def __init__(self, max_queue_rows: int, max_reserved_bytes: int, metrics: Metrics) -> None:
@@ -29,22 +29,28 @@ class Admission:
         self._metrics = metrics
 
     def admit(self, job: Job, waiting: int, rows: int, size: int) -> None:
-        """Reserve room for more rows and bytes of a job. The body of the job has been read.
+        """Reserve rows and bytes for a job whose body has been read.
 
-        waiting: rows that wait now
+        waiting: rows in the queue now.
+        rows: rows of the job to queue.
+        size: bytes of the response.
 
-        Raises: QueueFull
+        Raises: QueueFull.
         """
         body = job.reserved_bytes
         self._reserve(job, waiting, rows, size)
         self.incoming_bytes -= body
 
     def admit_body(self, job: Job, waiting: int, size: int) -> None:
-        """Reserve room for so many more bytes of a job's body.
+        """Reserve bytes for a further part of a job's body.
 
-        Bodies that are not whole yet may have half of all bytes, so that clients who never end leave room for others.
+        Incomplete bodies may reserve half of all bytes. So clients who never complete their bodies leave room for other
+        requests.
 
-        Raises: QueueFull
+        waiting: rows in the queue now, for the estimate in the problem.
+        size: bytes of the part.
+
+        Raises: QueueFull.
         """
         limit = self.max_reserved_bytes // 2
         if self.incoming_bytes > job.reserved_bytes and self.incoming_bytes + size > limit:
@@ -54,7 +60,7 @@ class Admission:
         self.incoming_bytes += size
 
     def release(self, job: Job) -> None:
-        """Release the room of a job that leaves."""
+        """Release all bytes of a job that leaves the engine."""
         self.reserved_bytes -= job.reserved_bytes
         if not job.has_started:
             self.incoming_bytes -= job.reserved_bytes

@@ -1,4 +1,4 @@
-"""A job that a coroutine waits for."""
+"""The job of a coroutine: an ASGI request."""
 
 import asyncio
 import time
@@ -13,28 +13,34 @@ from reparam.service.runtime.graphs import Work
 
 
 class AwaitedJob(Job):
-    """A job of the current task.
+    """A job whose results the current task awaits.
 
-    engine: that the job joins.
-    disconnect: returns when the client has disconnected; not called while the body is read.
+    engine: engine of the job.
+    timeout: seconds for the whole request.
+    disconnect: returns when the client has disconnected. Not called while the body is read.
     """
 
     def __init__(self, engine: Engine, timeout: float, disconnect: Callable[[], Awaitable[Any]]) -> None:
         super().__init__(timeout)
         self._engine = engine
         self._disconnect = disconnect
-        self._task = asyncio.current_task(engine.loop)  # without the loop, a system call
+        self._task = asyncio.current_task(engine.loop)  # finding the loop again would cost a system call
         self._rows_read = 0  # rows that `pieces` has returned
         self._waiter: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     @property
     def is_exhausted(self) -> bool:
-        """All rows are computed, and `pieces` has returned them."""
+        """All rows are computed, and `pieces` has returned every result."""
         return self.rows_left == 0 and not self.done
 
     async def pieces(self) -> list[Arrays]:
-        """Wait for results that were not returned yet, at least one. Raises the job's error."""
+        """Wait for new results, at least one, and let further rows run in their place.
+
+        Returns: the results in order of rows, each by output name, (rows, ...).
+
+        Raises: the job's error.
+        """
         if not self.done and self.error is None:
             self._waiter = self._engine.loop.create_future()
             await self._waiter
@@ -51,7 +57,12 @@ class AwaitedJob(Job):
         return pieces
 
     async def all(self) -> list[Arrays]:
-        """Wait for all results that `pieces` has not returned yet. Raises the job's error."""
+        """Wait for all remaining results.
+
+        Returns: the results in order of rows, each by output name, (rows, ...).
+
+        Raises: the job's error.
+        """
         pieces: list[Arrays] = []
         while not self.is_exhausted:
             pieces += await self.pieces()
@@ -68,16 +79,19 @@ class AwaitedJob(Job):
             self._watcher.cancel()
 
     def on_change(self) -> None:
-        if not self.has_started and self._task is not None:  # the task reads the body
+        """Wake the task; cancel the task while it still reads the body."""
+        if not self.has_started and self._task is not None:
             self._task.cancel()
         elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def on_wait(self) -> None:
-        if self.has_started:  # until then the task reads the body, and notices a disconnect itself
+        """Watch the client. A task reading the body notices a disconnect itself."""
+        if self.has_started:
             self.watch()
 
     def start(self, work: Work) -> None:
+        """Begin to compute the work. Watch the client if reading the body took long."""
         super().start(work)
         if self.ticks >= 2:
             self.watch()

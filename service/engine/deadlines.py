@@ -1,7 +1,7 @@
-"""Deadlines of requests, at no cost to those that are answered at once.
+"""Deadlines of requests, at no cost to fast requests.
 
-A timer for each request would take longer than most samples. So one timer looks at all jobs from time to time. Only a
-job that the timer finds twice gets a timer of its own.
+Starting a timer for each request would take longer than most samples. So one timer visits all jobs every GRACE seconds.
+Only a job present at two visits gets its own timer.
 """
 
 import asyncio
@@ -10,14 +10,18 @@ from math import inf
 
 from reparam.service.engine.job import Job
 
-GRACE = 0.1  # seconds between two looks at all jobs
+GRACE = 0.1  # seconds between two visits of all jobs
 SHORT = 2 * GRACE  # seconds; a shorter timeout gets a timer at once
 
 
 class Deadlines:
-    """Calls `expire` for each job whose deadline passes while it is in `jobs`.
+    """Calls `expire` for each job in `jobs` whose deadline passes.
 
-    is_running: the jobs are looked at. If not, or for a timeout below SHORT, the engine calls `watch`.
+    loop: event loop of the jobs.
+    jobs: jobs in the engine; the engine adds and removes jobs.
+    expire: called on the loop with the job.
+    is_running: the common timer runs. The engine must call `watch` for a new job if the timer does not run, or if the
+        job's timeout is below SHORT.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, jobs: Collection[Job], expire: Callable[[Job], None]) -> None:
@@ -27,7 +31,7 @@ class Deadlines:
         self._expire = expire
 
     def watch(self, job: Job) -> None:
-        """Watch a job that has just begun."""
+        """Watch a new job, by the common timer or by a timer of its own."""
         if job.timeout < SHORT:
             job.ticks = 2
             self._start_timer(job)
@@ -36,7 +40,7 @@ class Deadlines:
             self._loop.call_later(GRACE, self._look)
 
     def lift(self, job: Job) -> None:
-        """Let the job take as long as it likes."""
+        """Remove the job's deadline."""
         job.deadline = inf
         if job.timer is not None:
             job.timer.cancel()

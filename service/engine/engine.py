@@ -1,8 +1,9 @@
-"""The engine: rows of requests wait in one queue, and runner threads run them in batches.
+"""The engine: rows of requests wait in one queue, and runner threads run the rows in batches.
 
-There is one runner on a GPU, and one a core on the CPU. All rows that wait when a runner becomes free run together.
-There is no batching timer: a lone request never waits, and batches grow while the runners are busy. onnxruntime
-releases the GIL, so the event loop goes on meanwhile. A few rows of a lone request run on the event loop's thread.
+A GPU has one runner, a CPU about one runner per core. When a runner becomes free, all waiting rows of one graph run
+together, up to a full batch. There is no batching timer: a lone request never waits, and batches grow while the runners
+are busy. onnxruntime releases the GIL, so the event loop continues during a batch. A few rows of a lone request run on
+the event loop's thread.
 """
 
 import asyncio
@@ -24,11 +25,11 @@ from reparam.service.runtime.graphs import Graph, Work
 from reparam.service.telemetry.metrics import Metrics
 from reparam.service.telemetry.recorder import Recorder
 
-BATCH_SECONDS = 0.0025  # time of a full batch, about: what a row may have to wait for others
-WINDOW = 4  # batches of one request that wait or are computed ahead of its reader, so that no runner waits for it
-GATHER_TURNS = 3  # keep collecting for at most so many loop iterations, as long as each adds rows
-LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs them
-RECOVERY = 60.0  # seconds after which batches are as large again as before the device had no memory
+BATCH_SECONDS = 0.0025  # approximate time of a full batch, and so of a row's wait for rows of other requests
+WINDOW = 4  # batches of one request that may be queued or unread, so that no runner waits for the reader
+GATHER_TURNS = 3  # keep collecting for at most 3 loop iterations, as long as each adds rows
+LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs such rows
+RECOVERY = 60.0  # seconds from an out-of-memory error until the batch size is restored
 FORGETTING = 0.1  # weight of the latest batch in the measured time of a row
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,13 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs rows in batches, within the limits of admission.
 
-    The event loop's thread calls all methods, except for those that begin with `_thread`.
+    The event loop's thread calls all methods except `_thread...`, which runner threads call.
 
-    jobs: requests that have begun and not left.
+    runners: number of runner threads.
+    max_queue_rows: limit on queued rows.
+    max_reserved_bytes: limit on the bytes of bodies and responses.
+    jobs: jobs that have joined and not left.
+    loop, deadlines: set by `start`.
     """
 
     def __init__(
@@ -54,41 +59,45 @@ class Engine:
         self._metrics = metrics
         self._recorder = recorder
         self._queue = Queue[Job]()
-        self._turns = 0  # loop iterations since rows wait that no runner was woken for
+        self._turns = 0  # loop iterations spent collecting rows for the next batch; 0 while not collecting
         self._arrives_singly = False  # the latest request was the only one of its loop iteration
-        self._closed = ""  # why no rows are taken any more
+        self._closed = ""  # reason for refusing all rows; "" while rows are accepted
 
     def start(self, loop: asyncio.AbstractEventLoop, load: Callable[[], None]) -> asyncio.Future[None]:
-        """Start the runners' threads.
+        """Start the runner threads.
 
-        load: called on the first runner's thread, which is the only one on a GPU; may take long
+        loop: event loop of the requests.
+        load: loads the models. Called on the first runner's thread, the only runner thread on a GPU. May take long.
 
-        Returns: a future that ends when `load` has ended, with its error if it raised
+        Returns: a future that completes with `load`, with the error if `load` raises.
         """
         self.loop = loop
         self.deadlines = Deadlines(loop, self.jobs, self._expire)
         for runner in self._runners:
-            # A daemon, because a run that hangs must not keep the process from ending.
+            # A daemon thread, so that the process can end while a run hangs.
             name = f"runner {runner.number}"
             threading.Thread(target=self._thread, args=(runner, load), name=name, daemon=True).start()
         return asyncio.wrap_future(self._loaded, loop=loop)
 
     def serve(self, graph: Graph) -> None:
-        """Take rows of this graph from now on."""
+        """Accept rows of this graph from now on, in batches of up to `graph.batch_rows` rows."""
         self._queue.set_limit(graph, graph.batch_rows)
 
     @property
     def busy(self) -> bool:
-        """A batch is running, or models are being loaded."""
+        """A batch is running on a runner thread, or models are being loaded."""
         return not self._loaded.done() or any(runner.busy_since is not None for runner in self._runners)
 
     @property
     def queued_rows(self) -> int:
-        """Rows that wait."""
+        """Number of rows in the queue."""
         return self._queue.waiting
 
     def join(self, job: Job) -> None:
-        """Begin a request. The caller calls `leave` in the end. Raises Unavailable."""
+        """Begin a request. The caller must call `leave` at the end of the request.
+
+        Raises: Unavailable.
+        """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
         job.deadline = self.loop.time() + job.timeout
@@ -97,23 +106,26 @@ class Engine:
             self.deadlines.watch(job)
 
     def reserve_body(self, job: Job, size: int) -> None:
-        """Reserve room for so many more bytes of the job's body. Raises QueueFull."""
+        """Reserve `size` bytes for a further part of the job's body.
+
+        Raises: QueueFull.
+        """
         self.admission.admit_body(job, self._queue.waiting, size)
 
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
         """Compute the work of a job that has joined.
 
-        size: bytes that the response reserves at a time
-        first: rows that may run now; `grant` lets more rows run
+        size: bytes to reserve for the response.
+        first: number of rows that may run now; `grant` lets more rows run.
 
-        Raises: Unavailable; QueueFull with the seconds after which the rows ahead should be done
+        Raises: Unavailable; QueueFull with the seconds until the queued rows should be done.
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
         self.admission.admit(job, self._queue.waiting, first, size)
         job.start(work)
         if self._arrives_singly and first == work.n and self._is_lone(job, first):
-            self._arrives_singly = False  # until this loop iteration has ended without another request
+            self._arrives_singly = False  # until `_end_turn`, if this loop iteration brings no other request
             self.loop.call_soon(self._end_turn)
             self._run_lone(job, 0, first, "drained")
         else:
@@ -121,11 +133,11 @@ class Engine:
             self.grant(job, first)
 
     def window(self, graph: Graph) -> int:
-        """Return the rows of one request that may run ahead of its reader."""
+        """Return the number of rows of one request that may be queued or unread."""
         return WINDOW * graph.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
-        """Let so many more rows of the job run."""
+        """Let `rows` more rows of the job run."""
         if self._closed:
             self.fail(job, Unavailable(self._closed, retry_after=1))
         elif job.ticket is not None:
@@ -134,14 +146,14 @@ class Engine:
                 self._gather(0)
 
     def fail(self, job: Job, error: Exception) -> None:
-        """Compute no more rows of the job, and tell it why. Does nothing if the job has failed or left."""
+        """Compute no more rows of the job, and set `job.error`. Does nothing if the job has failed or left."""
         if job.error is None and job.is_open:
             job.error = error
             self._withdraw(job)
             job.on_change()
 
     def leave(self, job: Job) -> None:
-        """End a request: its response has been sent, or will never be."""
+        """End a request, after its response or without a response. Release the job's rows and bytes."""
         job.is_open = False
         job.done.clear()
         if job.timer is not None:
@@ -152,7 +164,11 @@ class Engine:
         self.admission.release(job)
 
     def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
-        """Count a deadline that passed in this stage, and return the problem of it. timeout: seconds."""
+        """Count a passed deadline, and return its problem.
+
+        stage: stage of the job at the deadline.
+        timeout: seconds allowed for the request.
+        """
         self._metrics.expired.labels(stage).inc()
         faster = "send the body at once" if stage == "body" else "ask for fewer rows"
         return DeadlineExceeded(
@@ -162,7 +178,10 @@ class Engine:
         )
 
     def failure(self, hang_timeout: float) -> str | None:
-        """Say why only a restart helps: a runner has died, or a batch runs longer than hang_timeout, in seconds."""
+        """Return the reason for a restart: a dead runner, or a hanging batch; None if all is well.
+
+        hang_timeout: seconds from the start of a batch until the batch counts as hanging.
+        """
         for runner in self._runners:
             if runner.failure is not None:
                 return f"a thread that runs the models has died: {runner.failure!r}"
@@ -172,13 +191,16 @@ class Engine:
         return None
 
     def oldest(self) -> float:
-        """Return the seconds that the oldest waiting row has waited."""
+        """Return the waiting time of the oldest row in the queue, in seconds."""
         waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
         since = min((job.waiting_since for job in waiting), default=None)
         return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, reason: str) -> None:
-        """Refuse rows that wait and rows that come. Rows that run are answered."""
+        """Refuse queued rows and new rows. Rows already running are still answered.
+
+        reason: detail of the problem for refused requests.
+        """
         self._closed = reason
         for job in list(self.jobs):
             if job.ticket is not None and job.ticket.waiting:
@@ -186,12 +208,12 @@ class Engine:
         self._queue.close()
 
     def abandon(self) -> None:
-        """Fail all jobs: the process ends before their rows are computed."""
+        """Fail all jobs, because the process ends before the rows are computed."""
         for job in list(self.jobs):
             self.fail(job, cut_off())
 
     def _expire(self, job: Job) -> None:
-        """Fail a job whose deadline has passed, unless it only waits for its client to read."""
+        """Fail a job whose deadline has passed, unless all rows are computed and the client reads slowly."""
         if job.stage != "send":
             self.fail(job, self.expired(job.stage, job.timeout))
 
@@ -199,10 +221,14 @@ class Engine:
         if job.ticket is not None:
             self._queue.drop(job.ticket)
 
-    # How batches start. Simultaneous requests share a batch, so it starts after the loop has read all ready sockets.
+    # Starting a batch. Simultaneous requests share a batch, so the batch starts after the loop has read all ready
+    # sockets.
 
     def _gather(self, before: int) -> None:
-        """Wake a runner, once a loop iteration has added no rows to those that waited before, or after a few."""
+        """Wake a runner when a loop iteration has added no rows, or after GATHER_TURNS iterations.
+
+        before: number of queued rows at the loop iteration before.
+        """
         waiting = self._queue.waiting
         if self._turns < GATHER_TURNS and waiting > before:
             self._turns += 1
@@ -217,18 +243,21 @@ class Engine:
         self._arrives_singly = not self._turns
 
     def _is_lone(self, job: Job, rows: int) -> bool:
-        """Tell whether the job is the only one, and its rows take less time to run than a runner to wake up."""
+        """Check that the job is alone, and that its rows run faster than a runner thread wakes up."""
         graph = job.work.graph
         return (
             len(self.jobs) == 1
             and graph.steady
             and 0 < rows <= self._queue.limits[graph] // LONE_PART
-            and job.timer is None  # so the deadline is not near
+            and job.timer is None  # a job with a timer is slow or has a short timeout
             and self._queue.free == len(self._runners)
         )
 
     def _take_lone(self) -> bool:
-        """Run the rows that wait here, if they belong to a lone job. Returns whether they did."""
+        """Run the queued rows on this thread if the rows belong to a lone job.
+
+        Returns: whether rows ran.
+        """
         if len(self.jobs) != 1:
             return False
         (job,) = self.jobs
@@ -242,7 +271,7 @@ class Engine:
         return True
 
     def _run_lone(self, job: Job, lo: int, hi: int, closed: Closed) -> None:
-        """Run rows lo .. hi - 1 of a job on this thread. All runners wait, so the first one's replica is free."""
+        """Run rows lo .. hi - 1 of a job on this thread. All runners wait, so the first runner's replica is free."""
         shares = [(job.work, lo, hi)]
         started = time.perf_counter()
         try:
@@ -254,7 +283,11 @@ class Engine:
         )
 
     def _finish(self, batch: Batch[Job], results: list[Result], started: float, ended: float) -> None:
-        """Hand out the results of a batch."""
+        """Hand the results of a batch to the jobs.
+
+        results: result or problem of each piece.
+        started, ended: on time.perf_counter.
+        """
         seconds, admission = ended - started, self.admission
         latest = seconds / batch.rows / len(self._runners)
         admission.seconds_per_row += FORGETTING * (latest - admission.seconds_per_row)
@@ -269,33 +302,42 @@ class Engine:
                 job.on_change()
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
-    # What runs on the runners' threads.
+    def _end_service(self, batch: Batch[Job] | None) -> None:
+        """Refuse all rows, as a runner has died: those of its batch, rows that wait, and rows that come."""
+        reason = "a thread that runs the models has died"
+        self.close(reason)
+        for job, _, _ in batch.pieces if batch is not None else ():
+            self.fail(job, Unavailable(reason, retry_after=1))
+
+    # Methods for the runner threads.
 
     def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
+        batch = None
+        batch: Batch[Job] | None = None
         try:
             if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
                 self._thread_load(load)
             while (batch := self._queue.wait()) is not None:
                 shares = [(job.work, lo, hi) for job, lo, hi in batch.pieces]
                 self._thread_call(self._finish, batch, *runner.run(shares))
-        except BaseException as error:  # /livez reports every reason for which the thread can end
+        except BaseException as error:  # /livez reports every error that ends the thread
             log.exception("the runner died")
             runner.failure = error
-            self._thread_call(self.close, "a thread that runs the models has died")
+            self._thread_call(self._end_service, batch)
 
     def _thread_load(self, load: Callable[[], None]) -> None:
         try:
             load()
-        except Exception as error:  # raised where the future is awaited; the runner goes on
+        except Exception as error:  # raised where the future is awaited; the runner continues
             self._loaded.set_exception(error)
         else:
             self._loaded.set_result(None)
 
     def _thread_out_of_memory(self, graph: Graph, rows: int) -> None:
-        """Make batches of the graph smaller than `rows` for a while, and count the failure."""
+        """Limit batches of the graph to half of `rows` for RECOVERY seconds, and count the failure."""
         before = self._queue.shrink(graph, rows)
         self._metrics.out_of_memory.inc()
-        if before == graph.batch_rows > 1:  # otherwise a recovery is due already
+        if before == graph.batch_rows > 1:  # a smaller limit means that a recovery is already scheduled
             self._thread_call(self.loop.call_later, RECOVERY, self.serve, graph)
 
     def _thread_call(self, function: Callable[..., object], *arguments: object) -> None:

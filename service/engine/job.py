@@ -1,4 +1,4 @@
-"""A job: one request in the engine, on the event loop's thread."""
+"""A job: one request in the engine. Used on the event loop's thread only."""
 
 import asyncio
 import time
@@ -14,37 +14,40 @@ Stage = Literal["body", "queue", "infer", "send"]
 
 
 class Job(ABC):
-    """One request, from its head to the last byte of its response. Whoever made the job lets it leave the engine.
+    """One request, from its headers to the last byte of its response.
 
-    timeout: seconds that the request may take.
-    deadline: end of the timeout, on the loop's clock; inf for none.
-    timer: calls at the deadline; None until the job has waited for a while.
-    work: what the request asks for; set by `start`.
-    ticket: the job's rows in the scheduler; None until they are granted.
-    reserved_bytes: bytes of body and response that count as held.
-    done: results that the client has not taken yet, in order of rows.
-    rows_left: rows that are not computed yet.
-    queue_seconds, infer_seconds: time that the job's pieces waited and ran, added up.
-    waiting_since: when the rows that wait began to, on time.perf_counter.
-    error: why the job failed.
+    timeout: seconds for the whole request.
+    deadline: end of the timeout, on the loop's clock; inf without a deadline.
+    timer: fires at the deadline; None until Deadlines starts the timer.
+    ticks: visits by Deadlines so far; the second visit starts the timer.
+    work: the rows to compute; set by `start`.
+    ticket: the job's rows in the scheduler; None while no row is queued.
+    is_open: the job has not left the engine.
+    has_started: the request has been read, and `work` is set.
+    reserved_bytes: bytes reserved for body and response.
+    done: results not yet taken by the client, in order of rows, each by output name.
+    rows_left: number of rows not yet computed in order.
+    queue_seconds, infer_seconds: waiting time and running time, summed over the job's pieces.
+    waiting_since: start of the current wait, on time.perf_counter.
+    error: the error that failed the job.
     """
 
     work: Work
     ticket: Ticket["Job"] | None = None
     timer: asyncio.TimerHandle | None = None
     deadline = inf
-    ticks = 0  # times that Deadlines has found the job waiting
+    ticks = 0
     is_open = True
     has_started = False
     error: Exception | None = None
     reserved_bytes = rows_left = 0
     queue_seconds = infer_seconds = waiting_since = 0.0
-    _end = 0  # rows that are computed without a gap
+    _end = 0  # number of rows computed without a gap
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.done: list[Arrays] = []
-        self._early: dict[int, tuple[int, Arrays]] = {}  # results with a gap before them: by first row, end and arrays
+        self._early: dict[int, tuple[int, Arrays]] = {}  # results behind a gap: first row -> end, arrays
 
     @abstractmethod
     def on_change(self) -> None:
@@ -52,10 +55,10 @@ class Job(ABC):
 
     @abstractmethod
     def on_wait(self) -> None:
-        """React, once, to having waited for a while: watch the client for a disconnect."""
+        """Watch the client for a disconnect. Called once, when Deadlines starts the job's timer."""
 
     def start(self, work: Work) -> None:
-        """Begin to compute the work: the request has been read."""
+        """Begin to compute the work of a request that has been read."""
         self.has_started = True
         self.work = work
         self.rows_left = work.n
@@ -63,7 +66,7 @@ class Job(ABC):
 
     @property
     def stage(self) -> Stage:
-        """What the job waits for."""
+        """The stage of the job: reading the body, waiting in the queue, running, or sending the response."""
         if not self.has_started:
             return "body"
         if not self.rows_left:
@@ -72,13 +75,21 @@ class Job(ABC):
         return "queue" if in_batches == self.work.n - self.rows_left else "infer"
 
     def add_times(self, started: float, ended: float) -> None:
-        """Add the times of a piece, on time.perf_counter."""
+        """Add the waiting time and the running time of a piece.
+
+        started, ended: of the batch, on time.perf_counter.
+        """
         self.queue_seconds += max(0.0, started - self.waiting_since)
         self.infer_seconds += ended - started
         self.waiting_since = max(started, self.waiting_since)
 
     def add_result(self, result: Arrays, lo: int, hi: int) -> bool:
-        """Add the result of rows lo .. hi - 1. Returns whether `done` has grown: earlier rows may still run."""
+        """Add the result of rows lo .. hi - 1. Results may come in any order.
+
+        result: outputs by name, (hi - lo, ...).
+
+        Returns: whether `done` has grown. A result stays out of `done` while earlier rows are missing.
+        """
         if lo != self._end:
             self._early[lo] = hi, result
             return False

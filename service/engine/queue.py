@@ -1,4 +1,4 @@
-"""The queue: the scheduler, shared by the event loop and the threads of the runners."""
+"""The queue: a scheduler shared by the event loop and the runner threads."""
 
 import threading
 
@@ -6,10 +6,10 @@ from reparam.service.engine.scheduler import Batch, Owner, Scheduler, Ticket
 
 
 class Queue(Scheduler[Owner]):
-    """A scheduler for several threads. Runners wait at a gate, which the event loop opens when a batch may start.
+    """A scheduler for several threads. Runners wait at a gate; the event loop opens the gate when a batch may start.
 
-    free: runners that wait at the gate.
-    is_shut: tells whether runners wait although rows may wait; `open` lets them go on.
+    free: number of runners waiting at the gate.
+    is_shut: a function. Returns True while the gate is shut.
     """
 
     def __init__(self) -> None:
@@ -38,27 +38,32 @@ class Queue(Scheduler[Owner]):
             super().set_limit(graph, rows)
 
     def shrink(self, graph: object, rows: int) -> int:
-        """Make batches of the graph smaller than `rows`. Returns the limit before."""
+        """Limit batches of the graph to half of `rows`, at least 1 row. A smaller limit stays.
+
+        Returns: the limit before.
+        """
         with self._lock:
             before = self.limits[graph]
             super().set_limit(graph, max(1, min(before, rows // 2)))
             return before
 
     def open(self) -> None:
-        """Let a runner take a batch. If rows remain, the runner lets the next one."""
+        """Open the gate for one runner. While rows remain, each runner opens the gate for the next runner."""
         with self._lock:
             if self._gate.locked():
                 self._gate.release()
 
     def close(self) -> None:
-        """End all runners once no rows wait."""
+        """End all runners once the queue is empty."""
         self._closed = True
         self.open()
 
     def wait(self) -> Batch[Owner] | None:
-        """Block until there is a batch; for the thread of a runner. Returns None if the runner must end.
+        """Block a runner's thread until there is a batch.
 
         If work remains after taking a batch, the gate stays open for the next runner.
+
+        Returns: the batch; None if the queue is closed and empty, so the runner must end.
         """
         while True:
             with self._lock:

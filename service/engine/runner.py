@@ -1,4 +1,4 @@
-"""Runners: each computes one batch after the other, and isolates what fails."""
+"""Runners: each computes one batch after the other. After a failure, only the rows at fault fail."""
 
 import logging
 import time
@@ -18,10 +18,10 @@ Result = Arrays | Problem
 class Runner:
     """Computes batches on one replica of each graph, a batch at a time.
 
-    number: of the replicas that belong to this runner.
-    on_out_of_memory: called with the graph and the rows for which the device had no memory.
-    busy_since: when the batch that runs began, on time.perf_counter; None while no batch runs.
-    failure: why the runner's thread has ended.
+    number: index of this runner's replica of each graph.
+    on_out_of_memory: called with the graph and the number of rows when the device has no memory for a run.
+    busy_since: start of the running batch, on time.perf_counter; None while no batch runs.
+    failure: the error that ended the runner's thread; None while the thread runs.
     """
 
     def __init__(self, number: int, on_out_of_memory: Callable[[Graph, int], None]) -> None:
@@ -33,9 +33,9 @@ class Runner:
     def run(self, shares: Sequence[Share]) -> tuple[list[Result], float, float]:
         """Compute a batch of rows of one graph.
 
-        Returns: the result of each share; when the batch began and ended, on time.perf_counter
+        Returns: the result or problem of each share; start and end of the batch, on time.perf_counter.
 
-        Raises: whatever onnxruntime raises on a GPU that only a new process can use again
+        Raises: an error of onnxruntime if the GPU has become unusable for this process.
         """
         self.busy_since = started = time.perf_counter()
         results = self._attempt(shares)
@@ -43,9 +43,13 @@ class Runner:
         return results, started, time.perf_counter()
 
     def isolate(self, shares: Sequence[Share], error: Exception) -> list[Result]:
-        """Compute a batch that has failed in halves, so that only the rows at fault fail.
+        """Compute a failed batch again in halves, so that only the rows at fault fail.
 
-        Returns and raises: as `run`
+        error: error of the failed batch.
+
+        Returns: the result or problem of each share.
+
+        Raises: an error of onnxruntime if the GPU has become unusable for this process.
         """
         graph = shares[0][0].graph
         no_memory = is_out_of_memory(error)

@@ -1,10 +1,10 @@
-"""The order in which rows run: deficit round robin between requests (Shreedhar and Varghese, 1996).
+"""The order of rows: deficit round robin between requests (Shreedhar and Varghese, 1996).
 
-This module has no thread and no clock. Requests are divisible, so a deficit is what remains of a request's turn when a
-batch is full. Requests that have not run yet go first (as new flows do in FQ-CoDel, RFC 8290). If they need at most a
-quarter of a batch they get a batch of their own, never twice in a row. Otherwise half of each batch is reserved for
-requests that have run before. So a stream of a million rows delays a single row by less than one batch, and single
-rows never starve the stream.
+This module has no thread and no clock. Requests are divisible: if a batch is full before a request's turn ends, the
+deficit is the rest of the turn. Requests that have not run yet go first, like new flows in FQ-CoDel (RFC 8290). If the
+new requests need at most a quarter of a batch, they get their own batch, never twice in a row. Otherwise half of each
+batch is reserved for requests that have run before. So a stream of a million rows delays a single row by less than one
+batch, and single rows never starve the stream.
 """
 
 from collections import OrderedDict, deque
@@ -12,20 +12,21 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-PARTS = 4  # a free runner takes at least this part of a full batch; a batch of new requests has at most this part
+PARTS = 4  # a batch shared with other free runners has at least 1/4 of the limit; a batch of new requests at most 1/4
 
 Owner = TypeVar("Owner")
 
 
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[Owner]):
-    """Rows 0 .. rows - 1 of one request, which run in order.
+    """Rows 0 .. rows - 1 of one request. The rows go into batches in order.
 
     owner: the request.
-    graph: rows of one graph share batches.
-    granted: rows that may run by now; more are granted as the client takes results.
-    taken: rows that went into a batch.
-    deficit: rows left of the turn.
+    graph: key of the graph. Only rows of one graph share a batch.
+    granted: number of rows that may run; grows as the client takes results.
+    taken: number of rows already in a batch.
+    deficit: number of rows left of the request's turn.
+    queued: the ticket is in a queue of its graph.
     """
 
     owner: Owner
@@ -38,7 +39,7 @@ class Ticket(Generic[Owner]):
 
     @property
     def waiting(self) -> int:
-        """Rows that may run and did not go into a batch yet."""
+        """Number of granted rows not yet in a batch."""
         return self.granted - self.taken
 
 
@@ -50,12 +51,18 @@ class Piece(NamedTuple, Generic[Owner]):
     hi: int
 
 
-# Why a batch took no more rows: it is full; no more rows wait; other runners take the rest; or it is a batch of
-# requests that have not run yet.
+# Why a batch took no more rows: the batch is full; the graph has no more rows; other runners take the remaining rows;
+# or the batch is for requests that have not run yet.
 Closed = Literal["full", "drained", "shared", "fresh"]
 
 
 class Batch(NamedTuple, Generic[Owner]):
+    """Rows of one graph, to run together.
+
+    rows: number of rows in all pieces.
+    closed: why the batch took no more rows.
+    """
+
     graph: Any
     pieces: list[Piece[Owner]]
     rows: int
@@ -66,10 +73,11 @@ class Batch(NamedTuple, Generic[Owner]):
 class _Queue(Generic[Owner]):
     """Tickets of one graph.
 
-    limit: rows of a batch.
-    waiting: rows that wait.
+    limit: largest number of rows in a batch.
+    waiting: number of rows in the queue.
     fresh_alone: the last batch was for new requests alone.
-    fresh, turned: tickets that wait; fresh ones had no turn yet.
+    fresh: tickets that have not had a turn.
+    turned: tickets that have had a turn.
     """
 
     limit: int
@@ -80,19 +88,19 @@ class _Queue(Generic[Owner]):
 
 
 class Scheduler(Generic[Owner]):
-    """The one queue: tickets go in, batches come out. Graphs take turns.
+    """Makes batches from tickets. Graphs take turns.
 
-    waiting: rows that wait.
-    limits: rows of a batch, at most, by graph.
+    waiting: number of rows in the queues of all graphs.
+    limits: largest number of rows in a batch, by graph.
     """
 
     def __init__(self) -> None:
         self.waiting = 0
         self.limits: dict[Hashable, int] = {}
-        self._queues: OrderedDict[Hashable, _Queue[Owner]] = OrderedDict()  # by graph, the next one first
+        self._queues: OrderedDict[Hashable, _Queue[Owner]] = OrderedDict()  # by graph, the next graph first
 
     def grant(self, ticket: Ticket[Owner], rows: int) -> None:
-        """Let `rows` more rows of the ticket run, at most all it has left."""
+        """Let `rows` more rows of the ticket run, or all remaining rows if fewer remain."""
         rows = max(0, min(rows, ticket.rows - ticket.granted))
         if not rows:
             return
@@ -107,7 +115,7 @@ class Scheduler(Generic[Owner]):
             ticket.queued = True
 
     def drop(self, ticket: Ticket[Owner]) -> None:
-        """Forget the ticket's rows that wait; no more rows can be granted."""
+        """Remove the ticket's rows from the queue. No further row of the ticket runs."""
         waiting = ticket.granted - ticket.taken
         if waiting:
             self._queues[ticket.graph].waiting -= waiting
@@ -115,18 +123,19 @@ class Scheduler(Generic[Owner]):
         ticket.rows = ticket.granted = ticket.taken
 
     def take(self, runners: int = 1) -> Batch[Owner] | None:
-        """Take the next batch: rows of the graph whose turn it is, as many as wait and fit.
+        """Take the next batch, from the graph whose turn has come.
 
-        runners: free runners, the caller included; they share the waiting rows if each has enough to do
+        runners: number of free runners, including the caller. Free runners share the waiting rows, with at least a
+            quarter of a full batch for each.
 
-        Returns: the batch; None if no rows wait
+        Returns: the batch; None if no rows wait.
         """
         while self._queues:
             graph, queue = self._queues.popitem(last=False)
             least = max(1, queue.limit // PARTS)
             share = min(queue.limit, max(-(-queue.waiting // runners), least))
-            pieces: dict[Ticket[Owner], int] = {}  # and the first row taken of each
-            reserved = 0  # rows for tickets that had a turn
+            pieces: dict[Ticket[Owner], int] = {}  # first row taken of each ticket
+            reserved = 0  # rows for tickets that have had a turn
             if queue.turned:
                 reserved = -(-share // 2) if queue.fresh_alone else share // 2
             may_be_alone = bool(queue.turned) and not queue.fresh_alone and queue.waiting > queue.limit
@@ -150,7 +159,7 @@ class Scheduler(Generic[Owner]):
         return None
 
     def set_limit(self, graph: Hashable, rows: int) -> None:
-        """Bound batches of this graph from now on. Must be called before the first ticket of the graph."""
+        """Limit batches of this graph to `rows` rows from now on. Call this before the graph's first ticket."""
         self.limits[graph] = rows
         if graph in self._queues:
             self._queues[graph].limit = rows
@@ -165,7 +174,14 @@ class Scheduler(Generic[Owner]):
     def _serve(
         self, line: deque[Ticket[Owner]], queue: _Queue[Owner], room: int, pieces: dict[Ticket[Owner], int]
     ) -> int:
-        """Give the tickets in the line their turns until there is no room. Returns the room left."""
+        """Take rows of the tickets in the line, in turn, until there is no room.
+
+        line: queue.fresh or queue.turned.
+        room: number of rows that fit into the batch.
+        pieces: first row taken of each ticket; extended here.
+
+        Returns: the room left.
+        """
         while line and room:
             ticket = line[0]
             waiting = ticket.granted - ticket.taken

@@ -1,4 +1,4 @@
-"""Bodies of responses, a media type each, and their headers."""
+"""Encoders: bodies of responses, a media type each, and headers of responses."""
 
 import base64
 import io
@@ -19,12 +19,15 @@ from reparam.service.operations.operation import FACTS, Operation
 from reparam.service.pictures import png, sheet
 from reparam.service.runtime.graphs import Work
 
-MAX_ACCEPT = 1000  # bytes of the header that are read
+MAX_ACCEPT = 1000  # bytes; longer `Accept` headers are refused
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
 def check_accept(accept: bytes) -> str:
-    """Decode the header `Accept`. Raises NotAcceptable for a header that is too long."""
+    """Decode the header `Accept`.
+
+    Raises: NotAcceptable for a header longer than MAX_ACCEPT bytes.
+    """
     if len(accept) > MAX_ACCEPT:
         raise NotAcceptable(
             f"`Accept` has {len(accept)} bytes, at most {MAX_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
@@ -35,7 +38,12 @@ def check_accept(accept: bytes) -> str:
 
 @lru_cache(256)
 def negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
-    """Choose the media type that the header `Accept` prefers; JSON without preference. Raises NotAcceptable."""
+    """Choose the media type preferred by the header `Accept`; JSON without preference.
+
+    outputs: arrays of the response. PNG can carry images alone, npy a single output.
+
+    Raises: NotAcceptable.
+    """
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
     if best:
@@ -59,18 +67,23 @@ _CARRIES: dict[str, Callable[[Sequence[Output]], bool]] = {
 
 
 def _best(media_types: Sequence[str], accept: str) -> str:
-    """Choose the media type that `Accept` prefers, the first of equally good ones; "" if it takes no one."""
+    """Choose the media type preferred by `Accept`, the first in the list on a tie; "" if no media type matches."""
     try:
         return str(mimeparse.best_match(media_types[::-1], (accept or "*/*").lower()))
     except mimeparse.MimeTypeParseException:
         return ""
 
 
-_FORMATS = {int: b"%d", float: b"%a"}  # of facts in headers
+_FORMATS = {int: b"%d", float: b"%a"}  # formats of facts in headers, by type
 
 
 class HeaderBlock:
-    """Writes the headers of an operation's responses as lines."""
+    """Writes the headers of an operation's responses as lines.
+
+    The lines of a model version and media type are cached. A template writes the remaining lines.
+
+    operation: the operation, for the names of the facts.
+    """
 
     def __init__(self, operation: Operation) -> None:
         facts = [FACTS[name] for name in operation.facts if FACTS[name].header is not None]
@@ -84,10 +97,12 @@ class HeaderBlock:
         self._lines_of_model: dict[tuple[tuple[str, str], str], bytes] = {}
 
     def write(self, work: Work, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
-        """Say what the body is, how to get it again, and how long it took.
+        """Write Content-Length, Content-Type, Server-Timing and the facts of the rows.
 
-        size: bytes of the body
-        queue, infer, encode: seconds
+        size: bytes of the body.
+        queue, infer, encode: seconds in each stage.
+
+        Returns: the lines, names in lower case, each line with a line end.
         """
         facts = work.facts()
         lines = self._lines_of_model.get((work.graph.labels, media_type))
@@ -100,11 +115,11 @@ class HeaderBlock:
 
 
 def npy_header(work: Work, piece: Arrays) -> tuple[bytes, int]:
-    """Make the header of a .npy file of all rows.
+    """Make the header of a .npy file for all rows of a work.
 
-    piece: the first result
+    piece: the first result, for dtype and row shape; one array (rows, ...).
 
-    Returns: the header, and the bytes of the whole file
+    Returns: the header, and the size of the whole file in bytes.
     """
     (array,) = piece.values()
     return _npy_header(work.n, array.shape[1:], array.dtype)
@@ -119,14 +134,16 @@ def _npy_header(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[b
 
 
 def buffers(pieces: Sequence[Arrays]) -> list[memoryview]:
-    """List the bytes of pieces of one output, in the order of a .npy file, without a copy."""
+    """List the bytes of results with one output, in the order of a .npy file, without a copy."""
     return [array.reshape(-1).view(np.uint8).data for piece in pieces for array in piece.values()]
 
 
 def encode(work: Work, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:
-    """Encode all rows of a response.
+    """Encode the body of a response.
 
-    Returns: the body, and the seconds that encoding took
+    pieces: results of all rows in order, each by output name, (rows, ...).
+
+    Returns: the body, and the time of encoding in seconds.
     """
     started = time.perf_counter()
     body = _ENCODERS[media_type](work, pieces)

@@ -1,7 +1,7 @@
 """An operation as an HTTP endpoint, from headers and body to the response.
 
-The steps of a request are methods of Endpoint: `read_head`, `read`, `plan`, `submit`, `header_block`. Two carriers call
-them: the endpoint itself, as an ASGI application, and the fast path of `wire/`.
+The steps of a request are methods: Endpoint's `read_head`, `read` and `plan`, the engine's `submit`, and Endpoint's
+`header_block`. Two callers share the steps: the endpoint itself, as an ASGI application, and the fast path in `wire/`.
 """
 
 import asyncio
@@ -34,19 +34,19 @@ from reparam.service.operations.faults import explain
 from reparam.service.operations.operation import Operation
 from reparam.service.runtime.graphs import Graph, Work
 
-LARGE_BODY = 2**16  # bytes; larger bodies are parsed on a thread, so that other requests go on meanwhile
+LARGE_BODY = 2**16  # bytes; larger bodies are parsed on a thread, so that the event loop can serve other requests
 LARGE_RESPONSE = 2**13  # raw bytes; larger PNG, JSON and npz are encoded on a thread
-LARGE_MESSAGE = 2**16  # bytes; larger arrays are sent as they are, not copied into one message
-STREAMED = 2**20  # bytes; larger responses are sent while their last rows are computed
-MIN_ROW_BYTES = 1024  # that a row of a response counts for, because encoding it takes time
+LARGE_MESSAGE = 2**16  # bytes; larger npy responses are sent array by array, without a copy into one message
+STREAMED = 2**20  # bytes; larger npy responses are sent while later rows are computed
+MIN_ROW_BYTES = 1024  # smallest size counted for a row of a response, because even a small row takes time to encode
 
 
 class Head(NamedTuple):
-    """What the headers of a request say, checked.
+    """The checked headers of a request.
 
-    timeout: seconds that the request may take.
+    timeout: seconds for the whole request.
     accept: the header `Accept`.
-    content_length: bytes of the body; 0 where the head does not say.
+    content_length: bytes of the body; 0 without the header `Content-Length`.
     """
 
     timeout: float
@@ -55,11 +55,13 @@ class Head(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a request is answered.
+    """The form of a response.
 
-    size: raw bytes that the response holds at a time.
-    first: rows that may run before the client takes results.
-    is_small: the response is computed as a whole, and encoded at once.
+    work: the rows of the response.
+    media_type: media type of the response.
+    size: largest number of raw bytes of the response in memory at a time.
+    first: number of rows that may run before the client reads.
+    is_small: the response is encoded at once on the event loop, after all rows are computed.
     """
 
     work: Work
@@ -70,7 +72,13 @@ class Plan(NamedTuple):
 
 
 class Endpoint:
-    """One operation over HTTP. Methods raise Problem; as an ASGI application also ClientLeft."""
+    """One operation over HTTP, and an ASGI application.
+
+    operation: the operation.
+    lifespan: models and engine of the application.
+
+    Raises: Problem from every method; ClientLeft from the ASGI application.
+    """
 
     def __init__(self, operation: Operation, lifespan: Lifespan) -> None:
         self.operation = operation
@@ -107,13 +115,21 @@ class Endpoint:
             self.engine.leave(job)
 
     def read_head(self, headers: HeaderMap) -> Head:
-        """Check the headers. The result depends on the headers alone."""
+        """Check the headers. The result depends on the headers alone, so callers may cache it.
+
+        Raises: InvalidRequest, NotAcceptable, UnsupportedMediaType.
+        """
         _check_content_type(headers)
         timeout = _timeout(headers, self.settings.request_timeout)
         return Head(timeout, check_accept(headers.get(b"accept", b"*/*")), content_length(headers))
 
     def read(self, body: bytes) -> Work:
-        """Read the body: the work that it asks for. An empty body is an empty JSON object."""
+        """Parse the body and resolve the request. An empty body means an empty JSON object.
+
+        Returns: the work of the request.
+
+        Raises: InvalidRequest, UnknownModel, TooLarge, Unavailable.
+        """
         try:
             request = self._validate(body or b"{}")
         except ValidationError:
@@ -121,7 +137,10 @@ class Endpoint:
         return self.operation.resolve(request, self.lifespan.repository, self.settings.max_rows)
 
     def plan(self, head: Head, work: Work) -> Plan:
-        """Choose the media type, and how the response is made."""
+        """Choose the media type and the form of the response.
+
+        Raises: NotAcceptable, TooLarge.
+        """
         media_type = negotiate(head.accept, work.outputs)
         row, limit = _row_bytes(work.graph, work.outputs), self.settings.max_buffered_bytes
         size, n, window = work.n * row, work.n, self.engine.window(work.graph)
@@ -139,7 +158,11 @@ class Endpoint:
         return Plan(work, media_type, size, min(n, window), is_small=False)
 
     def header_block(self, job: Job, media_type: str, size: int, encode_seconds: float) -> bytes:
-        """Write the headers of the response as lines. size: bytes of the body."""
+        """Write the headers of the response as lines.
+
+        size: bytes of the body.
+        encode_seconds: time of encoding.
+        """
         self._recorder.encodings.append((media_type, encode_seconds))
         return self._headers.write(job.work, media_type, size, job.queue_seconds, job.infer_seconds, encode_seconds)
 
@@ -148,7 +171,10 @@ class Endpoint:
         self.lifespan.metrics.cancelled.labels(job.stage).inc()
 
     async def _receive_body(self, job: Job, head: Head, receive: Receive) -> bytes:
-        """Receive the body. Raises TooLarge, before the body is read if its head says so, QueueFull, ClientLeft."""
+        """Receive the body.
+
+        Raises: TooLarge, before the body is read if Content-Length exceeds the limit; QueueFull; ClientLeft.
+        """
         limit = self.settings.max_body_bytes
         if head.content_length > limit:
             raise _body_too_large(limit, head.content_length)
@@ -181,25 +207,28 @@ class Endpoint:
                     body, seconds = await asyncio.to_thread(encode, plan.work, plan.media_type, pieces)
             except TimeoutError:
                 raise self.engine.expired("encode", job.timeout) from None
-            if job.error is not None:  # the client has disconnected meanwhile, or the process has to end
+            if job.error is not None:  # the client disconnected during encoding, or the process must end
                 raise job.error
         lines = self.header_block(job, plan.media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body"})  # returns when most of the body is sent; until then it is reserved
+        # Returns when the client has read most of the body. Until then the body's bytes stay reserved.
+        await send({"type": "http.response.body"})
 
     async def _stream(self, job: AwaitedJob, send: Send) -> None:
-        """Send rows as npy without a copy; if there are many, while they are computed.
+        """Send rows as npy without a copy. A large response is sent while later rows are computed.
 
-        A slow reader holds back the computing, not the memory. Errors before the first rows get a status; later errors
-        break the connection.
+        With a slow reader, fewer rows are computed, so memory stays bounded. Errors before the first rows become a
+        problem document; later errors break the connection.
         """
         pieces = await job.pieces()
         header, size = npy_header(job.work, pieces[0])
         if size < STREAMED:
             pieces += await job.all()
         else:
-            self.engine.deadlines.lift(job)  # the client reads
+            self.engine.deadlines.lift(
+                job
+            )  # from here the client's speed decides, and the transport aborts idle readers
         lines = self.header_block(job, NPY, size, 0.0)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": header, "more_body": True})
@@ -230,7 +259,7 @@ def _check_content_type(headers: HeaderMap) -> None:
 
 
 def _timeout(headers: HeaderMap, limit: float) -> float:
-    """Read the header `Request-Timeout` in seconds, at most the limit. Raises InvalidRequest."""
+    """Read the header `Request-Timeout` in seconds, at most the limit. Raises: InvalidRequest."""
     header = headers.get(b"request-timeout")
     if header is None:
         return limit
@@ -246,7 +275,7 @@ def _timeout(headers: HeaderMap, limit: float) -> float:
 
 @lru_cache(1024)
 def _row_bytes(graph: Graph, outputs: tuple[Output, ...]) -> int:
-    """Count the raw bytes of one row of a response, at least MIN_ROW_BYTES."""
+    """Return the raw bytes of one row of a response, at least MIN_ROW_BYTES."""
     sizes = (np.dtype(output.dtype).itemsize * prod(graph.row_shapes[output.name]) for output in outputs)
     return max(MIN_ROW_BYTES, sum(sizes))
 

@@ -1,11 +1,11 @@
-"""HTTP headers in three forms: ASGI's list, the block of lines that is sent, and a map to look them up."""
+"""HTTP headers in three forms: the list of ASGI, the lines sent to the client, and a map for look-ups by name."""
 
-Headers = list[tuple[bytes, bytes]]  # ASGI's; names in lower case
-HeaderMap = dict[bytes, bytes]  # of a request; names in lower case
+Headers = list[tuple[bytes, bytes]]  # name and value, as in ASGI; names in lower case
+HeaderMap = dict[bytes, bytes]  # name to value, of a request; names in lower case
 
 
 def by_name(headers: Headers) -> HeaderMap:
-    """Map names to values. Several headers of one name are one list (RFC 9110, section 5.3)."""
+    """Map names to values. Values of headers with equal names are joined by commas (RFC 9110, section 5.3)."""
     found = dict(headers)
     if len(found) < len(headers):
         lists: dict[bytes, list[bytes]] = {}
@@ -16,7 +16,10 @@ def by_name(headers: Headers) -> HeaderMap:
 
 
 def to_lines(headers: Headers) -> bytes:
-    """Write headers as lines. Raises ValueError for a header that holds a line break."""
+    """Write headers as lines, each with a line end.
+
+    Raises: ValueError for a header with a line break.
+    """
     joined = b"".join([b"%b: %b\r\n" % header for header in headers])
     if joined.count(b"\n") != len(headers) or joined.count(b"\r") != len(headers):
         raise ValueError(f"a header holds a line break: {headers}")
@@ -24,11 +27,11 @@ def to_lines(headers: Headers) -> bytes:
 
 
 def from_lines(lines: bytes) -> Headers:
-    """Read headers from lines that `to_lines` could have written."""
+    """Split lines, written as `to_lines` writes, into headers."""
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.splitlines())]
 
 
 def content_length(headers: HeaderMap) -> int:
-    """Read the length of a body in bytes; 0 where the head does not say."""
+    """Read Content-Length in bytes; 0 if the header is missing or not a number."""
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() else 0

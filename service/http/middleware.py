@@ -31,12 +31,17 @@ from reparam.service.telemetry.recorder import Recorder
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems")  # need no key
-CLIENT_CLOSED = 499  # the status of a disconnect, in log and metrics only
+CLIENT_CLOSED = 499  # status of a request whose client disconnected; in the log and in metrics only
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestMiddleware:
-    """Wraps an application: every error becomes a problem document, and every request is counted and logged once."""
+    """ASGI middleware: turns every error into a problem document, and counts and logs every request once.
+
+    app: the application to wrap.
+    recorder: counts and logs requests.
+    api_key: key required of clients; None for no key.
+    """
 
     def __init__(self, app: ASGIApp, recorder: Recorder, api_key: str | None) -> None:
         self.app = app
@@ -66,8 +71,9 @@ class RequestMiddleware:
         except ClientLeft:
             status = CLIENT_CLOSED
         except (Exception, asyncio.CancelledError) as caught:  # every error is answered with a problem document
-            error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught  # uvicorn cancels late requests
-            if status:  # the head is sent, so only a broken connection can tell the client
+            # At shutdown, uvicorn cancels requests after its timeout.
+            error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught
+            if status:  # the headers are sent, so only a broken connection can tell the client
                 _log_broken_off(error, request_id)
             else:
                 status, problem_headers, body = problem_response(error, request_id)
@@ -79,13 +85,16 @@ class RequestMiddleware:
 
 
 def client_request_id(headers: HeaderMap) -> bytes | None:
-    """Return the client's request id; None without one, or if it does not fit into a header and a log line."""
+    """Return the client's request id; None if the id is missing, longer than 128 bytes, or not printable ASCII."""
     request_id = headers.get(b"x-request-id")
     return request_id if request_id is not None and _REQUEST_ID.fullmatch(request_id) else None
 
 
 def check_key(api_key: str | None, path: str, headers: HeaderMap) -> None:
-    """Raise Unauthorized unless the request carries the key or needs none."""
+    """Check the API key of a request. Paths in OPEN_PATHS need no key.
+
+    Raises: Unauthorized.
+    """
     if api_key is None or path.startswith(OPEN_PATHS):
         return
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -97,7 +106,10 @@ def check_key(api_key: str | None, path: str, headers: HeaderMap) -> None:
 
 
 def problem_response(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
-    """Make the status, headers and body of a problem document. The cause of an unexpected error goes to the log."""
+    """Make a problem document (RFC 9457), and log the traceback of an unexpected error.
+
+    Returns: status, headers and body of the response.
+    """
     name = request_id.decode()
     if not isinstance(error, Problem):
         log.error("unexpected", exc_info=error, extra={"request_id": name})
@@ -112,7 +124,10 @@ def problem_response(error: Exception, request_id: bytes) -> tuple[int, Headers,
 
 
 async def refuse_by_router(request: Request, error: Exception) -> Response:
-    """Raise the problem of a request that the router refuses."""
+    """Raise the problem of a request that the router refuses.
+
+    Raises: MethodNotAllowed, UnknownPath.
+    """
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]

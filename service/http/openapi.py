@@ -1,5 +1,6 @@
-"""The OpenAPI description: of operations, made from their models and tables; of other routes, arguments of FastAPI's
-decorators."""
+"""The OpenAPI description. Operations are described from models and tables, other routes by arguments of FastAPI's
+decorators.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,6 +18,8 @@ Arguments = dict[str, Any]
 
 
 class ModelDescription(BaseModel):
+    """One version of a model."""
+
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     name: str
@@ -27,7 +30,7 @@ class ModelDescription(BaseModel):
     image_shape: list[int]
     default_temperature: float
     precision: str
-    """The decoder's; latents are always float32."""
+    """Precision of the decoder; latents are always float32."""
     noise_version: int
     parameters: list[str]
     priors: list[str]
@@ -40,27 +43,33 @@ class ModelDescription(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The models served, and the name of the default model."""
+
     default: str | None
     models: list[ModelDescription]
 
 
 class Liveness(BaseModel):
+    """The state of the service for supervisors."""
+
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: Literal["alive", "failed"]
     failure: str | None = None
-    """Why only a restart helps."""
+    """The reason for a restart; null if all is well."""
 
 
 class Readiness(BaseModel):
+    """The state of the service for load balancers."""
+
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: str
     """`ready`, or why the service cannot answer."""
     models: dict[str, list[int]]
-    """Versions of each model served."""
+    """Versions of each model served, by name."""
     refused: dict[str, str]
-    """The fault of each refused file."""
+    """The fault of each refused file or setting."""
 
 
 class ProblemDocument(BaseModel):
@@ -85,7 +94,7 @@ def _problems(*statuses: int) -> dict[int | str, Arguments]:
         }
         for status in statuses
     }
-    # With a default, FastAPI does not add a 422 of its own.
+    # With a `default` response, FastAPI does not add its own 422 response.
     return {**described, "default": {"description": "Another problem.", "content": content}}
 
 
@@ -132,7 +141,11 @@ _REQUEST_HEADERS: list[Arguments] = [
 
 
 def add_operations(schema: Arguments, operations: Sequence[Operation], with_key: bool) -> None:
-    """Add the operations to the application's OpenAPI schema. with_key: the service asks for a key."""
+    """Add the operations to the application's OpenAPI schema.
+
+    schema: the schema made by FastAPI; changed in place.
+    with_key: the service requires an API key.
+    """
     schema["paths"] |= {operation.path: {"post": _described(operation)} for operation in operations}
     models = [model for operation in operations for model in (operation.request, operation.response)]
     schema["components"]["schemas"] |= _components(*models, ProblemDocument)

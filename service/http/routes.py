@@ -1,4 +1,4 @@
-"""The routes beside the operations: models, probes, metrics, and the meaning of problems."""
+"""Routes besides the operations: models, probes, metrics, and the meaning of problems."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,7 +17,7 @@ Handler = Callable[..., Coroutine[Any, Any, Response]]
 
 
 def add_models(app: FastAPI, lifespan: Lifespan) -> None:
-    """Add the routes that describe models."""
+    """Add the routes for descriptions of models."""
     repository = lifespan.repository
 
     @_get(app, "/models", **openapi.MODELS)
@@ -71,7 +71,7 @@ def add_probes(app: FastAPI, lifespan: Lifespan) -> None:
 
 
 def add_problems(app: FastAPI) -> None:
-    """Add the route that explains problem types."""
+    """Add the route for the meaning of problem types."""
 
     @_get(app, "/problems/{slug}", **openapi.PROBLEM)
     async def problem(slug: str) -> PlainTextResponse:
@@ -81,7 +81,7 @@ def add_problems(app: FastAPI) -> None:
 
 
 def _get(app: FastAPI, path: str, **described: Any) -> Callable[[Handler], Handler]:
-    """Make a decorator for a route of GET, and of HEAD, which HTTP asks for beside GET (RFC 9110, section 9.1)."""
+    """Make a decorator for a route of GET and HEAD. A server must support both methods (RFC 9110, section 9.1)."""
 
     def add(handler: Handler) -> Handler:
         app.head(path, include_in_schema=False)(handler)

@@ -1,4 +1,4 @@
-"""The operations of the service, a module each. A further one is a module, and a line here."""
+"""The operations of the service, a module each. To add an operation, add a module and an entry of OPERATIONS."""
 
 from reparam.service.operations.operation import Operation
 from reparam.service.operations.sample import SAMPLE

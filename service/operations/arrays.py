@@ -14,11 +14,14 @@ from reparam.service.operations.faults import faults_of, invalid, wrong_shape
 def parameter(name: str, values: list[Any], n: int, contract: Contract) -> npt.NDArray[np.float32]:
     """Read a parameter of the distribution.
 
-    values: nested lists of numbers, (*latent_shape) or (n, *latent_shape)
+    name: name of the parameter, such as `mu`.
+    values: nested lists of numbers, (*latent_shape) or (n, *latent_shape).
+    n: number of rows of the request.
+    contract: contract of the model.
 
-    Returns: float32 of the same shape
+    Returns: float32 of the shape of `values`.
 
-    Raises: InvalidRequest
+    Raises: InvalidRequest.
     """
     shape = contract.latent_shape
     shapes = (shape, (n, *shape))

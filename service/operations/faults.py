@@ -1,4 +1,4 @@
-"""Faults of request bodies, said with the place, the value and the way out."""
+"""Faults of request bodies: messages with the place, the value and the way out."""
 
 from json import JSONEncoder
 from typing import Any
@@ -8,16 +8,19 @@ from pydantic_core import from_json
 
 from reparam.service.errors import SHORT, InvalidRequest, clipped
 
-MAX_FAULTS = 10  # that a message names
+MAX_FAULTS = 10  # largest number of faults in a message
 Fault = tuple[tuple[int | str, ...], str, Any]  # location, message, value
 
 _PIECEWISE = JSONEncoder()
 
 
 def explain(body: bytes, request: type[BaseModel]) -> InvalidRequest:
-    """Say why a body is not a valid request.
+    """Make the problem of a body that is not a valid request.
 
-    The body is read a second time and in two steps, because a body may hold a million faults.
+    The body is parsed again here, without its unknown fields. Otherwise pydantic would list a fault for each unknown
+    field, perhaps a million.
+
+    request: model of the body.
     """
     try:
         fields = from_json(body)
@@ -36,14 +39,14 @@ def explain(body: bytes, request: type[BaseModel]) -> InvalidRequest:
 
 
 def faults_of(refusal: ValidationError) -> list[Fault]:
-    """List the faults that pydantic found. Of a list and its element, only the fault of the element."""
+    """List the faults in pydantic's error. If a list and an element both have faults, list only the element's fault."""
     errors = refusal.errors(include_url=False)
     above = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
     return [(error["loc"], _as_json(error["msg"]), error["input"]) for error in errors if error["loc"] not in above]
 
 
 def invalid(faults: list[Fault]) -> InvalidRequest:
-    """Make the problem of these faults."""
+    """Make the problem of these faults. The problem names at most MAX_FAULTS faults."""
     pointed = [
         {"pointer": "".join(f"/{_pointed(part)}" for part in location), "detail": f"{message}, got {_short(value)}"}
         for location, message, value in faults[:MAX_FAULTS]
@@ -52,24 +55,29 @@ def invalid(faults: list[Fault]) -> InvalidRequest:
 
 
 def wrong_shape(name: str, shapes: tuple[tuple[int, ...], ...], got: str) -> InvalidRequest:
-    """Make the problem of an array that has none of these shapes."""
+    """Make the problem of an array with a wrong shape.
+
+    name: name of the field.
+    shapes: shapes allowed.
+    got: shape of the array, in words.
+    """
     allowed = " or ".join(str(list(shape)) for shape in shapes)
     detail = f"{name} must have the shape {allowed}, got {got}"
     return InvalidRequest(detail, errors=[{"pointer": f"/{name}", "detail": detail}])
 
 
 def _as_json(message: str) -> str:
-    """Call a tuple of Python what JSON calls it."""
+    """Say list, JSON's word, where pydantic says tuple."""
     return message.replace("tuple", "list").replace("Tuple", "List").replace(" after validation", "")
 
 
 def _pointed(part: int | str) -> str:
-    """Escape a part of a JSON pointer (RFC 6901, section 3)."""
+    """Escape one part of a JSON pointer (RFC 6901, section 3)."""
     return clipped(str(part)).replace("~", "~0").replace("/", "~1")
 
 
 def _short(value: Any) -> str:
-    """Write as much of the value as JSON as a message repeats. The value may hold a million others."""
+    """Write the beginning of the value as JSON. The value may hold a million elements, so encoding stops early."""
     if isinstance(value, list | dict) and len(value) > SHORT:
         return f"{len(value)} elements"
     text = ""

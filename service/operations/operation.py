@@ -1,4 +1,4 @@
-"""An operation: what a client can ask for, from a request to rows. The table of facts is what responses say of them."""
+"""Operations: requests to the service, each a table entry. FACTS is the table of the values that describe rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,12 @@ from reparam.service.runtime.repository import Repository
 
 @dataclass(frozen=True)
 class Fact:
-    """A value that a response says of its rows: a member of JSON, and a header if `header` names one.
+    """A value in a response that describes the rows, such as the seed.
 
+    name: member of the JSON response.
     type: int, float, str or bool.
+    meaning: one sentence, for OpenAPI.
+    header: name of the response header with the value; None for no header.
     per_model: the same for all responses of a model version.
     """
 
@@ -49,12 +52,12 @@ Resolve = Callable[[Any, Repository, int], Work]
 class Operation:
     """An operation of the service, at `POST path`.
 
-    path: begins with a slash.
+    path: path of the URL, beginning with a slash.
     summary, description: for OpenAPI.
-    request: model of the JSON body; its schema and its validation.
-    response: model of the JSON response; for OpenAPI.
-    resolve: maps a request, the repository, and the most rows of a request to the rows asked for. Raises Problem.
-    facts: names of the facts that `Work.facts` has, in the order of JSON.
+    request: model of the JSON body, for validation and OpenAPI.
+    response: model of the JSON response, for OpenAPI.
+    resolve: maps a request, the repository, and the limit on a request's rows to the work. Raises: Problem.
+    facts: names of the facts in `Work.facts`, in the order of the JSON response.
     """
 
     path: str
@@ -67,7 +70,7 @@ class Operation:
 
     @cached_property
     def name(self) -> str:
-        """The path without its slash."""
+        """The path without the slash."""
         return self.path.removeprefix("/")
 
     @cached_property
@@ -77,7 +80,12 @@ class Operation:
 
 
 def response_model(name: str, facts: tuple[str, ...], outputs: tuple[str, ...], doc: str) -> type[BaseModel]:
-    """Make the model of a JSON response from the tables of facts and of outputs. `doc` describes the response."""
+    """Make the model of a JSON response from the tables of facts and of outputs.
+
+    name: name of the model, and so of the schema in OpenAPI.
+    facts, outputs: names of entries of FACTS and OUTPUTS.
+    doc: description of the response.
+    """
     fields: dict[str, Any] = {fact: (FACTS[fact].type, ...) for fact in facts}
     for output in (OUTPUTS[name] for name in outputs):
         fields[output.name] = (output.json_type | None, Field(None, description=output.meaning))

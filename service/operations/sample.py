@@ -1,4 +1,4 @@
-"""`POST /sample`: rows of a seed, drawn from a model's prior or from given parameters, and decoded."""
+"""`POST /sample`: draw rows of a seed from a model's prior, or from given parameters, and decode the rows."""
 
 import secrets
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ from reparam.service.runtime.repository import Model, Repository
 from reparam.service.runtime.sampler import SamplerInputs
 
 SEEDS = 2**64
-FRESH_SEEDS = 2**53  # fresh seeds are below, so that every reader of JSON can hand them back
+FRESH_SEEDS = 2**53  # fresh seeds are smaller, because some JSON readers round larger integers
 
 Count = Annotated[int, Field(strict=True, lt=SEEDS)]
 Float32 = npt.NDArray[np.float32]
 
 
 class SampleRequest(BaseModel):
-    """What to sample. A request without parameters samples the model's prior."""
+    """A request for samples. Without parameters the request samples the model's prior."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     model: Annotated[str, Field(strict=True)] | None = None
-    """Name of the model; default: the server's default model, else its first by name."""
+    """Name of the model; default: the server's default model, else the server's first model by name."""
     version: Annotated[Count, Field(ge=1)] | None = None
     """Version of the model; default: the latest."""
     n: Annotated[Count, Field(ge=1)] = 1
@@ -45,7 +45,7 @@ class SampleRequest(BaseModel):
     hard: Annotated[bool, Field(strict=True)] = False
     """Gumbel: one-hot codes at any temperature."""
     seed: Annotated[Count, Field(ge=0)] | None = None
-    """Seed of the noise; default: a fresh one, which the response names."""
+    """Seed of the noise; default: a fresh seed, named in the response."""
     start: Annotated[Count, Field(ge=0)] = 0
     """First row of the seed to return; rows start .. start + n - 1 do not depend on n."""
     mu: list[Any] | None = None
@@ -55,23 +55,26 @@ class SampleRequest(BaseModel):
     logits: list[Any] | None = None
     """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the standard prior's."""
     prior: Prior | None = None
-    """Distribution of rows without parameters: `standard`, the same one for every row, or `mixture`, one of several,
-    which the row and its seed decide. Default: the mixture where the model has one. With parameters the prior is
-    `standard`, for the parameters that are not given."""
+    """Distribution of rows without parameters: `standard`, the same distribution for every row, or `mixture`, one of
+    several components, chosen by the seed and the row. Default: the mixture if the model has a mixture. With parameters
+    the prior is `standard`, for the missing parameters."""
     outputs: Annotated[tuple[OutputName, ...], Field(min_length=1, max_length=4, fail_fast=True)] = ("images",)
     """Arrays to return: images; latents (Gaussian); codes and indices (Gumbel)."""
 
 
 @dataclass(slots=True, eq=False)
 class SampleRows:
-    """Rows start .. start + n - 1 of a seed, with their parameters.
+    """The work of `/sample`: rows start .. start + n - 1 of a seed, with parameters.
 
-    seed, start, n: 0 .. 2**64 - 1; the last row is below 2**64.
-    prior: distribution of the parameters that are not given.
-    parameters: given ones by name, float32 (*latent_shape) for all rows or (n, *latent_shape).
-    temperature: of all rows.
-    hard: draw at temperature 0, where a Gumbel code is one-hot.
+    model: model of the rows.
+    seed: 0 .. 2**64 - 1.
+    start, n: first row and number of rows; start + n is at most 2**64.
+    prior: distribution of the parameters missing from the request.
+    parameters: parameters in the request by name, float32 (*latent_shape) for all rows or (n, *latent_shape).
+    temperature: temperature of all rows.
+    hard: draw at temperature 0, so that Gumbel codes are one-hot.
     outputs: arrays to return.
+    graph: graph of the model's sampler.
     """
 
     model: Model
@@ -133,11 +136,11 @@ class SampleRows:
 
 
 def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> SampleRows:
-    """Find the rows that a request asks for.
+    """Turn a request into work.
 
-    max_rows: of one request
+    max_rows: largest number of rows in one request.
 
-    Raises: UnknownModel, InvalidRequest, TooLarge
+    Raises: UnknownModel, InvalidRequest, TooLarge, Unavailable.
     """
     name = request.model, request.version
     model = repository.found.get(name) or repository.find(*name)
@@ -197,7 +200,7 @@ _FIELDS_OF_EVERY_MODEL = SampleRequest.model_fields.keys() - _FIELDS_OF_ONE_KIND
 
 @dataclass(frozen=True)
 class _Defaults:
-    """What a model gives to requests that do not say otherwise, and the outputs that a request asks for."""
+    """Defaults of a model, and the outputs of a request."""
 
     prior: Prior
     temperature: float
@@ -206,7 +209,7 @@ class _Defaults:
 
 @lru_cache(1024)
 def _defaults(model: Model, outputs: tuple[OutputName, ...]) -> _Defaults:
-    """Raises InvalidRequest for outputs that the model does not have."""
+    """Look up the model's defaults, and check the outputs of a request. Raises: InvalidRequest."""
     contract = model.contract
     for index, output in enumerate(outputs):
         if output not in contract.family.outputs:
@@ -219,7 +222,7 @@ def _defaults(model: Model, outputs: tuple[OutputName, ...]) -> _Defaults:
 
 
 def _check_kind(request: SampleRequest, model: Model) -> None:
-    """Refuse fields that only another kind of model has. Raises InvalidRequest."""
+    """Refuse fields of another kind of model. Raises: InvalidRequest."""
     known = model.contract.family.fields
     for name in _FIELDS_OF_ONE_KIND:
         value = getattr(request, name)
@@ -230,7 +233,7 @@ def _check_kind(request: SampleRequest, model: Model) -> None:
 
 
 def _prior(request: SampleRequest, model: Model, parameters: Mapping[str, Float32]) -> Prior:
-    """Choose the prior. Raises InvalidRequest."""
+    """Choose the prior. Raises: InvalidRequest."""
     has = model.contract.priors
     if request.prior is None:
         return "standard" if parameters else has[0]

@@ -1,4 +1,4 @@
-"""One process that serves: uvicorn, and an orderly end."""
+"""One serving process: uvicorn with an orderly shutdown."""
 
 import asyncio
 import contextlib
@@ -20,22 +20,23 @@ log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, listener: socket.socket, reports: WorkerReports | None = None) -> None:
-    """Serve at the listener until a signal ends the process.
+    """Serve until a signal ends the process.
 
-    reports: of the other workers of the service
+    listener: listening socket of the service.
+    reports: exchange of reports between the workers of the service; None for a single process.
 
-    Raises: DeviceError
+    Raises: DeviceError.
     """
     server = Server(create_app(settings, reports), settings)
     server.run([listener])
     if server.reparam.engine.busy:
-        # A run cannot be interrupted, and the interpreter cannot end around it.
+        # A run cannot be interrupted, and the interpreter would wait for the run.
         logging.shutdown()
         os._exit(0)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an end in three steps: not ready, port closed, queue refused."""
+    """uvicorn's server with a shutdown in three steps: /readyz fails, the port closes, queued requests are refused."""
 
     def __init__(self, app: Application, settings: Settings) -> None:
         self.reparam = app.reparam
@@ -55,6 +56,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve. A worker also watches the parent process."""
         await super().startup(sockets)
         self._tuning = asyncio.create_task(self._tune_garbage_collector())
         parent = parent_process()
@@ -62,14 +64,15 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().add_reader(parent.sentinel, self._orphaned, parent.sentinel)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the connections, and run the application's lifespan to the end."""
         await super().shutdown(sockets)
         if self._tuning is not None:
             self._tuning.cancel()
-        if self.force_exit:  # uvicorn would leave the application's end out, whose task would die with a traceback
+        if self.force_exit:  # uvicorn would skip the lifespan's shutdown, and the lifespan's task would log a traceback
             await self.lifespan.shutdown()
 
     def _orphaned(self, sentinel: int) -> None:
-        """End at once: the parent was killed, and its replacement will need the port."""
+        """Close the port at once after the parent was killed, because the parent's replacement needs the port."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(sentinel)
         self.reparam.drain()
@@ -79,13 +82,13 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End the service on SIGTERM or SIGINT.
 
-        The signal may interrupt this thread while it holds a lock, so the loop ends the service. The signal is not
-        recorded, so the process ends with status 0.
+        The signal may interrupt code that holds a lock, so the event loop ends the service later. Unlike uvicorn, the
+        server does not raise the signal again at the end, so the process exits with status 0.
         """
         asyncio.get_running_loop().call_soon_threadsafe(self._end, sig)
 
     def _end(self, sig: int) -> None:
-        """Let requests in flight end first. A second signal hurries."""
+        """Drain, and then end. A second signal ends the service at once."""
         if not self.started or self.reparam.state == "draining":
             self.reparam.stop()
             self.should_exit = self.force_exit = True
@@ -100,7 +103,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def _tune_garbage_collector(self) -> None:
-        """Once the models are loaded, let the garbage collector leave them out, and look less often than by default."""
+        """Once the models are loaded, exclude them from garbage collection, and collect less often than by default."""
         loading = self.reparam.loading
         if loading is not None:
             with contextlib.suppress(Exception):  # reported by /livez

@@ -1,8 +1,8 @@
-"""Several worker processes that serve one port.
+"""Several worker processes serving one port.
 
-Only one thread of a process runs Python at a time, so one process cannot parse, check and encode as many rows as a
-small model computes. Each worker is a whole service, with its own models, queue and runners. No request passes from one
-worker to another: the kernel gives each connection to one worker (SO_REUSEPORT).
+Only one thread of a process runs Python at a time. So one process cannot parse, check and encode as many rows as a
+small model computes. Each worker is a complete service, with its own models, queue and runners. The kernel gives each
+connection to one worker (SO_REUSEPORT), and no request passes between workers.
 """
 
 import contextlib
@@ -26,16 +26,18 @@ from reparam.service.telemetry.reports import WorkerReports
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that wait to be accepted; uvicorn's default
-MARGIN = 5  # seconds that a worker may take to end, beyond those of the settings
+BACKLOG = 2048  # connections waiting to be accepted; uvicorn's default
+MARGIN = 5  # seconds for a worker's exit, added to drain_delay and drain_timeout
 
 
 def run(settings: Settings, count: int) -> int:
-    """Serve with `count` workers until a signal ends them. A single worker is this process.
+    """Serve until a signal ends the service.
 
-    Returns: the exit status, 0 for an orderly end after a signal
+    count: number of workers. A single worker is this process.
 
-    Raises: SystemExit, if the service cannot listen at the port; DeviceError
+    Returns: the exit status; 0 for an orderly end after a signal.
+
+    Raises: DeviceError; SystemExit if the service cannot listen at the port.
     """
     try:
         held = _listener(settings) if count == 1 else _reserved(settings)
@@ -52,9 +54,11 @@ def run(settings: Settings, count: int) -> int:
 
 
 def _supervise(settings: Settings, count: int) -> int:
-    """Run workers until they end. A worker that ends by itself ends all, after they have answered what they have.
+    """Run workers until all have ended. If a worker ends by itself, the other workers drain and end too.
 
-    So whatever restarts the service notices a dead worker as it would notice a dead process.
+    So the supervisor of the service notices a dead worker, because the whole service ends.
+
+    Returns: the exit status.
     """
     with _signals() as inbox:
         shared = {
@@ -76,7 +80,13 @@ def _supervise(settings: Settings, count: int) -> int:
 
 
 def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> int:
-    """Wait for the end of all workers. grace: seconds from the first signal until workers are killed."""
+    """Wait for the end of all workers, and pass signals on to the workers.
+
+    inbox: receives a byte for each signal.
+    grace: seconds from the first signal until workers are killed.
+
+    Returns: the exit status.
+    """
     stopping = failed = False
     deadline = inf
     while workers:
@@ -90,11 +100,12 @@ def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> i
             if not (stopping or signals):
                 log.error("a worker ended, and with it the service", extra=status)
                 signals, failed = 1, True
-            elif worker.exitcode not in (0, -signal.SIGTERM):  # SIGTERM kills a worker that is not ready yet
+            elif worker.exitcode not in (0, -signal.SIGTERM):  # SIGTERM kills a worker without a handler yet
                 log.error("a worker failed", extra=status)
                 failed = True
         for _ in range(signals):
-            # The second signal hurries. Two equal signals might arrive as one.
+            # The second signal ends workers at once. The two signals differ, because two equal signals can merge into
+            # a single signal.
             number = signal.SIGINT if stopping else signal.SIGTERM
             for pid in [worker.pid for worker in workers if worker.pid is not None]:
                 os.kill(pid, number)
@@ -123,7 +134,7 @@ def _signals() -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Let processes started meanwhile ignore a terminal's Ctrl-C until they can handle it."""
+    """Start processes in this context with SIGINT ignored, so that Ctrl-C in a terminal cannot kill them early."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -131,30 +142,33 @@ def _without_interrupts() -> Iterator[None]:
 
 def _work(settings: Settings, reports: WorkerReports) -> None:
     logging.config.dictConfig(log_config(settings))
-    os.setpgrp()  # now a terminal's Ctrl-C reaches the parent alone, which passes it on
+    os.setpgrp()  # so that Ctrl-C in a terminal reaches the parent alone; the parent passes the signal on
     serve(settings, _listener(settings, shared=True), reports)
 
 
 def _listener(settings: Settings, shared: bool = False) -> socket.socket:
-    """Listen at the service's port. shared: with the other workers. Raises OSError."""
+    """Listen at the service's port. Raises: OSError.
+
+    shared: share the port with the other workers.
+    """
     host, port = settings.host, settings.port
     return socket.create_server((host, port), family=_family(host), backlog=BACKLOG, reuse_port=shared)
 
 
 def _reserved(settings: Settings) -> socket.socket:
-    """Reserve a port that the workers can share and no other service has. Raises OSError."""
-    with _listener(settings) as probe:  # fails if another service has the port
+    """Reserve a port that the workers can share, and that no other service uses. Raises: OSError."""
+    with _listener(settings) as probe:  # fails if another service uses the port
         address = probe.getsockname()
     reserved = socket.socket(_family(settings.host))
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier service may linger
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if reserved.family == socket.AF_INET6:
-        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # create_server's own setting
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server does
     reserved.bind(address)  # without listening: connections go to the workers
     return reserved
 
 
 def _family(host: str) -> socket.AddressFamily:
-    """Choose IPv4 for a name that has both. Raises OSError."""
+    """Choose the address family of a host: IPv4 if the host has both families. Raises: OSError."""
     families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6

@@ -1,4 +1,4 @@
-"""The device: which onnxruntime provider runs the models, and why."""
+"""The device: the onnxruntime provider of the models, with the numbers of workers, runners and threads."""
 
 import ctypes
 import os
@@ -15,24 +15,24 @@ from reparam.service.artifact.file import CPU
 from reparam.service.settings import Settings
 
 CUDA = "CUDAExecutionProvider"
-MAX_WORKERS = 4  # processes; each loads the models
+MAX_WORKERS = 4  # processes by default; each process loads the models
 MAX_RUNNERS = 8  # threads that run batches on the CPU; more would wait for the GIL
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # by rule, not by timing: the same algorithms on every start
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # no choice by timing, so each start uses the same algorithms
 
 
 class DeviceError(Exception):
-    """The device cannot be used; the message says what is missing."""
+    """The device cannot be used; the message names the missing part."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and how it is shared.
+    """A device, and the division of the device between processes and threads.
 
-    attempts: lists of providers; a model runs with the first list that can run it.
-    reason: why this device was chosen.
-    runners: batches that run at a time; 1 on a GPU.
-    threads: cores that a run uses on the CPU.
-    workers: processes that serve side by side.
+    attempts: lists of providers. A model runs with the first list that works for the model.
+    reason: why this device was chosen, for the log.
+    runners: number of runner threads per worker, and so of batches at a time; 1 on a GPU.
+    threads: number of CPU cores per run.
+    workers: number of serving processes.
     """
 
     name: Literal["cpu", "cuda"]
@@ -45,19 +45,23 @@ class Device:
 
 @lru_cache(1)
 def device_of(settings: Settings) -> Device:
-    """Choose the device, once for equal settings: trying CUDA takes a second. Raises DeviceError."""
+    """Choose the device. The choice is cached, because a test of CUDA takes a second.
+
+    Raises: DeviceError.
+    """
     return choose(settings)
 
 
 def choose(settings: Settings) -> Device:
     """Choose the device.
 
-    Raises: DeviceError, if `cuda` is chosen and CUDA does not work, or if workers cannot share a port here
+    Raises: DeviceError if the settings demand CUDA and CUDA does not work, or if workers cannot share a port on this
+        system.
     """
     wanted, workers = settings.device, settings.workers
     if workers > 1 and sys.platform != "linux":
         raise DeviceError(f"REPARAM_WORKERS={workers}, but only Linux lets processes share a port evenly: use 1")
-    gpu_workers = workers or 1  # each would need memory of its own for the models
+    gpu_workers = workers or 1  # each worker needs GPU memory for its own copy of the models
     threads = settings.threads or _cores()
     workers = workers or (min(threads, MAX_WORKERS) if sys.platform == "linux" else 1)
     runners = settings.runners or min(-(-threads // workers), MAX_RUNNERS)
@@ -65,7 +69,8 @@ def choose(settings: Settings) -> Device:
     cpu = partial(Device, "cpu", ((CPU,),), runners=runners, threads=each, workers=workers)
     if wanted == "cpu":
         return cpu("REPARAM_DEVICE=cpu")
-    if not settings.tf32:  # or onnxruntime would use TF32 where cuDNN has no exact algorithm; read when CUDA is loaded
+    # Without this variable, onnxruntime uses TF32 if cuDNN has no exact algorithm. CUDA reads the variable when loaded.
+    if not settings.tf32:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     missing = _missing_for_cuda()
     if missing is None:
@@ -77,24 +82,27 @@ def choose(settings: Settings) -> Device:
 
 
 def cuda_attempts(settings: Settings) -> tuple[tuple[Any, ...], ...]:
-    """List the providers to try. A graph of which a part runs on the CPU cannot be captured as a CUDA graph."""
+    """List the providers to try, with and then without CUDA graphs.
+
+    A model cannot be captured as a CUDA graph if a part of the model runs on the CPU.
+    """
     options = {**CUDA_OPTIONS, "use_tf32": str(int(settings.tf32))}
     captured, plain = ((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU)
     return (captured, plain) if settings.cuda_graphs else (plain,)
 
 
 def with_tensor_cores(providers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Allow TF32, without which onnxruntime keeps float16 convolutions off the tensor cores too."""
+    """Return the providers with TF32 allowed. Otherwise onnxruntime keeps even float16 off the tensor cores."""
     return tuple((CUDA, {**each[1], "use_tf32": "1"}) if each[0] == CUDA else each for each in providers)
 
 
 def _cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _missing_for_cuda() -> str | None:
-    """Say what CUDA lacks; None if CUDA works."""
+    """Return the missing part of CUDA and the way out; None if CUDA works."""
     if CUDA not in ort.get_available_providers():
         return f"this onnxruntime {ort.__version__} has no CUDA provider: install onnxruntime-gpu"
     try:
@@ -104,15 +112,17 @@ def _missing_for_cuda() -> str | None:
     count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver shows no GPU"
-    ort.preload_dlls()  # from the nvidia packages of the extra `cuda`, where they are installed
+    ort.preload_dlls()  # loads CUDA and cuDNN from the nvidia packages of the extra `cuda`, if installed
     return cuda_fault()
 
 
 def cuda_fault() -> str | None:
-    """Say why CUDA does not compute, or not any more; None if it does.
+    """Test CUDA by a convolution.
 
-    The test is a convolution: onnxruntime falls back to the CPU if a library of CUDA cannot be loaded, and looks for
-    cuDNN and for kernels that suit the GPU only when it needs them.
+    Opening a session is no test. onnxruntime falls back to the CPU if a CUDA library cannot be loaded, and loads cuDNN
+    and the kernels for this GPU only when needed.
+
+    Returns: why CUDA does not compute; None if CUDA works.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -126,7 +136,7 @@ def cuda_fault() -> str | None:
         return f"onnxruntime cannot compute on the GPU ({fault}): it needs the extra `cuda` with its cuDNN"
     provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
-        ctypes.CDLL(str(provider))  # for the loader's message, which names the missing library
+        ctypes.CDLL(str(provider))  # the loader's error message names the missing library
     except OSError as error:
         return f"the CUDA provider cannot be loaded ({error}): install the extra `cuda`"
     return "onnxruntime refused to use CUDA, though its libraries are there"

@@ -1,4 +1,4 @@
-"""Graphs in memory: inputs and outputs that stay, bound to a session once for each batch size, and batches computed."""
+"""Graphs in memory: permanent input and output buffers, bound to a session once for each batch size."""
 
 import logging
 import time
@@ -20,11 +20,12 @@ from reparam.service.runtime.devices import CUDA
 
 log = logging.getLogger(__name__)
 
-# Limits on the inputs and outputs of one graph: on a GPU its share of the memory, on a CPU of the caches.
+# Limits on the bytes of one graph's inputs and outputs: a share of the memory of a GPU, a share of the caches of a CPU.
 MAX_BYTES_ON_GPU, MAX_BYTES = 2**28, 2**22
-TIMED_RUNS = 5  # runs of a batch size that seems too slow; the fastest counts
+TIMED_RUNS = 5  # timed runs of a batch size until the batch size counts as too slow
 _TYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
-# What onnxruntime's arenas, CUDA, its libraries and the CPU say; onnxruntime has no exception type of its own for it.
+# Messages of onnxruntime's arenas, CUDA, CUDA's libraries and the CPU. onnxruntime has no exception type for a lack of
+# memory.
 _OUT_OF_MEMORY = (
     "Failed to allocate memory",
     "out of memory",
@@ -38,11 +39,11 @@ Values = dict[str, ort.OrtValue]
 
 
 class Work(Protocol):
-    """Rows of one graph: what the engine runs and the encoders write.
+    """The rows of one request. The engine runs the rows, and the encoders write the results.
 
-    graph: computes the rows.
+    graph: the graph that computes the rows.
     n: number of rows.
-    outputs: arrays to return of each row.
+    outputs: arrays to return.
     """
 
     @property
@@ -53,48 +54,48 @@ class Work(Protocol):
     def outputs(self) -> tuple[Output, ...]: ...
 
     def fill(self, inputs: Any, lo: int, hi: int, at: int) -> None:
-        """Write rows lo .. hi - 1 into the graph's inputs, from row `at` on."""
+        """Write rows lo .. hi - 1 of the work into the graph's inputs, starting at input row `at`."""
 
     def facts(self) -> dict[str, Any]:
-        """Collect what a response says of the rows, by name in the table of facts."""
+        """Return the values that describe the rows in a response, by name in the table FACTS."""
 
     def describe(self, lo: int, hi: int) -> str:
-        """Name rows lo .. hi - 1 for a message."""
+        """Describe rows lo .. hi - 1 for a message."""
 
     def log_fields(self, lo: int, hi: int) -> dict[str, Any]:
-        """Name rows lo .. hi - 1 for a log line."""
+        """Describe rows lo .. hi - 1 as fields of a log line."""
 
     def with_defaults(self) -> "Work":
         """Return the same rows without the client's values."""
 
     def overflow(self) -> Problem:
-        """Return the problem of rows that are finite with defaults and not with the client's values."""
+        """Return the problem of rows that are finite with defaults but not with the client's values."""
 
 
 Share = tuple[Work, int, int]  # rows lo .. hi - 1 of a work
 
 
 class Inputs(Protocol):
-    """The inputs of a graph, which works fill.
+    """The inputs of a graph, filled by works.
 
-    arrays: by input name, float32 (max_rows, ...)
+    arrays: input arrays by name, float32 (max_rows, ...).
     """
 
     arrays: Arrays
 
     def finish(self, n: int) -> None:
-        """Compute what remains for the first n rows, once all works are filled in."""
+        """Complete the first n rows after all works have written their rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A graph of one model version with one shape of rows; the engine batches rows of one graph.
+    """A graph of one model version. The engine batches rows of one graph together.
 
-    model, version: for logs and metrics.
-    replicas: the graph in memory, once for each runner.
-    row_shapes: shape of a row of each output that a request can ask for.
-    batch_rows: rows of one batch, at most.
-    steady: on the CPU, and the time of a run depends on the number of rows alone.
+    model, version: name and version of the model, for logs and metrics.
+    replicas: copies of the buffers, one for each runner.
+    row_shapes: shape of a row of each output available to requests.
+    batch_rows: largest number of rows in a batch.
+    steady: the graph runs on the CPU, and the time of a run depends on the number of rows alone.
     """
 
     model: str
@@ -106,22 +107,24 @@ class Graph:
 
     @cached_property
     def labels(self) -> tuple[str, str]:
-        """Model and version, as metrics are labelled."""
+        """Model and version, the labels of metrics."""
         return self.model, str(self.version)
 
 
 class BoundGraph:
-    """A graph that runs on 1 .. max_rows rows. Used by one thread at a time.
+    """A session with permanent buffers for 1 .. max_rows rows. Used by one thread at a time.
 
-    session: of onnxruntime.
-    inputs: make the inputs' arrays, (max_rows, ...) each, and fill them.
-    outputs: type and row shape of each output.
-    checked: outputs that hold NaN or infinity in every row that is not finite.
-    summed: output, float32 (n, C, H, W), of which only the sum of each row leaves a GPU.
-    max_rows: fewer if rows are large; a power of two then, because requests often ask for one.
-    apart: inputs and outputs have memory of their own on the device, and the next power of two of rows runs, because
-        few sizes mean few CUDA graphs. Otherwise the graph works in place on exactly the rows asked for. Default: what
-        suits the session's provider.
+    session: session of onnxruntime.
+    input_shapes: row shape of each input. All inputs are float32.
+    outputs: ONNX type and row shape of each output.
+    inputs: called with the input arrays, (max_rows, ...) each; returns the Inputs that fill the arrays.
+    checked: names of outputs checked for NaN and infinity. If these outputs are finite, so are all outputs of the row.
+    summed: name of an output, float32 (n, C, H, W). With `apart`, only the sum of each row is copied from the device.
+    max_rows: largest number of rows in a batch. Reduced to a power of two if the buffers would be too large.
+    apart: the buffers have a copy on the device, and a run has the next power of two of rows, because few sizes mean
+        few CUDA graphs. Otherwise the session reads and writes the buffers in place, with exactly the rows requested.
+        Default: True on CUDA.
+    arrays: input arrays by name, float32 (max_rows, ...).
     """
 
     def __init__(
@@ -150,15 +153,17 @@ class BoundGraph:
         }
         self._summed = summed
         self._device = "cuda" if on_gpu else "cpu"
-        self._runs: dict[int, Callable[[], Arrays]] = {}  # by batch size
+        self._runs: dict[int, Callable[[], Arrays]] = {}  # bound runs, by number of rows
         self._sums = _sums_session(tuple(session.get_providers())) if self.apart else None
 
     def compute(self, shares: Sequence[Share]) -> list[Arrays | Problem]:
         """Compute a batch of at most max_rows rows.
 
-        Returns: for each share the outputs it asked for, by name, or its problem
+        shares: rows of one or more works.
 
-        Raises: whatever onnxruntime raises
+        Returns: for each share the requested outputs by name, new arrays (hi - lo, ...), or the problem of the share.
+
+        Raises: any error of onnxruntime.
         """
         outputs = self._run_shares(shares)
         finite = self._is_finite(outputs)
@@ -178,7 +183,7 @@ class BoundGraph:
                 if array is None:
                     array = selected[output.name] = output.read(outputs[output.source])
                 result[output.name] = array[begin:end]
-        if failed:  # only now, because another run overwrites the outputs
+        if failed:  # after all results are copied, because `_blame` overwrites the output buffers
             problems = self._blame([shares[index] for index in failed])
             for index, problem in zip(failed, problems, strict=True):
                 results[index] = problem
@@ -187,10 +192,10 @@ class BoundGraph:
     def run(self, n: int) -> Arrays:
         """Run the graph on the first n rows of the inputs.
 
-        Returns: outputs by name, (n, ...), which the next run overwrites; if apart, `sums`, float32 (n,), in place of
-        the summed output
+        Returns: outputs by name, (n, ...); the next run overwrites the arrays. With `apart`, `sums`, float32 (n,),
+            replaces the summed output.
 
-        Raises: whatever onnxruntime raises
+        Raises: any error of onnxruntime.
         """
         size = self.size(n) if self.apart else n
         run = self._runs.get(size)
@@ -200,16 +205,20 @@ class BoundGraph:
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
     def size(self, n: int) -> int:
-        """Return the number of rows that run when n are asked for."""
+        """Return the number of rows in a run for n requested rows: with `apart`, the next power of two."""
         return min(1 << (n - 1).bit_length(), self.max_rows) if self.apart else n
 
     def warm_up(self, seconds: float) -> int:
         """Run every power of two of rows, so that no request waits for memory or for the capture of a CUDA graph.
 
-        seconds: of one batch, at most; larger batches are not run. Other programs only make a run slower, so the
-            fastest of a few counts.
+        Larger sizes are skipped once a size is too slow. Other programs can only slow a run down, so a size is too slow
+        only if all of TIMED_RUNS runs are.
 
-        Returns: the first size that takes longer, or the largest that the device has memory for, or max_rows
+        seconds: time limit of one batch.
+
+        Returns: the first size slower than the limit, or the largest size that fits into memory, or max_rows.
+
+        Raises: any error of onnxruntime.
         """
         self.inputs.finish(self.max_rows)
         rows, fitting = 1, 0
@@ -226,7 +235,10 @@ class BoundGraph:
             rows, fitting = min(2 * rows, self.max_rows), rows
 
     def check_device(self) -> None:
-        """Raise what onnxruntime raises on a GPU that only a new process can use again."""
+        """Check that the GPU still computes.
+
+        Raises: an error of onnxruntime if the GPU has become unusable for this process.
+        """
         if self._sums is not None:
             self._sums.run(None, {"images": np.zeros((1, 1, 1, 1), np.float32)})
 
@@ -243,7 +255,7 @@ class BoundGraph:
         return all(np.isfinite(outputs[name][rows]).all() for name in self.checked)
 
     def _blame(self, shares: Sequence[Share]) -> list[Problem]:
-        """Find out why rows are not finite: the client's values, if the same rows are finite with defaults."""
+        """Find out why rows are not finite. If the rows are finite with defaults, the client's values are to blame."""
         outputs = self._run_shares([(work.with_defaults(), lo, hi) for work, lo, hi in shares])
         problems: list[Problem] = []
         end = 0
@@ -262,7 +274,7 @@ class BoundGraph:
         return problems
 
     def _in_place(self, rows: int) -> Callable[[], Arrays]:
-        """Bind the first rows of the inputs' and outputs' arrays. Returns the function that runs them."""
+        """Bind the first rows of the buffers to the session. Returns: the function that runs these rows."""
         outputs = {name: array[:rows] for name, array in self._outputs.items()}
         input_values, output_values = (
             {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
@@ -277,9 +289,12 @@ class BoundGraph:
         return run
 
     def _apart(self, rows: int) -> Callable[[], Arrays]:
-        """Bind memory of the device. Returns the function that copies inputs there, runs, and copies outputs back.
+        """Bind memory of the device to the session.
 
-        Of the summed output only sums come back: the pixels have a quarter of its bytes.
+        The summed output stays on the device, and only its sums are copied back. The uint8 pixels carry the same images
+        in a quarter of the bytes.
+
+        Returns: the function that copies inputs to the device, runs the graph, and copies outputs back.
         """
 
         def buffers(arrays: Arrays) -> Values:
@@ -298,7 +313,7 @@ class BoundGraph:
         def run() -> Arrays:
             for name, value in inputs.items():
                 value.update_inplace(host[name])
-                binding.bind_ortvalue_input(name, value)  # copies inputs of a part of the graph that runs on the CPU
+                binding.bind_ortvalue_input(name, value)  # if a part of the graph runs on the CPU, copies its inputs
             run_graph()
             run_sums()
             return {name: value.numpy() for name, value in outputs.items()}
@@ -312,14 +327,14 @@ class BoundGraph:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether the device had no memory for a run."""
+    """Check whether an error of onnxruntime means that the device had no memory for a run."""
     return any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def _bind(
     session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int
 ) -> tuple[ort.IOBinding, Callable[[], None]]:
-    """Bind inputs and outputs to the session. Returns the binding, and the function that runs the session on it."""
+    """Bind inputs and outputs to the session. Returns: the binding, and the function that runs the session with it."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(rows))
     binding = session.io_binding()
@@ -332,7 +347,7 @@ def _bind(
 
 @cache
 def _sums_session(providers: tuple[str, ...]) -> ort.InferenceSession:
-    """Open the session that sums images. All graphs share one, because each takes memory on a GPU."""
+    """Open the session that sums images. All graphs share the session, because each session takes GPU memory."""
     return open_session(_SUMS, providers)
 
 

@@ -19,7 +19,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One version of a model, loaded."""
+    """One loaded version of a model.
+
+    name, version: from the names of the folders.
+    artifact: the loaded file.
+    sampler: the graph that draws and decodes rows.
+    """
 
     name: str
     version: int
@@ -28,17 +33,18 @@ class Model:
 
     @property
     def contract(self) -> Contract:
+        """The contract of the artifact."""
         return self.artifact.contract
 
 
 @dataclass
 class Repository:
-    """The models that are served, and the files that are refused.
+    """The models served, and the files refused.
 
-    default: name of the model of requests that name none; None for the first by name.
-    models: by name and version.
-    refused: the fault of each refused file, by model/version, of a model's folder, or of a setting.
-    found: models by the name and version that requests gave, as far as requests asked for them.
+    default: model of requests without `model`; None for the first model by name.
+    models: models by name and version.
+    refused: faults by label. A label is model/version, a model's folder, a setting, or "*" for the whole repository.
+    found: cache of `find`, by the name and version in the request.
     """
 
     default: str | None = None
@@ -49,10 +55,10 @@ class Repository:
     def find(self, name: str | None, version: int | None) -> Model:
         """Find a version of a model.
 
-        name: default: the default model
-        version: default: the latest
+        name: name in the request; None for the default model.
+        version: version in the request; None for the latest version.
 
-        Raises: UnknownModel, Unavailable
+        Raises: UnknownModel, Unavailable.
         """
         found = self.found.get((name, version))
         if found is None:
@@ -81,16 +87,16 @@ class Repository:
         return versions[version]
 
     def available(self) -> dict[str, list[int]]:
-        """List the versions of each model that is served."""
+        """List the versions of each model served, by name."""
         return {name: sorted(versions) for name, versions in sorted(self.models.items())}
 
     def default_name(self) -> str | None:
-        """Name the model of requests that name none; None without models."""
+        """Return the name of the default model; None without models."""
         return self.default or min(self.models, default=None)
 
     @property
     def state(self) -> str:
-        """`ready` if every request finds a model, else why not."""
+        """The state: "ready", "no model" or "no default model"; entries of lifespan.STATES."""
         if not self.models:
             return "no model"
         return "ready" if self.default_name() in self.models else "no default model"
@@ -98,13 +104,15 @@ class Repository:
     def load(self, folder: Path, device: Device, max_rows: int, seconds: float) -> None:
         """Load and warm up every version that keeps its contract; add the others to `refused`.
 
-        On a GPU the thread that will run the models must call this: onnxruntime keeps CUDA graphs by thread.
+        On a GPU, the thread that runs the models must also load the models, because onnxruntime keeps CUDA graphs by
+        thread.
 
-        folder: of the models
-        max_rows: rows of a batch, at most
-        seconds: of a batch, about; slower models get smaller batches
+        folder: the repository, with files <model>/<version>/model.onnx.
+        device: device of the models.
+        max_rows: largest number of rows in a batch.
+        seconds: approximate time of a batch; slower models get smaller batches.
 
-        Raises: DeviceError, if a model leaves a GPU that only a new process can use again
+        Raises: DeviceError if a model makes the GPU unusable for this process.
         """
         try:
             models = [path for path in _entries(folder) if os.path.isdir(path)]  # noqa: PTH112  # pathlib's raises for some names
@@ -156,9 +164,14 @@ class Repository:
 
 
 def open_model(name: str, version: int, path: Path, device: Device, max_rows: int, seconds: float) -> Model:
-    """Load a version and warm it up, with the first of the device's lists of providers that can run it.
+    """Load and warm up a version, with the first of `device.attempts` that works.
 
-    Raises: ArtifactError, DeviceError, and whatever onnxruntime raises
+    name, version: name and version of the model.
+    path: path of model.onnx.
+    max_rows: largest number of rows in a batch.
+    seconds: approximate time of a batch; slower models get smaller batches.
+
+    Raises: ArtifactError, DeviceError, and any error of onnxruntime.
     """
     *others, last = device.attempts
     for providers in others:
@@ -168,7 +181,8 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
             about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}
             log.info("the model does not run with these providers", extra=about)
             no_memory = is_out_of_memory(error)
-        # Outside the handler, whose error keeps the model's memory. Some errors leave a GPU unusable for the process.
+        # Some errors make the GPU unusable for this process. The test runs outside the handler, because the error keeps
+        # the model's memory alive.
         if device.name == "cuda" and not no_memory and cuda_fault():
             raise DeviceError(
                 f"no CUDA graph could be made of model {name!r} version {version}, and since then the GPU computes "
@@ -192,12 +206,12 @@ def _open(
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Raises OSError."""
+    """List the visible entries of a folder by name. Raises: OSError."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _versions(model: Path) -> list[Path]:
-    """List the entries named like a version, or that hold a model. Raises OSError."""
+    """List the entries with the name of a version, and other entries with a model file. Raises: OSError."""
     return [
         path
         for path in _entries(model)
@@ -206,7 +220,7 @@ def _versions(model: Path) -> list[Path]:
 
 
 def _check_names(version: Path) -> None:
-    """Raises ArtifactError."""
+    """Check the names of a version's folder and of the model's folder. Raises: ArtifactError."""
     if not NAME.fullmatch(version.parent.name):
         raise ArtifactError(
             f"{version.parent}: a model's name is made of letters, digits, '.', '_' and '-', and begins with a letter "
@@ -217,7 +231,7 @@ def _check_names(version: Path) -> None:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """Resolve the path. Raises ArtifactError for a link that leaves the repository, or what is no file."""
+    """Resolve a path. Raises: ArtifactError for a link out of the repository, or if the path is not a regular file."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path}: a link leads out of the repository, to {path.resolve()}")
     if path.exists() and not path.is_file():

@@ -1,4 +1,4 @@
-"""The sampler of a model: its graph, and how the rows of requests become the graph's inputs."""
+"""The sampler of a model: the bound graph, and the inputs that rows of requests fill."""
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,10 @@ STANDARD_COMPONENT = -1  # the last row of each table of parameters
 
 
 def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -> BoundGraph:
-    """Bind the graph of a sampler. The arguments are those of BoundGraph."""
+    """Bind the graph of a sampler.
+
+    max_rows, apart: as in BoundGraph.
+    """
     contract = artifact.contract
     return BoundGraph(
         artifact.session,
@@ -27,11 +30,11 @@ def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -
 
 
 class SamplerInputs:
-    """The inputs of a sampler's graph, which works fill row by row.
+    """The inputs of a sampler's graph, filled by works.
 
-    Only random words are drawn for each work. `finish` turns the words of a whole batch into noise at once.
+    `draw` stores random words of one work. `finish` turns the words of a whole batch into noise at once.
 
-    arrays: noise and parameters, float32 (max_rows, *latent_shape); temperature, float32 (max_rows,)
+    arrays: noise and parameters, float32 (max_rows, *latent_shape); temperature, float32 (max_rows,).
     """
 
     def __init__(self, contract: Contract, arrays: Arrays) -> None:
@@ -46,17 +49,22 @@ class SamplerInputs:
         self._words = np.zeros(max_rows * self._words_per_row, np.uint64)
         self._temperature = arrays["temperature"]
         self._prior = contract.prior_arrays()
-        self._rows_of_prior = 0  # the first rows of the parameters' arrays that hold the standard prior
+        self._rows_of_prior = 0  # number of leading rows whose parameter arrays hold the standard prior
         weights, components = contract.mixture_arrays()
         self._cumulative_weights = weights.cumsum()
         self._has_mixture = len(weights) > 0
         self._tables = {name: np.concatenate([components[name], array[None]]) for name, array in self._prior.items()}
         self._component_words = np.zeros(max_rows, np.uint64)
-        self._standard: list[slice] = []  # rows that are not drawn from the mixture
+        self._standard: list[slice] = []  # rows with the standard prior, in a model with a mixture
         self._given: list[tuple[str, slice, npt.NDArray[np.float32]]] = []
 
     def draw(self, at: int, n: int, seed: int, start: int, temperature: float, prior: Prior) -> None:
-        """Let rows at .. at + n - 1 of the inputs be rows start .. start + n - 1 of a seed, drawn from a prior."""
+        """Set input rows at .. at + n - 1 to rows start .. start + n - 1 of a seed.
+
+        seed: 0 .. 2**64 - 1.
+        temperature: temperature of these rows.
+        prior: distribution of the rows' parameters; "mixture" only if the model has a mixture.
+        """
         width = self._words_per_row
         self._words[at * width : (at + n) * width] = self._draw(seed, start, n, self._blocks)
         self._temperature[at : at + n] = temperature
@@ -68,14 +76,17 @@ class SamplerInputs:
                 self._standard.append(slice(at, at + n))
 
     def give(self, name: str, at: int, n: int, values: npt.NDArray[np.float32]) -> None:
-        """Let rows at .. at + n - 1 have these values of a parameter, (n, *latent_shape) or (*latent_shape)."""
+        """Set a parameter of input rows at .. at + n - 1, in place of the prior.
+
+        values: float32 (n, *latent_shape), or (*latent_shape) for all n rows.
+        """
         self._given.append((name, slice(at, at + n), values))
 
     def finish(self, n: int) -> None:
         """Compute noise and parameters of the first n rows."""
         if self._has_mixture:
             self._fill_components(n)
-        elif n > self._rows_of_prior:  # otherwise the arrays still hold the prior from the batch before
+        elif n > self._rows_of_prior:  # otherwise the arrays still hold the prior from an earlier batch
             for name, array in self._prior.items():
                 self.arrays[name][self._rows_of_prior : n] = array
             self._rows_of_prior = n

@@ -13,7 +13,10 @@ from reparam.service.settings import Settings
 
 
 def log_config(settings: Settings) -> dict[str, Any]:
-    """Configure `logging` to write structured lines on stderr, for the service, uvicorn and warnings."""
+    """Make the configuration of `logging`: structured lines on stderr, for the service, uvicorn and warnings.
+
+    Returns: the argument of logging.config.dictConfig.
+    """
     formatters = {
         "json": {
             "()": "pythonjsonlogger.orjson.OrjsonFormatter",
@@ -37,7 +40,7 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName",
 
 
 class TextFormatter(logging.Formatter):
-    """Formats a line as `time level message key=value ...`."""
+    """Formats a log line as `time level message key=value ...`."""
 
     def __init__(self) -> None:
         super().__init__("{asctime} {levelname:<7} {message}", style="{")
@@ -48,17 +51,22 @@ class TextFormatter(logging.Formatter):
 
 
 def _plain(value: object) -> str:
-    """Quote the value if it could be read as several values or as a terminal's command."""
+    """Quote the value if a reader could mistake the value for several values, or a terminal for a command."""
     text = str(value)
     return text if text.isprintable() and " " not in text and "=" not in text else ascii(text)
 
 
-PIPE_BUF = 4096  # bytes that Linux writes into a pipe at once; elsewhere there is one worker
-MAX_PATH = 512  # characters; the client chose them
+PIPE_BUF = 4096  # largest atomic write to a pipe on Linux, in bytes; other systems have a single worker
+MAX_PATH = 512  # characters; longer paths are cut, because clients choose the path
 
 
 class Entry(Protocol):
-    """A request to log. ended: seconds since the epoch. seconds: from its start to the end of its response."""
+    """A request to log.
+
+    ended: end of the response, in seconds since the epoch.
+    request_id: printable ASCII.
+    seconds: time from the start of the request to the end of the response.
+    """
 
     @property
     def ended(self) -> float: ...
@@ -75,9 +83,11 @@ class Entry(Protocol):
 
 
 class AccessLog:
-    """Writes one line a request.
+    """Writes one line per request to stderr.
 
-    The lines are not written by `logging`, which takes longer for a line than the service for a sample.
+    `logging` does not write these lines, because `logging` takes longer for a line than the service for a sample.
+
+    enabled: the level of the logger LOGGER is info or lower.
     """
 
     LOGGER = "reparam.service.access"
@@ -87,7 +97,7 @@ class AccessLog:
         self._line = _json_line if format == "json" else _text_line
 
     def write(self, entries: Iterable[Entry]) -> None:
-        """Write the lines, at most PIPE_BUF bytes at a time: other workers write to the same pipe."""
+        """Write the lines in pieces of at most PIPE_BUF bytes, because other workers write to the same pipe."""
         if not self.enabled:
             return
         together = b""
@@ -128,7 +138,7 @@ def _text_line(entry: Entry) -> bytes:
 
 
 def _time(when: float) -> str:
-    """Format the time as `logging` does."""
+    """Format seconds since the epoch as `logging` does."""
     return f"{_second(int(when))},{int(when % 1 * 1000):03d}"
 
 

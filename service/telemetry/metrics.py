@@ -1,4 +1,4 @@
-"""Prometheus metrics: base units, the prefix `reparam_`, one registry an application."""
+"""Prometheus metrics: base units, the prefix `reparam_`, one registry per application."""
 
 import operator
 from bisect import bisect_left
@@ -12,16 +12,23 @@ from prometheus_client.core import HistogramMetricFamily
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Metrics of which the largest value of all workers counts; all others are added up.
+# Metrics whose value for the service is the maximum over workers. Other metrics are summed.
 MAXIMA = {
     "reparam_queue_oldest_seconds", "reparam_model_served", "reparam_models_refused", "reparam_noise_version_info",
 }  # fmt: skip
 
-Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, help, type; samples with their labels
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, help, type; samples: name, labels, value
 
 
 class Batch(Protocol):
-    """A batch to count. labels: model and version. seconds: of the run. waits: seconds that its pieces waited."""
+    """A batch to count.
+
+    labels: model and version.
+    rows: number of rows.
+    closed: why the batch took no more rows; see scheduler.Closed.
+    seconds: time of the run.
+    waits: seconds each piece waited in the queue.
+    """
 
     @property
     def labels(self) -> tuple[str, str]: ...
@@ -36,7 +43,10 @@ class Batch(Protocol):
 
 
 class Metrics:
-    """The metrics of one process."""
+    """The metrics of one process.
+
+    registry: registry of all metrics. Each other attribute is one metric, described by its help text.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -74,7 +84,10 @@ class Metrics:
         self.noise_version = gauge("noise_version_info", "Version of the noise contract.", "noise_version")
 
     def count_requests(self, requests: Iterable[tuple[str, int, float]]) -> None:
-        """Count requests: route, status, seconds."""
+        """Count requests.
+
+        requests: route, status and time in seconds of each request.
+        """
         grouped: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
         for route, status, seconds in requests:
             grouped[route, status].append(seconds)
@@ -96,7 +109,7 @@ class Metrics:
             self.queue.labels(*labels).observe(*chain.from_iterable(batch.waits for batch in together))
 
     def families(self) -> list[Family]:
-        """Collect all metrics, without the times of their creation."""
+        """Collect all metrics, without the `_created` samples of prometheus_client."""
         return [
             (family.name, family.documentation, family.type, [
                 (sample.name, sample.labels, sample.value)
@@ -107,12 +120,15 @@ class Metrics:
 
 
 def text(workers: Iterable[list[Family]]) -> bytes:
-    """Write the metrics of all workers of a service in Prometheus' text format."""
+    """Write the metrics of a service in Prometheus' text format.
+
+    workers: the families of each worker.
+    """
     return generate_latest(Sum(workers))
 
 
 class Sum:
-    """A collector that adds up the metrics of several workers."""
+    """A Prometheus collector for the sum of the metrics of several workers; for MAXIMA, the maximum."""
 
     def __init__(self, workers: Iterable[list[Family]]) -> None:
         self._metrics: dict[str, Metric] = {}
@@ -125,15 +141,19 @@ class Sum:
                 self._values[key] = add(self._values.get(key, 0.0), value)
 
     def collect(self) -> Iterable[Metric]:
+        """Return the metrics. prometheus_client calls this method."""
         for (name, sample, labels), value in self._values.items():
             self._metrics[name].add_sample(sample, dict(labels), value)
         return self._metrics.values()
 
 
 class Histogram:
-    """A Prometheus histogram that observes ten times faster than prometheus_client's.
+    """A Prometheus histogram, ten times as fast as the histogram of prometheus_client.
 
-    prometheus_client takes a lock and walks along the buckets for each observation.
+    For each observation, prometheus_client takes a lock and walks along the buckets.
+
+    labels: names of the labels.
+    buckets: upper edges of the buckets, ascending, without infinity.
     """
 
     def __init__(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> None:
@@ -143,12 +163,14 @@ class Histogram:
         self._series: dict[tuple[str, ...], Series] = {}
 
     def labels(self, *values: str) -> "Series":
+        """Return the series with these label values, as prometheus_client does."""
         series = self._series.get(values)
         if series is None:
             series = self._series[values] = Series(self._buckets)
         return series
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Return the histogram. prometheus_client calls this method."""
         family = HistogramMetricFamily(*self._about, labels=self._names)
         for values, series in list(self._series.items()):
             family.add_metric(values, *series.read())
@@ -156,7 +178,10 @@ class Histogram:
 
 
 class Series:
-    """The observations of one set of labels."""
+    """The observations of one set of label values.
+
+    edges: upper edges of the buckets, ascending, without infinity.
+    """
 
     def __init__(self, edges: Sequence[float]) -> None:
         self._edges = edges
@@ -164,6 +189,7 @@ class Series:
         self._sum = 0.0
 
     def observe(self, *values: float) -> None:
+        """Add observations."""
         for value in values:
             self._counts[bisect_left(self._edges, value)] += 1
             self._sum += value

@@ -1,6 +1,7 @@
-"""The recorder: notes what happened as it happens, and counts and logs it a little later.
+"""The recorder: buffers observations on the request path, and counts and logs the observations a little later.
 
-So the request path appends to lists, and the code of Prometheus and of log lines stays out of its CPU caches.
+On the request path the recorder only appends to lists. So the code for Prometheus and log lines does not evict the
+request path from the CPU caches.
 """
 
 import asyncio
@@ -13,12 +14,15 @@ from typing import NamedTuple
 from reparam.service.telemetry.logs import AccessLog
 from reparam.service.telemetry.metrics import Metrics
 
-DELAY = 0.1  # seconds from the first note until all are counted and logged
-MAX_NOTES = 256  # requests that are counted and logged at a time
+DELAY = 0.1  # seconds from the first note until all notes are counted and logged
+MAX_NOTES = 256  # number of noted requests that triggers counting and logging at once
 
 
 class RequestNote(NamedTuple):
-    """A request that has ended. ended: seconds since the epoch. seconds: from its start to the end of its response."""
+    """A finished request; fields as in logs.Entry.
+
+    route: the path as declared by the application, such as /models/{name}.
+    """
 
     ended: float
     method: str
@@ -30,7 +34,7 @@ class RequestNote(NamedTuple):
 
 
 class BatchNote(NamedTuple):
-    """A batch that has run. labels: model and version. seconds: of the run. waits: seconds that its pieces waited."""
+    """A finished batch; fields as in metrics.Batch."""
 
     labels: tuple[str, str]
     rows: int
@@ -42,9 +46,9 @@ class BatchNote(NamedTuple):
 class Recorder:
     """Notes requests, batches and encodings, for the metrics and the access log.
 
-    in_flight: requests that have begun and not ended; who begins one adds it here.
-    request_ids: fresh ids, unlike those of any other process.
-    encodings: media type and seconds of each response that was encoded; append here.
+    in_flight: number of unfinished requests. Callers add 1 for each new request; `request` subtracts 1.
+    request_ids: iterator of fresh ids, bytes, unique among all processes.
+    encodings: media type and seconds of each encoded response. Callers append here.
     """
 
     def __init__(self, metrics: Metrics, access_log: AccessLog) -> None:
@@ -59,10 +63,10 @@ class Recorder:
         metrics.in_flight.set_function(lambda: self.in_flight)
 
     def request(self, method: str, path: str, route: str, status: int, request_id: bytes, started: float) -> None:
-        """Note a request that has ended.
+        """Note a finished request.
 
-        route: the path as the application declares it
-        started: on time.perf_counter
+        route: the path as declared by the application, or "other".
+        started: start of the request, on time.perf_counter.
         """
         self.in_flight -= 1
         seconds = time.perf_counter() - started
@@ -71,7 +75,7 @@ class Recorder:
             self._flush_soon()
 
     def batch(self, labels: tuple[str, str], rows: int, closed: str, seconds: float, waits: Sequence[float]) -> None:
-        """Note a batch that has run. The arguments are those of BatchNote."""
+        """Note a finished batch; arguments as in metrics.Batch."""
         self._batches.append(BatchNote(labels, rows, closed, seconds, waits))
         if self._timer is None:
             self._flush_soon()
@@ -92,7 +96,7 @@ class Recorder:
         self._access_log.write(requests)
 
     def _flush_soon(self) -> None:
-        """Flush at once where there are many notes, otherwise after DELAY."""
+        """Flush at once if there are many notes, otherwise after DELAY."""
         if len(self._requests) >= MAX_NOTES:
             self.flush()
         else:

@@ -1,4 +1,4 @@
-"""Reports between the workers of one service, so that any worker can answer for all."""
+"""Reports between the workers of one service, so that any worker can answer probes for all workers."""
 
 import asyncio
 import socket
@@ -9,15 +9,15 @@ import orjson
 
 from reparam.service.telemetry.metrics import Family
 
-TIMEOUT = 1.0  # seconds until a worker that does not answer counts as hung
+TIMEOUT = 1.0  # seconds; a worker that takes longer to answer counts as hung
 
 
 class Report(NamedTuple):
     """The state of a worker.
 
     state: an entry of lifespan.STATES.
-    failure: why only a restart helps; None if the worker is well.
-    metrics: None if the worker did not answer.
+    failure: the reason for a restart; None if the worker is well.
+    metrics: metrics of the worker; None if the worker did not answer.
     """
 
     state: str
@@ -26,13 +26,13 @@ class Report(NamedTuple):
 
 
 class WorkerReports:
-    """Answers other workers with this worker's report, and asks them for theirs.
+    """Exchanges reports with the other workers.
 
-    The workers meet at abstract Unix sockets, which leave no files and exist on Linux only.
+    Each worker listens at an abstract Unix socket. Abstract sockets leave no files and exist on Linux only.
 
-    name: of the service, unique on this machine.
-    number: of this worker, 0 .. count - 1.
-    count: of all workers.
+    name: name of the service, unique on this machine.
+    number: number of this worker, 0 .. count - 1.
+    count: number of workers.
     """
 
     def __init__(self, name: str, number: int, count: int) -> None:
@@ -44,7 +44,7 @@ class WorkerReports:
         self._server: asyncio.Server
 
     async def listen(self, report: Callable[[], Report]) -> None:
-        """Answer every worker that asks with `report()`, from now on."""
+        """Answer each request of another worker with `report()`, from now on."""
 
         async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(orjson.dumps(tuple(report())))
@@ -52,13 +52,14 @@ class WorkerReports:
 
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._address(self._number))
-        self._server = await asyncio.start_unix_server(answer, sock=listener)  # kept, or the server would be garbage
+        self._server = await asyncio.start_unix_server(answer, sock=listener)  # a reference, against garbage collection
 
     def close(self) -> None:
+        """Stop listening."""
         self._server.close()
 
     async def ask(self) -> list[Report]:
-        """Return the reports of the other workers. Calls that come meanwhile share the answer."""
+        """Return the reports of the other workers. Concurrent calls share one round of requests."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.gather(*map(self._ask, self._others))
         return await asyncio.shield(self._asking)
@@ -77,7 +78,7 @@ class WorkerReports:
                     writer.close()
                 report = Report(*orjson.loads(received))
             except ConnectionRefusedError:
-                # The worker does not listen yet; or no longer, and then the whole service is ending.
+                # The worker does not listen yet, or no longer. If no longer, the whole service is ending.
                 return Report("draining", None, None) if number in self._seen else Report("starting", None, [])
             except (OSError, TimeoutError, ValueError) as error:
                 return Report("failed", f"worker {number} does not answer: {error!r}", None)

@@ -1,9 +1,9 @@
-"""The fast path of operations: for a request that came in one piece, and whose response will leave in one.
+"""The fast path of operations, for requests that arrive complete and responses sent in one piece.
 
-Most requests do. Callbacks of the event loop answer them: rows are submitted when the body is there, and the response
-is written when the rows are there. A task, a coroutine and ASGI messages would take longer than everything else. All
-steps are those of Endpoint, so responses are the same on both paths. The time of a request begins when its body is
-whole, at most GRACE after its head.
+Most requests take the fast path. Callbacks of the event loop answer such requests: rows are submitted when the body is
+complete, and the response is written when the rows are computed. A task, a coroutine and ASGI messages would take
+longer than all other steps. The steps are methods of Endpoint, so both paths give the same responses. The time of a
+request begins when the body is complete, at most GRACE after the head.
 """
 
 import logging
@@ -21,13 +21,14 @@ from reparam.service.telemetry.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-Reply = Callable[["FastRequest", int, bytes, bytes], None]
+Reply = Callable[["FastRequest", int, bytes, bytes], None]  # request, status, headers as lines, body
 
 
 class FastHead(NamedTuple):
-    """The checked head of a request that may take the fast path.
+    """The checked head of a request for the fast path.
 
-    request_id: the client's; None for a fresh one.
+    head: the checked headers.
+    request_id: request id of the client; None if the client sent no valid id.
     """
 
     head: Head
@@ -35,8 +36,9 @@ class FastHead(NamedTuple):
 
 
 class FastPath:
-    """The fast path of one operation, where uvicorn's protocol hands requests in.
+    """The fast path of one operation, called by the connection's Protocol.
 
+    path: path of the operation.
     max_body: bytes; requests with larger bodies take the ASGI path.
     """
 
@@ -50,9 +52,9 @@ class FastPath:
         self._api_key = api_key
 
     def read_head(self, headers: HeaderMap) -> FastHead | None:
-        """Check the headers. Returns None if the request must take the ASGI path, which also refuses.
+        """Check the headers. The result depends on the headers alone, so a connection can reuse it for equal headers.
 
-        The result depends on the headers alone, so that a connection can keep the result for equal heads.
+        Returns: the checked head; None if the request must take the ASGI path. The ASGI path also answers bad headers.
         """
         try:
             check_key(self._api_key, self.path, headers)
@@ -64,10 +66,14 @@ class FastPath:
         return FastHead(head, client_request_id(headers))
 
     def begin(self, fast_head: FastHead, body: bytes, keep_alive: bool, reply: Reply) -> "FastRequest | None":
-        """Take the request, or return None if it must take the ASGI path.
+        """Begin a complete request.
 
-        reply: called once with status, headers as lines, and body, perhaps before this returns; not called if the
-            client has disconnected
+        body: the whole body.
+        keep_alive: the connection stays open after the response.
+        reply: called once with request, status, headers as lines, and body, perhaps before `begin` returns. After a
+            disconnect, the status is CLIENT_CLOSED and headers and body are not for sending.
+
+        Returns: the request; None if the request must take the ASGI path.
         """
         head, request_id = fast_head
         request = FastRequest(self, head.timeout, request_id or next(self.recorder.request_ids), keep_alive, reply)
@@ -89,8 +95,8 @@ class FastPath:
 class FastRequest(Job):
     """A request on the fast path.
 
-    The request stands in for uvicorn's RequestResponseCycle, hence disconnected, response_complete, more_body,
-    keep_alive and message_event.
+    The request stands in for uvicorn's RequestResponseCycle, hence the attributes disconnected, response_complete,
+    more_body, keep_alive and message_event.
     """
 
     media_type = ""
@@ -107,17 +113,19 @@ class FastRequest(Job):
 
     @property
     def message_event(self) -> "FastRequest":
-        """The event that uvicorn sets when the client has disconnected."""
+        """The event that uvicorn sets after a disconnect: this object, with the method `set`."""
         return self
 
     def set(self) -> None:
+        """Fail the job after a disconnect."""
         if self.disconnected:
             self._path.engine.fail(self, ClientLeft())
 
     def on_wait(self) -> None:
-        """Do nothing: the protocol notices a disconnect."""
+        """Do nothing, because the protocol notices a disconnect."""
 
     def on_change(self) -> None:
+        """Send the response once all rows are computed, or the problem document of the error."""
         if self.error is not None:
             self.refuse(self.error)
         elif not self.rows_left:
@@ -131,7 +139,7 @@ class FastRequest(Job):
                 self._finish(200, head, body)
 
     def refuse(self, error: Exception) -> None:
-        """Answer with the problem of the error."""
+        """Answer with the problem document of the error. After a disconnect, only count the disconnect."""
         if isinstance(error, ClientLeft):
             self._path.endpoint.count_disconnect(self)
             self._finish(CLIENT_CLOSED, b"", b"")
@@ -145,6 +153,6 @@ class FastRequest(Job):
         self.response_complete = True
         try:
             self._reply(self, status, b"%bx-request-id: %b\r\n" % (head, request_id), body)
-        except Exception:  # other requests of the same batch must not suffer
+        except Exception:  # must not break other requests of the same batch
             log.exception("not written", extra={"request_id": request_id.decode()})
         path.recorder.request("POST", path.path, path.path, status, request_id, self._started)

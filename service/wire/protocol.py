@@ -1,9 +1,13 @@
 """uvicorn's HTTP protocol, made faster and stricter.
 
-Faster: uvicorn writes the head of a response and then its body, in two system calls and two packets, and wakes the
-client twice. Here a response leaves in one piece, and requests for operations take the fast path. Stricter: heads are
-bounded in size and time, and pipelined input, malformed or not, is handled after the request before it has been
-answered.
+Faster: uvicorn writes the head and the body of a response in two system calls and two packets, and wakes the client
+twice. Here a response is written in one piece, and requests for operations take the fast path.
+
+Stricter: heads are limited in size and time. Pipelined input, malformed or not, is handled after the response to the
+request before.
+
+A head is a request line and headers. An operation's request takes uvicorn's way, the ASGI path, if the request is not
+complete in time or too large for the fast path.
 """
 
 import asyncio
@@ -23,15 +27,17 @@ from reparam.service.wire.fast_path import FastHead, FastPath, FastRequest
 from reparam.service.wire.response import CLOSE, ResponseWriter, whole_head
 from reparam.service.wire.transport import Cork, Flow
 
-# Bytes of heads, chunk sizes and trailers that are read in a row; one read takes up to half of them.
+# Limit on consecutive bytes of heads, chunk sizes and trailers. A single read of uvicorn brings up to half of the limit.
 MAX_FRAMING = 2**19
 HEAD_END = b"\r\n\r\n"
 
 
 class SeenHead(NamedTuple):
-    """The head of the last fast request of a connection. Clients repeat their heads byte for byte.
+    """The head of a connection's last fast request, kept because clients repeat heads byte for byte.
 
-    data: bytes of the head. size: bytes of the whole request.
+    data: bytes of the head.
+    size: number of bytes of the whole request.
+    path, head: the fast path and the checked head.
     """
 
     data: bytes
@@ -41,30 +47,27 @@ class SeenHead(NamedTuple):
 
 
 class Protocol(HttpToolsProtocol):
-    """Hands requests to the fast path as soon as they are whole.
-
-    Other requests go uvicorn's way, as do requests that are too large or too slow to wait for.
-    """
+    """One connection. Complete requests for operations take the fast path, all other requests the ASGI path."""
 
     flow: Flow
-    _default_lines: ClassVar[tuple[Headers, bytes]] = [], b""  # uvicorn's default headers, and the same as lines
+    _default_lines: ClassVar[tuple[Headers, bytes]] = [], b""  # uvicorn's default headers, as a list and as lines
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._lifespan: Lifespan = self.app.reparam  # the application is ours
         self._fast_paths = {path.encode(): fast for path, fast in self.app.fast_paths.items()}
-        self._answering: Any = None  # the cycle whose response is made; uvicorn's `cycle` is the last that was read
-        self._refusal: Exception | None = None  # why no further request is taken
-        self._fast: tuple[FastPath, FastHead] | None = None  # of the request that is read now, while it may be fast
-        self._body = b""
-        self._grace: asyncio.TimerHandle | None = None  # ends the wait for the body of a fast request
+        self._answering: Any = None  # the cycle being answered; uvicorn's `cycle` is the last cycle read
+        self._refusal: Exception | None = None  # error that ends the connection; no further request is read
+        self._fast: tuple[FastPath, FastHead] | None = None  # of the request being read, while the fast path is open
+        self._body = b""  # body so far of the request in `_fast`
+        self._grace: asyncio.TimerHandle | None = None  # sends a slow request to the ASGI path
         self._seen: SeenHead | None = None
-        self._just_seen: tuple[FastPath, FastHead] | None = None  # of a fast request that has ended in this read
+        self._just_seen: tuple[FastPath, FastHead] | None = None  # of a fast request completed by the current read
         self._idle_since = inf  # on the loop's clock; inf while the connection is not idle
-        self._keep_alive: asyncio.TimerHandle | None = None
-        self._in_message = self._in_head = False  # of a request that has begun
-        self._framing_bytes = 0  # read since a request began, its head ended, or its body went on
-        self._late_head: asyncio.TimerHandle | None = None
+        self._keep_alive: asyncio.TimerHandle | None = None  # closes an idle connection
+        self._in_message = self._in_head = False  # a request, or a request's head, has begun and not ended
+        self._framing_bytes = 0  # bytes read since the last begin of a request, end of a head, or part of a body
+        self._late_head: asyncio.TimerHandle | None = None  # ends the wait for a head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own signature
         self._cork = Cork(transport, self.loop)
@@ -74,7 +77,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._take_asgi_path()
-        self.cycle = self._answering  # uvicorn tells this cycle; later ones have not begun
+        self.cycle = self._answering  # uvicorn notifies `cycle` of the disconnect; later cycles have not begun
         super().connection_lost(exc)
         self._cork.unwatch()
         for timer in (self._keep_alive, self._late_head):
@@ -82,7 +85,7 @@ class Protocol(HttpToolsProtocol):
                 timer.cancel()
 
     def eof_received(self) -> None:
-        self.transport.close()  # the cork, which watches the rest of the response
+        self.transport.close()  # Cork.close, which also limits the time for the rest of the response
 
     def shutdown(self) -> None:
         self._take_asgi_path()
@@ -116,7 +119,7 @@ class Protocol(HttpToolsProtocol):
             self._grace = self.loop.call_later(GRACE, self._take_asgi_path)
 
     def _repeat(self, seen: SeenHead, data: bytes) -> bool:
-        """Take a request whose head is that of the request before. Returns whether the fast path took it."""
+        """Begin a fast request with the same head as the request before. Returns: whether the fast path took it."""
         if self.flow.write_paused:
             return False
         self._idle_since = inf
@@ -126,7 +129,7 @@ class Protocol(HttpToolsProtocol):
         return self._begin_fast(seen.path, seen.head, data[len(seen.data) :], True)
 
     def _keep_head(self, data: bytes, path: FastPath, head: FastHead) -> None:
-        """Keep the head for the next request, if this data is one whole request with a body of announced length."""
+        """Keep the head for the next request, if this data is one complete request with Content-Length."""
         end = len(data) - len(self._body)
         if (
             head.head.content_length == len(self._body) > 0
@@ -139,10 +142,11 @@ class Protocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """Parse the data.
 
-        A request for an upgrade is answered as if it did not ask (RFC 9110, section 7.8). The parser would take what
-        follows for another protocol, so a fresh parser goes on from a head without the upgrade.
+        The server ignores a request's wish for an upgrade (RFC 9110, section 7.8). But the parser stops at such a head,
+        because another protocol could follow. So a new parser reads the head without the header Upgrade, and then the
+        rest.
 
-        Raises: MalformedRequest, and whatever a callback raised
+        Raises: MalformedRequest, and any error of a callback.
         """
         while True:
             try:
@@ -150,9 +154,9 @@ class Protocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as stopped:
                 data = self._head_without_upgrade() + data[stopped.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn's own setting
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             except httptools.HttpParserError as error:
-                cause = error.__context__ or error  # the error of a callback, as for an unreadable URL
+                cause = error.__context__ or error  # the context is the error of a callback, such as a bad URL
                 if not isinstance(cause, (httptools.HttpParserError, UnicodeDecodeError)):
                     raise cause from None
                 raise MalformedRequest(f"no HTTP request: {clipped(str(cause))}") from error
@@ -170,7 +174,7 @@ class Protocol(HttpToolsProtocol):
         self._late_head = self.loop.call_later(self._lifespan.settings.request_timeout, self._give_up)
 
     def _give_up(self) -> None:
-        if self._is_answering():  # perhaps the service has stopped reading
+        if self._is_answering():  # the head may be late because the service has paused reading
             self._await_head()
         elif self._in_head:
             self._refuse(MalformedRequest("the head of the request did not end in time: send it at once"))
@@ -181,19 +185,19 @@ class Protocol(HttpToolsProtocol):
         return self._answering is not None and not self._answering.response_complete
 
     def _refuse(self, error: Exception) -> None:
-        """Take no further request. Once earlier requests are answered, say why and close the connection."""
+        """Read no further request. After earlier requests are answered, send the problem and close the connection."""
         self._refusal = error
         self._end_fast()
         if self._late_head is not None:
             self._late_head.cancel()
-        if self.pipeline and self.pipeline[0][0].more_body:  # the last request of the pipeline is the one refused
+        if self.pipeline and self.pipeline[0][0].more_body:  # the refused request is the last in the pipeline
             self.pipeline.popleft()
         # Read and discard: closing a socket with unread input sends RST, which would destroy responses in flight.
         self.flow.read_on()
         cycle = self._answering
         if not self._is_answering() or (cycle.more_body and not cycle.response_started):
             self._send_refusal(error)
-        elif cycle.more_body:  # the request that is being answered is the one refused
+        elif cycle.more_body:  # the refused request has begun to be answered, so only a closed connection can tell
             self.transport.close()
 
     def _send_refusal(self, error: Exception) -> None:
@@ -215,7 +219,7 @@ class Protocol(HttpToolsProtocol):
         self.expect_100_continue = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # otherwise it belongs to a trailer
+        if self._in_head:  # otherwise the header is part of a trailer
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -265,7 +269,7 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, as uvicorn does, but with one timer a connection instead of one a response."""
+        """Continue with the next request, as uvicorn does, but with one timer per connection, not per response."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -290,12 +294,12 @@ class Protocol(HttpToolsProtocol):
             self._keep_alive = self.loop.call_later(min(left, self.timeout_keep_alive), self._close_if_idle)
 
     def _begin_fast(self, path: FastPath, head: FastHead, body: bytes, keep_alive: bool) -> bool:
-        """Hand a whole request to the fast path. Returns whether the fast path took it."""
+        """Hand a complete request to the fast path. Returns: whether the fast path took the request."""
         request = path.begin(head, body, keep_alive, self._reply)
         if request is None:
             return False
         if not request.response_complete:
-            self.cycle = self._answering = request  # type: ignore[assignment]  # it has all that uvicorn uses of a cycle
+            self.cycle = self._answering = request  # type: ignore[assignment]  # has every attribute uvicorn uses
         return True
 
     def _end_fast(self) -> None:
@@ -305,7 +309,7 @@ class Protocol(HttpToolsProtocol):
             self._grace = None
 
     def _take_asgi_path(self) -> None:
-        """Let the request that is read now go uvicorn's way, if the fast path was still open."""
+        """Send the request being read to the ASGI path, if the fast path was still open."""
         if self._fast is not None:
             self._end_fast()
             self._start_asgi_cycle()
@@ -318,7 +322,7 @@ class Protocol(HttpToolsProtocol):
             raise MalformedRequest(f"no path in {clipped(url.decode('latin-1'))!r}: add one, as in http://host/sample")
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expected
-        self.headers += headers  # the list that is in the scope
+        self.headers += headers  # in place, because the scope holds this list
         super().on_headers_complete()
 
     def _reply(self, request: FastRequest, status: int, head: bytes, body: bytes) -> None:
@@ -332,7 +336,7 @@ class Protocol(HttpToolsProtocol):
             defaults = to_lines(headers)
             Protocol._default_lines = headers, defaults
         response = b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, head, connection, body)
-        if cork.is_empty and not self._lifespan.engine.jobs:  # no other response of this loop iteration is to come
+        if cork.is_empty and not self._lifespan.engine.jobs:  # this loop iteration brings no other response
             cork.socket.write(response)
         else:
             cork.write(response)
@@ -342,5 +346,5 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        cycle.send = ResponseWriter(cycle).send  # type: ignore[method-assign]  # of this one cycle
+        cycle.send = ResponseWriter(cycle).send  # type: ignore[method-assign]  # for this cycle alone
         super()._start_asgi_task(cycle, app)

@@ -1,4 +1,4 @@
-"""The `send` of uvicorn's request cycle, which writes head and body in one piece where it can."""
+"""A replacement for the `send` of uvicorn's request cycle, with head and body in one piece if possible."""
 
 from typing import Any
 
@@ -12,24 +12,33 @@ CLOSE = b"connection: close\r\n"
 
 
 def whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
-    """Write a status line, headers as lines, and the empty line after them."""
+    """Write a status line, the headers, and the empty line at the end of the head.
+
+    headers: headers as lines.
+    keep_alive: the connection stays open; otherwise `Connection: close` is added.
+    """
     return b"%b%b%b\r\n" % (STATUS_LINE[status], headers, b"" if keep_alive else CLOSE)
 
 
 class ResponseWriter:
-    """The `send` of one request. It keeps the state of uvicorn's cycle as uvicorn's own `send` would."""
+    """The `send` of one request. Updates the state of uvicorn's cycle like uvicorn's own `send`.
+
+    cycle: the request in uvicorn.
+    """
 
     __slots__ = ("_cycle", "_head", "_left")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._head = b""
-        self._left: int | None = None  # bytes of the body to come; None for a chunked body
+        self._left: int | None = None  # remaining bytes of the body; None for a chunked body
 
     async def send(self, message: Any) -> None:
         """Send an ASGI message.
 
-        Raises: ValueError for a header that holds a line break, or a body of another length than its head says
+        message: `http.response.start` or `http.response.body`.
+
+        Raises: ValueError for a header with a line break, or a body whose length differs from Content-Length.
         """
         cycle = self._cycle
         if cycle.flow.write_paused and not cycle.disconnected:

@@ -313,7 +313,6 @@ class Engine:
 
     def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
         batch = None
-        batch: Batch[Job] | None = None
         try:
             if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
                 self._thread_load(load)

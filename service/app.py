@@ -79,6 +79,7 @@ class Application(FastAPI):
         self.add_exception_handler(HTTPException, refuse_by_router)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve an ASGI connection. A POST to an operation's path goes straight to the operation."""
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._direct:
             scope["route"], application = self._direct[scope["path"]]
             await application(scope, receive, send)

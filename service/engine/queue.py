@@ -6,10 +6,12 @@ from reparam.service.engine.scheduler import Batch, Owner, Scheduler, Ticket
 
 
 class Queue(Scheduler[Owner]):
-    """A scheduler for several threads. Runners wait at a gate; the event loop opens the gate when a batch may start.
+    """A scheduler for several threads. Methods of Scheduler are the same here, under a lock.
+
+    Runners wait at a gate. The event loop opens the gate when a batch may start.
 
     free: number of runners waiting at the gate.
-    is_shut: a function. Returns True while the gate is shut.
+    is_shut: function without arguments; True while the gate is shut.
     """
 
     def __init__(self) -> None:
@@ -17,7 +19,7 @@ class Queue(Scheduler[Owner]):
         self.free = 0
         self._closed = False
         self._lock = threading.Lock()  # held to use the scheduler, the gate and `free`
-        self._gate = threading.Lock()  # unlocked while there may be work for a runner; a runner locks it to pass
+        self._gate = threading.Lock()  # unlocked means open; each runner that passes the gate locks it again
         self._gate.acquire()
         self.is_shut = self._gate.locked
 

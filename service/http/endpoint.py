@@ -92,6 +92,7 @@ class Endpoint:
         self._validate = operation.adapter.validator.validate_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request, as an ASGI application. Raises: Problem, ClientLeft."""
         headers = by_name(scope["headers"])
         self.lifespan.check_ready()
         head = self.read_head(headers)

@@ -49,6 +49,7 @@ class RequestMiddleware:
         self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve an ASGI connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -71,7 +72,7 @@ class RequestMiddleware:
         except ClientLeft:
             status = CLIENT_CLOSED
         except (Exception, asyncio.CancelledError) as caught:  # every error is answered with a problem document
-            # At shutdown, uvicorn cancels requests after its timeout.
+            # At shutdown, uvicorn cancels requests that take too long.
             error = cut_off() if isinstance(caught, asyncio.CancelledError) else caught
             if status:  # the headers are sent, so only a broken connection can tell the client
                 _log_broken_off(error, request_id)

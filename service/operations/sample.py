@@ -89,6 +89,7 @@ class SampleRows:
     graph: Graph
 
     def fill(self, inputs: SamplerInputs, lo: int, hi: int, at: int) -> None:
+        """Write rows lo .. hi - 1 of the work into the sampler's inputs, starting at input row `at`."""
         n = hi - lo
         inputs.draw(at, n, self.seed, self.start + lo, 0.0 if self.hard else self.temperature, self.prior)
         for name, values in self.parameters.items():
@@ -96,6 +97,7 @@ class SampleRows:
             inputs.give(name, at, n, values[lo:hi] if is_per_row else values)
 
     def facts(self) -> dict[str, Any]:
+        """Return the values of SAMPLE_FACTS, by name."""
         return {
             "model": self.graph.model,
             "version": self.graph.version,
@@ -109,12 +111,14 @@ class SampleRows:
         }
 
     def describe(self, lo: int, hi: int) -> str:
+        """Describe rows lo .. hi - 1 for a message."""
         return (
             f"rows {self.start + lo} .. {self.start + hi - 1} of seed {self.seed} of model {self.graph.model!r} "
             f"version {self.graph.version}"
         )
 
     def log_fields(self, lo: int, hi: int) -> dict[str, Any]:
+        """Describe rows lo .. hi - 1 as fields of a log line."""
         return {
             "model": self.graph.model,
             "version": self.graph.version,
@@ -124,9 +128,11 @@ class SampleRows:
         }
 
     def with_defaults(self) -> "SampleRows":
+        """Return the same rows at the default temperature and without parameters."""
         return replace(self, parameters={}, temperature=self.model.contract.default_temperature)
 
     def overflow(self) -> Problem:
+        """Return the problem of rows that are finite with defaults but not with the client's values."""
         contract = self.model.contract
         names = (*(("temperature",) if self.temperature else ()), *contract.family.parameters)
         return NonFiniteSample(

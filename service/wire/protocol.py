@@ -27,7 +27,7 @@ from reparam.service.wire.fast_path import FastHead, FastPath, FastRequest
 from reparam.service.wire.response import CLOSE, ResponseWriter, whole_head
 from reparam.service.wire.transport import Cork, Flow
 
-# Limit on consecutive bytes of heads, chunk sizes and trailers. A single read of uvicorn brings up to half of the limit.
+# Limit on consecutive bytes of heads, chunk sizes and trailers. A single read brings up to half of the limit.
 MAX_FRAMING = 2**19
 HEAD_END = b"\r\n\r\n"
 
@@ -47,7 +47,10 @@ class SeenHead(NamedTuple):
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. Complete requests for operations take the fast path, all other requests the ASGI path."""
+    """One connection. Complete requests for operations take the fast path, all other requests the ASGI path.
+
+    Methods without an underscore are callbacks of asyncio, httptools and uvicorn.
+    """
 
     flow: Flow
     _default_lines: ClassVar[tuple[Headers, bytes]] = [], b""  # uvicorn's default headers, as a list and as lines

@@ -302,9 +302,17 @@ class Engine:
                 job.on_change()
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
+    def _end_service(self, batch: Batch[Job] | None) -> None:
+        """Refuse all rows, as a runner has died: those of its batch, rows that wait, and rows that come."""
+        reason = "a thread that runs the models has died"
+        self.close(reason)
+        for job, _, _ in batch.pieces if batch is not None else ():
+            self.fail(job, Unavailable(reason, retry_after=1))
+
     # Methods for the runner threads.
 
     def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
+        batch = None
         try:
             if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
                 self._thread_load(load)
@@ -314,7 +322,7 @@ class Engine:
         except BaseException as error:  # /livez reports every error that ends the thread
             log.exception("the runner died")
             runner.failure = error
-            self._thread_call(self.close, "a thread that runs the models has died")
+            self._thread_call(self._end_service, batch)
 
     def _thread_load(self, load: Callable[[], None]) -> None:
         try:

@@ -6,7 +6,7 @@
     >>> samples.images.shape
     (16, 1, 28, 28)
 
-All public names of the client are here. The modules below may change.
+All public names of the client are here. Modules with an underscore are private and may change.
 """
 
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from reparam._options import SampleOptions
     from reparam._samples import Samples
 else:
-    # The service and the export import this package too, and have no use for an HTTP client: names load when used.
+    # Names load when first used, because the service and the export also import this package but need no HTTP client.
     _MODULES = {
         "AsyncClient": "reparam._client",
         "Client": "reparam._client",

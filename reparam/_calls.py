@@ -1,7 +1,7 @@
-"""The course of each call, without input and output.
+"""The logic of each call, without input and output.
 
-A flow is a generator. It yields steps and is sent the outcome of each: the response to Send, the bytes of Read.
-It yields results for the caller as Emit. Client and AsyncClient carry out the same flows.
+A flow is a generator. The flow yields steps: Send, Read, Sleep, and Emit with a result for the caller. After each step
+the client sends the outcome into the flow. Client and AsyncClient carry out the same flows.
 """
 
 import secrets
@@ -22,25 +22,25 @@ from reparam._samples import Samples
 
 T = TypeVar("T")
 
-FIRST_BACKOFF = 0.5  # seconds, at most; the limit doubles with each failure
-LAST_BACKOFF = 8.0
+FIRST_BACKOFF = 0.5  # seconds; limit on the first random wait, doubled with each failure
+LAST_BACKOFF = 8.0  # seconds; largest limit
 
 
 @dataclass(frozen=True)
 class Send:
-    """Send a request. Outcome: the response, its body still unread."""
+    """Send a request. Outcome: the response, with the body still unread."""
 
     request: httpx.Request
 
 
 @dataclass(frozen=True)
 class Read:
-    """Read more of the body of the last response. Outcome: bytes, b"" at the end of the body."""
+    """Read more of the last response's body. Outcome: bytes; b"" at the end of the body."""
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Wait. Outcome: None."""
+    """Wait for a number of seconds. Outcome: None."""
 
     seconds: float
 
@@ -57,7 +57,15 @@ Flow = Generator[Send | Read | Sleep | Emit[T], Any, None]
 
 
 class Calls:
-    """The flows of one client. Raises: ValueError, TypeError for impossible settings."""
+    """The flows of one client.
+
+    base_url: address of the service.
+    api_key: key of the service; None for no key.
+    timeout: seconds for a whole call; None waits for ever.
+    max_retries: number of attempts after the first.
+
+    Raises: ValueError, TypeError for impossible settings.
+    """
 
     def __init__(self, base_url: str, api_key: str | None, timeout: float | None, max_retries: int) -> None:
         if timeout is not None and not _checks.number("timeout", timeout) > 0:
@@ -69,20 +77,28 @@ class Calls:
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:
+        """Make the flow of `Client.sample`: one result."""
         media_type, read = (NPY, read_npy) if len(request.outputs) == 1 else (NPZ, read_npz)
         exchange = self._exchange(lambda remaining: self.server.sample(request, media_type, remaining), media_type)
         yield Emit(read(*(yield from exchange), request))
 
     def models(self) -> Flow[list[Model]]:
+        """Make the flow of `Client.models`: one result."""
         yield Emit(read_models(*(yield from self._exchange(self.server.models, JSON))))
 
     def model(self, name: str, version: int | None) -> Flow[Model]:
+        """Make the flow of `Client.model`: one result. Raises: ValueError, TypeError."""
         if not _checks.string("name", name) or name in (".", ".."):
             raise ValueError(f"name must be the name of a model, got {name!r}")
         yield Emit((yield from self._model(name, None if version is None else _checks.integer("version", version))))
 
     def stream(self, request: SampleRequest, progress: bool | None) -> Flow[Samples]:
-        """One request, sent again from the first missing row each time the connection breaks."""
+        """Make the flow of `Client.iter_samples`: batches of rows.
+
+        Each time the connection breaks, the flow requests the missing rows.
+
+        progress: show a progress bar; None for a bar only on a terminal.
+        """
         failures = latent_dims = 0
         with Progress(request.n, progress) as bar:
             while True:
@@ -106,8 +122,8 @@ class Calls:
                     request = replace(request, latent_dims=latent_dims).after(rows.received)
 
     def _receive(self, rows: RowReader, bar: Progress) -> Flow[Samples]:
-        """One attempt of a stream. Raises: ReparamError before the last row."""
-        # A stream may take hours, so the timeout is for each wait, not for the whole stream.
+        """Make one attempt of a stream. Raises: ReparamError if the stream breaks before the last row."""
+        # A stream may take hours, so the timeout limits each wait, not the whole stream.
         rows.response = yield Send(self.server.sample(rows.request, NPY, lambda: self.timeout))
         if not usable(rows.response, NPY):
             check(rows.response, (yield from self._read_all(rows.response, _countdown(self.timeout))), NPY)
@@ -126,7 +142,12 @@ class Calls:
     def _exchange(
         self, build: Callable[[Remaining], httpx.Request], media_type: str
     ) -> Steps[tuple[httpx.Response, bytearray]]:
-        """A request and its whole response, with retries as long as they can help and time remains."""
+        """Send a request and read the whole response. Retry while a retry can help and time remains.
+
+        build: makes the request for the remaining time.
+
+        Returns: the response and the body.
+        """
         remaining = _countdown(self.timeout)
         failures = 0
         while True:
@@ -143,20 +164,25 @@ class Calls:
         body = bytearray()
         while chunk := (yield Read()):
             body += chunk
-            # The timeout of a single read never fires while the response trickles in.
+            # The HTTP library's timeout limits each read. A slow response may take many reads.
             if (seconds := remaining()) is not None and seconds <= 0:
                 raise timed_out(response.request, self.timeout)
         return body
 
     def _pause(self, error: ReparamError, failures: int, remaining: float | None) -> float:
-        """Returns: seconds to wait before the next attempt, after this number of failures.
+        """Choose the wait before the next attempt.
 
-        Raises: `error` if there should be no further attempt.
+        failures: number of failures before this error.
+        remaining: seconds until the deadline; None for no deadline.
+
+        Returns: seconds to wait.
+
+        Raises: `error` if no further attempt should be made.
         """
         if not worth_retrying(error) or failures >= self.max_retries:
             raise error
         asked = error.retry_after if isinstance(error, StatusError) else None
-        # Full jitter beyond what the service asks for, so that clients that failed together do not return together.
+        # Full jitter, added to Retry-After, so that clients that failed together do not retry together.
         pause = (asked or 0.0) + secrets.SystemRandom().uniform(0, min(LAST_BACKOFF, FIRST_BACKOFF * 2**failures))
         if remaining is not None and pause >= remaining:
             raise error
@@ -170,7 +196,7 @@ def _emit_batches(rows: RowReader, chunk: bytes, bar: Progress) -> Flow[Samples]
 
 
 def _countdown(seconds: float | None) -> Remaining:
-    """Start a deadline. Returns: a function that gives the seconds until then."""
+    """Start a countdown. Returns: a function for the remaining seconds; None without a deadline."""
     if seconds is None:
         return lambda: None
     end = time.monotonic() + seconds

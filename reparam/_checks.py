@@ -1,4 +1,7 @@
-"""Checks of single arguments. Each takes the name and the value, and returns the value in one plain type."""
+"""Checks of single arguments.
+
+Each check takes the name and the value of an argument, and returns the value in a plain type.
+"""
 
 from math import inf
 from operator import index
@@ -11,21 +14,21 @@ SEEDS = 2**64
 
 
 def string(name: str, value: str) -> str:
-    """Raises: TypeError."""
+    """Check a string. Raises: TypeError."""
     if isinstance(value, str):
         return value
     raise TypeError(f"{name} must be a string, got {value!r}")
 
 
 def flag(name: str, value: bool) -> bool:
-    """Raises: TypeError."""
+    """Check a Boolean. Raises: TypeError."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def integer(name: str, value: SupportsIndex) -> int:
-    """Raises: TypeError, also for True and False."""
+    """Check an integer of any integer type. Raises: TypeError, also for True and False."""
     try:
         if not isinstance(value, bool):
             return index(value)
@@ -35,7 +38,9 @@ def integer(name: str, value: SupportsIndex) -> int:
 
 
 def number(name: str, value: float) -> float:
-    """Returns: the number, infinity for an integer beyond the range of a float.
+    """Check a number of any real type.
+
+    Returns: the number; infinity for an integer beyond the range of a float.
 
     Raises: TypeError.
     """
@@ -50,7 +55,7 @@ def number(name: str, value: float) -> float:
 
 
 def count(name: str, value: SupportsIndex) -> int:
-    """Raises: TypeError, ValueError below 1."""
+    """Check a number of rows. Raises: TypeError, ValueError below 1."""
     rows = integer(name, value)
     if rows < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -58,7 +63,7 @@ def count(name: str, value: SupportsIndex) -> int:
 
 
 def seed(name: str, value: SupportsIndex) -> int:
-    """Raises: TypeError, ValueError outside 0 .. 2**64 - 1."""
+    """Check a seed. Raises: TypeError, ValueError outside 0 .. 2**64 - 1."""
     chosen = integer(name, value)
     if not 0 <= chosen < SEEDS:
         raise ValueError(f"{name} must be 0 .. 2**64 - 1, got {value}; leave it out for a fresh one")
@@ -66,7 +71,7 @@ def seed(name: str, value: SupportsIndex) -> int:
 
 
 def start(name: str, value: SupportsIndex) -> int:
-    """Raises: TypeError, ValueError below 0."""
+    """Check a first row. Raises: TypeError, ValueError below 0."""
     first = integer(name, value)
     if first < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
@@ -74,7 +79,7 @@ def start(name: str, value: SupportsIndex) -> int:
 
 
 def temperature(name: str, value: float) -> float:
-    """Raises: TypeError, ValueError for a negative number, NaN and infinity."""
+    """Check a temperature. Raises: TypeError, ValueError for a negative number, NaN and infinity."""
     scale = number(name, value)
     if not 0 <= scale < inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
@@ -82,9 +87,11 @@ def temperature(name: str, value: float) -> float:
 
 
 def array(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Returns: a copy as float64.
+    """Check an array of finite real numbers.
 
-    Raises: ValueError for values that are no finite real numbers.
+    Returns: a copy as float64, of the same shape.
+
+    Raises: ValueError.
     """
     try:
         given = np.asarray(values)

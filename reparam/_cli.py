@@ -20,9 +20,13 @@ from reparam._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. A failure prints one line on stderr; wrong usage exits with 2.
+    """Run a command. A failure prints one line on stderr.
 
-    Returns: the exit status, 0 or 1.
+    argv: the command and its options; default: the arguments of the process.
+
+    Returns: the exit status: 0, 1 for a failure, 130 after Ctrl-C.
+
+    Raises: SystemExit with status 2 for wrong usage, 143 after SIGTERM.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -111,7 +115,7 @@ def _sample(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _stream(client: Client, path: Path, n: int, output: str, options: dict[str, Any]) -> Samples:
-    """Write the rows as they arrive, behind a header for all rows. Returns: the last batch."""
+    """Write a .npy file while the rows arrive. Returns: the last batch."""
     with replacing(path) as file:
         for batch in client.iter_samples(n, output=output, **options):
             rows = batch.outputs[output]
@@ -124,7 +128,7 @@ def _stream(client: Client, path: Path, n: int, output: str, options: dict[str, 
 
 
 def _as_words(arguments: dict[str, Any]) -> str:
-    """Returns: the arguments as typed in a shell, without arguments that are None."""
+    """Write arguments as options of a shell command, without arguments that are None."""
     words: list[str] = []
     for name, value in arguments.items():
         option = f"--{name}" if len(name) > 1 else f"-{name}"

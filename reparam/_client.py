@@ -1,4 +1,4 @@
-"""The two clients: the same flows, carried out with and without `await`."""
+"""The two clients. Both carry out the same flows, with and without `await`."""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -22,10 +22,10 @@ class Client:
 
     base_url: address of the service.
     api_key: key of the service, sent as `Authorization: Bearer`.
-    timeout: seconds for a whole call, with its retries; None waits for ever.
-    max_retries: attempts after the first, upon a connection error, 429, 502 or 503.
+    timeout: seconds for a whole call, including retries; None waits for ever.
+    max_retries: number of attempts after the first, upon a connection error, 429, 502 or 503.
     transport: a transport of the HTTP library in use, for TLS settings, a proxy, a Unix socket or an application in
-        this process. The library is httpx2 where it is installed, else httpx.
+        this process. The library is httpx2 if installed, else httpx.
 
     Raises: ValueError, TypeError for impossible settings.
 
@@ -51,8 +51,12 @@ class Client:
         """Draw rows start .. start + n - 1 of a seed.
 
         n: number of rows.
-        outputs: some of "images", "latents" (Gaussian), "codes" and "indices" (Gumbel).
+        outputs: one or several of "images", "latents" (Gaussian), "codes" and "indices" (Gumbel).
         options: the fields of SampleOptions.
+
+        Returns: the rows, with one array per output.
+
+        Raises: ReparamError; ValueError, TypeError for impossible arguments.
         """
         return self._call(self._calls.sample(sample_request(n, outputs, options)))
 
@@ -64,20 +68,29 @@ class Client:
         progress: bool | None = None,
         **options: Unpack[SampleOptions],
     ) -> Generator[Samples, None, None]:
-        """Draw the rows that `sample` would return, as batches of about 1 MiB while they arrive, in constant memory.
+        """Draw the same rows as `sample`, in batches of about 1 MiB while the rows arrive, in constant memory.
 
-        After a broken connection the stream resumes at the first missing row, with the version it began with, so each
-        row comes once. `timeout` is for each wait here, and `max_retries` for attempts in succession without a new row.
+        After a broken connection the stream resumes at the first missing row, with the same model version. So each row
+        arrives exactly once. Here `timeout` limits each wait, and `max_retries` limits successive attempts without a
+        new row.
 
         n: number of rows.
-        output: one of the outputs of `sample`.
-        progress: whether to show a progress bar on stderr. Default: if stderr is a terminal.
-        options: the fields of SampleOptions. Parameters of each row travel in one request.
+        output: name of one output, as in `sample`.
+        progress: show a progress bar on stderr. Default: only if stderr is a terminal.
+        options: the fields of SampleOptions. Parameters of all rows travel in one request, so the limit on bodies
+            applies.
+
+        Returns: a generator of batches, in order of rows.
+
+        Raises: ReparamError; ValueError, TypeError for impossible arguments.
         """
         return self._carry_out(self._calls.stream(_stream_request(n, output, options), progress))
 
     def models(self) -> list[Model]:
-        """List the models of the service, the default model first."""
+        """List the models of the service, the default model first.
+
+        Raises: ReparamError.
+        """
         return self._call(self._calls.models())
 
     def model(self, name: str, version: int | None = None) -> Model:
@@ -85,7 +98,8 @@ class Client:
 
         version: version of the model. Default: the latest.
 
-        Raises: NotFound, which lists the models or versions of the service.
+        Raises: NotFound with the models or versions of the service; any other ReparamError; ValueError, TypeError for
+            impossible arguments.
         """
         return self._call(self._calls.model(name, version))
 
@@ -135,7 +149,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same settings and the same calls, to be awaited."""
+    """The client for asyncio, with the settings and calls of `Client`. Calls are awaited."""
 
     def __init__(
         self,
@@ -166,7 +180,7 @@ class AsyncClient:
     ) -> AsyncGenerator[Samples, None]:
         """Draw rows as batches, for `async for`; see `Client.iter_samples`.
 
-        To leave the loop early, close the generator, for example with `contextlib.aclosing`.
+        To leave the loop early, close the generator, for example by `contextlib.aclosing`.
         """
         return self._carry_out(self._calls.stream(_stream_request(n, output, options), progress))
 
@@ -195,7 +209,7 @@ class AsyncClient:
         return value
 
     async def _carry_out(self, flow: Flow[T]) -> AsyncGenerator[T, None]:
-        from asyncio import sleep  # here, because Client does without asyncio, which is slow to import
+        from asyncio import sleep  # imported here, because asyncio is slow to import and Client does not need asyncio
 
         response: httpx.Response | None = None
         chunks: AsyncIterator[bytes]

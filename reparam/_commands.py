@@ -1,4 +1,4 @@
-"""The command line: `reparam COMMAND`. Each command imports the packages of its extra."""
+"""The command line: `reparam COMMAND`. Only the chosen command's module is imported, with the packages of its extra."""
 
 import sys
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import NamedTuple
 class Command(NamedTuple):
     """A command of `reparam`.
 
-    module: has `main(argv)`, called with the command and its options.
-    extra: optional dependencies of this distribution that the command imports; "" if it needs none.
-    help: a line of `reparam --help`.
+    module: name of a module with a function `main(argv)`; argv is the command and its options.
+    extra: optional dependencies of this distribution imported by the command; "" for no extra.
+    help: line of `reparam --help`.
     """
 
     module: str
@@ -48,9 +48,11 @@ COMMANDS = {name: command for commands in GROUPS.values() for name, command in c
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    argv: the words after `reparam`; default: those of the process.
+    argv: the words after `reparam`; default: the arguments of the process.
 
     Returns: the exit status: 0, 1 for a failure, 2 for wrong usage.
+
+    Raises: SystemExit from the command, with the exit status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:

@@ -16,11 +16,11 @@ from reparam._http import httpx
 
 
 class ReparamError(Exception):
-    """Any failure of a call. An impossible argument raises ValueError or TypeError instead, before anything is sent."""
+    """Any failure of a call. Impossible arguments raise ValueError or TypeError instead, before a request is sent."""
 
 
 class ConnectionFailed(ReparamError):
-    """No response, or the connection broke before the response was whole."""
+    """No response, or the connection broke before the response was complete."""
 
 
 class TimedOut(ReparamError):
@@ -33,8 +33,8 @@ class StatusError(ReparamError):
     status: the HTTP status.
     type, title, detail: members of the problem document (RFC 9457).
     problem: the whole problem document, with members such as `available` or `limit`.
-    request_id: name of the request in the log of the service; None if the response has none.
-    retry_after: seconds to wait before the next attempt; None if the response does not say.
+    request_id: id of the request in the log of the service; None if the response has no id.
+    retry_after: seconds to wait before the next attempt; None without the header Retry-After.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MethodNotAllowed(StatusError):
 
 
 class NotAcceptable(StatusError):
-    """406: the service has no such format for these outputs."""
+    """406: the service cannot send the outputs in the requested format."""
 
 
 class TooLarge(StatusError):
@@ -124,18 +124,23 @@ CLASSES: dict[int, type[StatusError]] = {
 for _error in (ReparamError, ConnectionFailed, TimedOut, StatusError, *CLASSES.values()):
     _error.__module__ = "reparam"  # tracebacks show the name to catch: reparam.NotFound
 
-LONGEST = 1e8  # seconds, three years: the longest wait; sockets and time.sleep take little more
+LONGEST = 1e8  # seconds, three years: the longest wait, because sockets and time.sleep refuse much longer waits
 
-# A proxy that finds no service responds 502. 504 is missing, because the same request would take too long again.
+# A proxy without a service behind responds 502. 504 is missing, because the same request would take too long again.
 RETRIED = {429, 502, 503}
 
 
 def worth_retrying(error: ReparamError) -> bool:
+    """Check whether the same request may succeed later."""
     return error.status in RETRIED if isinstance(error, StatusError) else True
 
 
 def no_response(cause: httpx.RequestError, timeout: float | None) -> ConnectionFailed | TimedOut:
-    """Returns: the error for a request without a response."""
+    """Make the error for a request without a response.
+
+    cause: error of the HTTP library.
+    timeout: timeout of the call in seconds, for the message.
+    """
     error: ConnectionFailed | TimedOut
     if isinstance(cause, httpx.TimeoutException):
         error = timed_out(cause.request, timeout)
@@ -147,12 +152,13 @@ def no_response(cause: httpx.RequestError, timeout: float | None) -> ConnectionF
 
 
 def timed_out(request: httpx.Request, timeout: float | None) -> TimedOut:
+    """Make the error for a call that exceeds `timeout` seconds."""
     within = "in time" if timeout is None else f"in {timeout:g} s"
     return TimedOut(f"no response from {_shown(request)} {within}; give a longer timeout or ask for fewer rows")
 
 
 def status_error(response: httpx.Response, body: bytes | bytearray) -> StatusError:
-    """Returns: the error for a response other than 2xx."""
+    """Make the error for a response whose status is not 2xx."""
     problem = _problem(response, body)
     request_id = response.headers.get("X-Request-ID") or str(problem.get("instance", "")).removeprefix("urn:request:")
     cls = CLASSES.get(response.status_code, StatusError)
@@ -160,7 +166,10 @@ def status_error(response: httpx.Response, body: bytes | bytearray) -> StatusErr
 
 
 def unexpected_response(response: httpx.Response, problem: str) -> StatusError:
-    """Returns: the error for a response that is no error and yet of no use."""
+    """Make the error for a response with status 2xx and unusable content.
+
+    problem: the fault of the response, as the end of a sentence about the address.
+    """
     detail = f"{_shown(response.request)} {problem}; is base_url that of a Reparam service?"
     return StatusError(
         response.status_code,
@@ -170,7 +179,7 @@ def unexpected_response(response: httpx.Response, problem: str) -> StatusError:
 
 
 def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any]:
-    """Returns: the problem document of a response, or a new document where a proxy sent something else."""
+    """Return the problem document of a response; a new document if the response, as from a proxy, has no document."""
     media_type = media_type_of(response)
     if media_type == "application/problem+json":
         try:
@@ -190,16 +199,20 @@ def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any
 
 
 def media_type_of(response: httpx.Response) -> str:
+    """Return the media type of a response, without parameters."""
     return str(response.headers.get("Content-Type", "no content type")).partition(";")[0]
 
 
 def _shown(request: httpx.Request) -> httpx.URL:
-    """Returns: the address without user name and password, fit for a log."""
+    """Return the address without user name and password, for messages and logs."""
     return request.url.copy_with(userinfo=b"")
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Returns: seconds, from a header that holds seconds or a date. None for another header."""
+    """Parse the header Retry-After, seconds or a date (RFC 9110, section 10.2.3).
+
+    Returns: seconds to wait; None for a missing or malformed header.
+    """
     if value is None:
         return None
     if value.isdecimal():

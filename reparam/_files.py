@@ -1,4 +1,4 @@
-"""Files that appear under their name once they are whole."""
+"""Atomic files: a file appears under its name only when complete."""
 
 import secrets
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 def check_place(path: Path) -> None:
-    """Check that a file can have this name. Raises: OSError."""
+    """Check that the folder exists, and that `path` is not a folder. Raises: OSError."""
     if not path.parent.is_dir():
         raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
     if path.is_dir():
@@ -18,7 +18,12 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` once all is written. A failure removes the file. Raises: OSError."""
+    """Open a new file under a temporary name, for writing. At the end the file replaces `path`.
+
+    After an error the new file is removed, and `path` stays as before.
+
+    Raises: OSError.
+    """
     check_place(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:

@@ -1,4 +1,4 @@
-"""Choice of the HTTP library: httpx2 where it is installed, else httpx. Objects of the two cannot be mixed."""
+"""Choice of the HTTP library: httpx2 if installed, else httpx. Objects of the two libraries cannot be mixed."""
 
 try:
     import httpx2 as httpx
@@ -19,7 +19,8 @@ def check_transport(transport: object, base: type) -> None:
     transport: None for the default transport.
     base: BaseTransport or AsyncBaseTransport of the library in use.
 
-    Raises: TypeError for a transport of the other library, and for an asynchronous one where a synchronous one is due.
+    Raises: TypeError for a transport of the other library, and for an asynchronous transport in place of a synchronous
+        transport or the reverse.
     """
     if transport is None or isinstance(transport, base):
         return

@@ -7,21 +7,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """A version of a model, as the service describes it.
+    """The service's description of one model version.
 
     name, version: the model and the version described.
-    versions: all versions that the service has.
+    versions: all versions of the model on the service.
     kind: "gaussian" or "gumbel".
     latent_shape: shape of the latent of one row; (variables, categories) for Gumbel.
     image_shape: (channels, height, width).
-    default_temperature: temperature of a request without a temperature.
+    default_temperature: temperature of a request without `temperature`.
     noise_version: version of the function from seed and row to noise.
-    parameters: parameters that a request may give, ("mu", "log_var") or ("logits",).
+    parameters: names of the parameters allowed in a request, ("mu", "log_var") or ("logits",).
     priors: distributions of rows without parameters; the first is the default.
-    outputs: outputs that a request may ask for.
-    trained_on: the training data.
-    evaluation: measurements on held-out images.
-    provider: execution provider of onnxruntime that runs the model.
+    outputs: names of the outputs available to requests.
+    trained_on: facts about the training data, by name.
+    evaluation: measurements on held-out images, by name.
+    provider: execution provider of onnxruntime on the service, such as "CPUExecutionProvider".
     """
 
     __module__ = "reparam"  # pickles name the public class, not this module
@@ -43,7 +43,10 @@ class Model:
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> "Model":
-        """Read a description. Unknown fields are left out. Raises: KeyError for a missing field."""
+        """Read a description from JSON. Unknown fields are ignored.
+
+        Raises: KeyError for a missing field.
+        """
         described = {"priors": ("standard",), **described}  # older services have no such field
         fields = {name: described[name] for name in cls.__dataclass_fields__}
         return cls(**fields | {name: tuple(fields[name]) for name in _TUPLES})

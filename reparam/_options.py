@@ -10,21 +10,22 @@ from reparam import _checks as check
 
 
 class SampleOptions(TypedDict, total=False):
-    """Options of `sample` and `iter_samples`. To leave an option out, or to give None, means its default.
+    """Options of `sample` and `iter_samples`. A missing option, or None, means the default.
 
     model: name of the model. Default: the service's default model.
     version: version of the model. Default: the latest.
     temperature: at least 0. Gaussian: scale of the noise; 0 gives z = mu. Gumbel: temperature of the relaxation; 0
         gives one-hot codes. Default: the model's.
     hard: one-hot codes at any temperature (Gumbel). Default: False.
-    prior: distribution of rows without parameters. "standard" is one distribution for every row, "mixture" one of
-        several. Default: "mixture" where the model has a mixture.
+    prior: distribution of rows without parameters. "standard" is the same distribution for every row. "mixture" draws
+        one of several distributions for each row. Default: "mixture" if the model has a mixture.
     seed: 0 .. 2**64 - 1. Default: a fresh seed, drawn by the client.
     start: number of the first row of the seed. Default: 0.
-    mu, log_var: parameters of a Gaussian model, in place of `prior`. The latent shape means the same parameters for
-        every row, (n, *latent_shape) parameters of each row. Default: the standard prior. The service takes
-        8 MiB of parameters in one request: send parameters of more rows in parts, each from its own `start`.
-    logits: parameters of a Gumbel model, likewise.
+    mu, log_var: parameters of a Gaussian model, in place of `prior`: (*latent_shape) for all rows, or
+        (n, *latent_shape). Default: the standard prior. The service accepts bodies of up to 8 MiB. For more parameters,
+        make several calls, each with a `start` of its own.
+    logits: parameters of a Gumbel model, (variables, categories) for all rows, or (n, variables, categories). Default:
+        the standard prior.
     """
 
     model: Annotated[str | None, check.string]
@@ -49,7 +50,8 @@ def checked(options: Mapping[str, Any], others: tuple[str, ...]) -> dict[str, An
 
     others: names of the other arguments of the call, for the message.
 
-    Returns: the options that were given, in plain types; arrays as float64.
+    Returns: the options other than None, in plain types; arrays as float64.
+
     Raises: TypeError for an unknown name or a value of a wrong type, ValueError for a wrong value.
     """
     for name in options:
@@ -59,15 +61,18 @@ def checked(options: Mapping[str, Any], others: tuple[str, ...]) -> dict[str, An
 
 
 def parameters(options: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
-    """Returns: the options among these that are arrays: mu and log_var, or logits."""
+    """Select the arrays among checked options: mu and log_var, or logits."""
     return {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
 
 
 def latent_dims(n: int, options: Mapping[str, Any]) -> int:
-    """Guess how many dimensions a latent has from the parameters of n rows. It tells shared parameters from rows.
+    """Guess the number of dimensions of a latent from the parameters of n rows.
 
-    The guess is wrong only for shared parameters whose first dimension happens to be n, and only if no other parameter
-    has more dimensions. The service refuses slices of such parameters, because no shape of theirs fits.
+    The number decides whether a parameter is shared by all rows or has a row each. The guess is wrong only for shared
+    parameters whose first dimension happens to be n, and only if no other parameter has more dimensions. The service
+    refuses slices of such parameters, because the shape of a slice does not fit.
+
+    Returns: the number of dimensions; 0 without parameters.
     """
     arrays = parameters(options)
     if not arrays:
@@ -81,6 +86,10 @@ def latent_dims(n: int, options: Mapping[str, Any]) -> int:
 
 
 def of_rows(options: Mapping[str, Any], rows: slice, latent_dims: int) -> dict[str, Any]:
-    """Returns: the options of some of the rows. Parameters of each row are sliced, shared parameters stay whole."""
+    """Select the options of some rows. Parameters with a row each are sliced, shared parameters stay whole.
+
+    rows: slice of the rows.
+    latent_dims: number of dimensions of a latent.
+    """
     each = {name: array[rows] for name, array in parameters(options).items() if array.ndim > latent_dims}
     return {**options, **each}

@@ -1,4 +1,4 @@
-"""Pictures from pixels: contact sheets, and PNG without a library."""
+"""Pictures from pixels: contact sheets, and PNG without an image library."""
 
 import struct
 import zlib
@@ -18,9 +18,9 @@ def sheet(images: Pixels, columns: int | None = None) -> Pixels:
     """Lay images out as a contact sheet, in the layout of the service.
 
     images: uint8 (n, C, H, W).
-    columns: images beside each other. Default: near a square.
+    columns: number of images in a row. Default: ceil(sqrt(n)), nearly a square.
 
-    Returns: uint8 (C, height, width); a single image stays as it is.
+    Returns: uint8 (C, height, width); a single image without a frame.
     """
     n, channels, height, width = images.shape
     if n == 1:
@@ -45,7 +45,7 @@ def png(picture: Pixels) -> bytes:
     if channels not in PNG_COLOUR:
         raise ValueError(f"a PNG has 1 or 3 channels, the images have {channels}; save them as .npy")
     lines = picture.transpose(1, 2, 0).reshape(height, width * channels)
-    unfiltered = np.pad(lines, ((0, 0), (1, 0)))  # each line begins with the number of its filter; 0 is no filter
+    unfiltered = np.pad(lines, ((0, 0), (1, 0)))  # each line begins with a filter number; 0 is no filter
     header = struct.pack(">IIBBBBB", width, height, 8, PNG_COLOUR[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(unfiltered.tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)

@@ -4,14 +4,15 @@ import sys
 import time
 from types import TracebackType
 
-REDRAW = 0.1  # seconds
+REDRAW = 0.1  # seconds between two updates of the bar
 
 
 class Progress:
     """Shows rows, rows per second and the remaining time.
 
-    total: rows in all.
-    shown: whether to show the bar; None shows the bar where stderr is a terminal.
+    total: number of rows in all.
+    shown: show the bar; None for a bar only if stderr is a terminal.
+    done: number of rows so far.
     """
 
     def __init__(self, total: int, shown: bool | None) -> None:
@@ -24,6 +25,7 @@ class Progress:
         return self
 
     def advance(self, rows: int) -> None:
+        """Add rows, and redraw the bar if due."""
         self.done += rows
         now = time.monotonic()
         if self.shown and (now - self.drawn >= REDRAW or self.done == self.total):
@@ -32,6 +34,7 @@ class Progress:
             sys.stderr.flush()
 
     def line(self, seconds: float) -> str:
+        """Write the bar as text, after this number of seconds."""
         rate = self.done / max(seconds, 1e-9)
         minutes, left = divmod(round((self.total - self.done) / max(rate, 1e-9)), 60)
         share = self.done / self.total

@@ -17,17 +17,18 @@ from reparam._version import __version__
 
 JSON = "application/json"
 
-Remaining = Callable[[], float | None]  # seconds until the deadline; None: there is no deadline
+Remaining = Callable[[], float | None]  # returns the seconds until the deadline; None for no deadline
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Rows start .. start + n - 1 of a seed, and how to draw them.
+    """A request for rows start .. start + n - 1 of a seed.
 
     n: number of rows.
     outputs: names of the arrays to return.
-    options: options that were given, checked. Seed and start are always among them.
-    latent_dims: number of dimensions of one latent; parameters with more dimensions have a row each.
+    options: checked options, always with seed and start.
+    latent_dims: number of dimensions of one latent; parameters with more dimensions have a row each. 0 without
+        parameters.
     """
 
     n: int
@@ -36,17 +37,17 @@ class SampleRequest:
     latent_dims: int
 
     def content(self) -> bytes:
-        """Returns: the body of POST /sample. The body names only what was given; the service knows the defaults."""
+        """Make the body of POST /sample, without default values. The service fills the defaults in."""
         fields = {"n": self.n, "outputs": self.outputs, **self.options}
         plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
         return json.dumps(plain, separators=(",", ":")).encode()
 
     def pinned(self, model: str, version: int) -> "SampleRequest":
-        """Returns: the same rows of one version, even if another version becomes the latest."""
+        """Make the request for the same rows of a fixed version, even if another version becomes the latest."""
         return replace(self, options={**self.options, "model": model, "version": version})
 
     def after(self, rows: int) -> "SampleRequest":
-        """Returns: the request for the rows that are missing when the first `rows` rows have arrived."""
+        """Make the request for the remaining rows, after the first `rows` rows have arrived."""
         options = of_rows(self.options, slice(rows, None), self.latent_dims)
         return replace(self, n=self.n - rows, options={**options, "start": options["start"] + rows})
 
@@ -54,14 +55,14 @@ class SampleRequest:
 def sample_request(
     n: int, outputs: str | Sequence[str], options: Mapping[str, Any], others: tuple[str, ...] = ("n", "outputs")
 ) -> SampleRequest:
-    """Check what can be checked without the service.
+    """Check the arguments of a call as far as possible without the service, and make the request.
 
-    others: names of the arguments beside the options, for messages.
+    others: names of the arguments besides the options, for messages.
 
     Raises: ValueError, TypeError.
     """
     rows = check.count("n", n)
-    # The client draws the seed, so that a retry gives the same rows. Every reader of JSON keeps integers of 53 bits.
+    # The client draws the seed, so that a retry gives the same rows. Every JSON reader keeps integers of 53 bits exact.
     given = {"seed": secrets.randbelow(2**53), "start": 0, **checked(options, others)}
     return SampleRequest(rows, _names(outputs), given, latent_dims(rows, given))
 
@@ -74,16 +75,21 @@ def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Server:
-    """Address of the service and the headers of every request.
+    """Makes the HTTP requests to a service.
 
-    Raises: ValueError for an address or a key that cannot be sent.
+    base_url: address of the service.
+    api_key: key of the service; None for no key.
+    url: the parsed address.
+    headers: headers of every request.
+
+    Raises: ValueError, TypeError for an impossible address or key.
     """
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         try:
             self.url = httpx.URL(check.string("base_url", base_url).rstrip("/"))
             host = self.url.host
-            self.url.raw_host.decode("ascii").encode("idna")  # sockets do, and raise no error of the HTTP library
+            self.url.raw_host.decode("ascii").encode("idna")  # sockets encode so too, but would fail with UnicodeError
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}: {error}") from error
         if self.url.scheme not in ("http", "https") or not host or set("?#") & set(base_url):
@@ -96,12 +102,15 @@ class Server:
             self.headers["Authorization"] = f"Bearer {key}"
 
     def sample(self, request: SampleRequest, media_type: str, remaining: Remaining) -> httpx.Request:
+        """Make POST /sample."""
         return self._request("POST", "/sample", media_type, remaining, request.content())
 
     def models(self, remaining: Remaining) -> httpx.Request:
+        """Make GET /models."""
         return self._request("GET", "/models", JSON, remaining)
 
     def model(self, name: str, version: int | None, remaining: Remaining) -> httpx.Request:
+        """Make GET /models/<name>, or GET /models/<name>/versions/<version>."""
         path = f"/models/{quote(name, safe='')}" + ("" if version is None else f"/versions/{version}")
         return self._request("GET", path, JSON, remaining)
 
@@ -113,15 +122,17 @@ class Server:
             headers["Content-Type"] = JSON
         timeouts = Timeouts(remaining)
         seconds = timeouts["read"]
-        if seconds is not None:  # the service drops a request whose time has run out
+        if seconds is not None:  # so that the service stops computing when the client stops waiting
             headers["Request-Timeout"] = f"{seconds:.3f}"
         url = f"{self.url}{path}"
         return httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
 
 
 class Timeouts(Mapping[str, float | None]):
-    """Timeouts of one request, in the form of httpx. Each is the time that remains when it is read, so that all phases
-    together keep one deadline."""
+    """Timeouts of one request, in the form of httpx: phase to seconds.
+
+    Each look-up returns the remaining time, so all phases together keep one deadline.
+    """
 
     def __init__(self, remaining: Remaining) -> None:
         self.remaining = remaining

@@ -22,13 +22,13 @@ from reparam._samples import DTYPES, ORIGIN, Array, Samples
 
 NPY = "application/x-npy"
 NPZ = "application/x-npz"
-BATCH_BYTES = 2**20  # size of a batch of a stream; a larger row is a batch of its own
+BATCH_BYTES = 2**20  # approximate size of a stream's batches; a larger row makes a batch alone
 # Errors of json, zipfile and NumPy for bytes of another format.
 UNREADABLE = (BadZipFile, EOFError, KeyError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)
 
 
 def check(response: httpx.Response, body: bytes | bytearray, media_type: str) -> None:
-    """Check that a response is no error and has this media type. Raises: StatusError."""
+    """Check status and media type of a response. Raises: StatusError."""
     if not response.is_success:
         raise status_error(response, body)
     if not usable(response, media_type):
@@ -36,10 +36,12 @@ def check(response: httpx.Response, body: bytes | bytearray, media_type: str) ->
 
 
 def usable(response: httpx.Response, media_type: str) -> bool:
+    """Check that a response has a status 2xx and this media type."""
     return response.is_success and media_type_of(response) == media_type
 
 
 def read_npy(response: httpx.Response, body: bytearray, request: SampleRequest) -> Samples:
+    """Read the samples from an npy response. The body becomes the memory of the array. Raises: StatusError."""
     with _readable(response):
         [name] = request.outputs
         header = _npy_header(body, name, request.n)
@@ -51,6 +53,7 @@ def read_npy(response: httpx.Response, body: bytearray, request: SampleRequest) 
 
 
 def read_npz(response: httpx.Response, body: bytearray, request: SampleRequest) -> Samples:
+    """Read the samples from an npz response. Raises: StatusError."""
     with _readable(response), np.load(io.BytesIO(body)) as archive:
         arrays = {name: archive[name] for name in request.outputs}
         for name, array in arrays.items():
@@ -59,7 +62,10 @@ def read_npz(response: httpx.Response, body: bytearray, request: SampleRequest) 
 
 
 def read_models(response: httpx.Response, body: bytearray) -> list[Model]:
-    """Returns: the default model, then the others by name."""
+    """Read the response of /models. Raises: StatusError.
+
+    Returns: the default model, then the other models by name.
+    """
     with _readable(response):
         listed = json.loads(body)
         models = [Model.from_json(described) for described in listed["models"]]
@@ -67,16 +73,17 @@ def read_models(response: httpx.Response, body: bytearray) -> list[Model]:
 
 
 def read_model(response: httpx.Response, body: bytearray) -> Model:
+    """Read the response of /models/<name>. Raises: StatusError."""
     with _readable(response):
         return Model.from_json(json.loads(body))
 
 
 class RowReader:
-    """Cuts the rows of an npy response into batches while bytes arrive. Holds at most one batch and one chunk.
+    """Cuts the rows of an npy response into batches while bytes arrive. Buffers at most one batch and one chunk.
 
     request: the request for the rows.
     received: number of rows returned so far.
-    response: the response; set before the first bytes arrive.
+    response: the response; the caller sets it before the first `feed`.
     """
 
     response: httpx.Response
@@ -91,17 +98,22 @@ class RowReader:
 
     @property
     def missing(self) -> int:
+        """Number of rows not yet returned."""
         return self.request.n - self.received
 
     def pinned(self) -> SampleRequest:
-        """Returns: the request for the version that responded, even if another version becomes the latest."""
+        """Make the request for the same version as in the response, even if another version becomes the latest."""
         headers = self.response.headers
         return self.request.pinned(headers["Model-Name"], int(headers["Model-Version"]))
 
     def feed(self, chunk: bytes) -> list[Samples]:
-        """Take the next bytes in; b"" is the end of the body.
+        """Add bytes of the body.
 
-        Returns: the batch that these bytes complete, or an empty list.
+        chunk: the next bytes; b"" at the end of the body.
+
+        Returns: a list with the batch completed by these bytes, or an empty list.
+
+        Raises: StatusError for bytes that are not the requested array.
         """
         self._buffer += chunk
         if not self._buffer:
@@ -124,7 +136,7 @@ class RowReader:
         return True
 
     def _take(self, rows: int) -> Samples:
-        """Returns: the next rows. The buffer becomes their memory; an incomplete row moves to a new buffer."""
+        """Return the next rows. The buffer becomes the memory of the rows; an incomplete row moves to a new buffer."""
         if rows > self.missing:
             raise ValueError("more rows than the header says")
         end = rows * self._row_bytes
@@ -136,9 +148,11 @@ class RowReader:
 
 
 def _npy_header(data: bytearray, name: str, n: int) -> tuple[tuple[int, ...], int] | None:
-    """Returns: the shape of a row and the offset of the first row; None until the header has arrived.
+    """Read the header of an npy file (NEP 1).
 
-    Raises: ValueError for another array than n rows of this output.
+    Returns: the shape of a row and the offset of the first row; None until the header has arrived.
+
+    Raises: ValueError for an array other than n rows of this output.
     """
     begin = 10  # magic string, version of the format, length of the header
     offset = begin + int.from_bytes(data[8:begin], "little")
@@ -160,7 +174,11 @@ def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], n: int
 
 
 def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: SampleRequest, first: int = 0) -> Samples:
-    """Returns: rows of a request, from row `first` of the request on."""
+    """Make the Samples of a response.
+
+    arrays: output arrays by name, (rows, ...).
+    first: position of the first row in the request.
+    """
     headers = response.headers
     n = len(next(iter(arrays.values())))
     # Arrays of latents say for certain how many dimensions a latent has.
@@ -181,7 +199,7 @@ def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: Sam
 
 @contextmanager
 def _readable(response: httpx.Response) -> Iterator[None]:
-    """Turn errors of reading a response into StatusError."""
+    """Turn errors of parsing a response into StatusError."""
     try:
         yield
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""Samples: the arrays of a response, and what reproduces them."""
+"""Samples: the arrays of a response, and the values that reproduce the arrays."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 class Samples:
     """Rows start .. start + n - 1 of a seed.
 
-    `client.sample(**samples.request)` gives the same rows again. Samples are a sequence of rows: `len`, iteration,
+    `client.sample(**samples.request)` returns the same rows again. Samples are a sequence of rows: `len`, iteration,
     `samples[3]` and `samples[2:5]` work, and each part is Samples again.
 
     images: uint8 (n, C, H, W), 0 .. 255.
@@ -35,9 +35,9 @@ class Samples:
     model, version: the model that made the rows.
     seed, start: origin of the noise.
     noise_version: version of the function from seed and row to noise.
-    options: temperature, hard, prior and the parameters, as far as the call gave them.
+    options: temperature, hard, prior and parameters, if given in the call.
 
-    Arrays that the call did not ask for are None.
+    Arrays not requested in the call are None.
     """
 
     __module__ = "reparam"  # pickles name the public class, not this module
@@ -52,11 +52,11 @@ class Samples:
     start: int
     noise_version: int
     options: Mapping[str, Any] = field(default_factory=dict)
-    _latent_dims: int = 0  # parameters with more dimensions have a row each; 0: unknown
+    _latent_dims: int = 0  # parameters with more dimensions have a row each; 0 for unknown
 
     @property
     def outputs(self) -> dict[str, Array]:
-        """The arrays that the call asked for, by name."""
+        """The arrays requested in the call, by name."""
         return {name: array for name in DTYPES if (array := getattr(self, name)) is not None}
 
     @property
@@ -66,9 +66,9 @@ class Samples:
 
     @property
     def request(self) -> dict[str, Any]:
-        """Keyword arguments with which `Client.sample` gives the same rows again.
+        """Keyword arguments of `Client.sample` for the same rows.
 
-        The version is among them, so defaults of the model, such as its temperature, stay the same.
+        The arguments include the version, so the model's defaults, such as the temperature, stay the same.
         """
         return {"n": self.n, **self._origin, **self.options, "outputs": tuple(self.outputs)}
 
@@ -79,11 +79,12 @@ class Samples:
         return (self._rows(row, row + 1) for row in range(self.n))
 
     def __getitem__(self, key: SupportsIndex | slice) -> "Samples":
-        """Rows as Samples; `samples[3]` has one row, and negative numbers count from the end.
+        """Select rows as Samples; `samples[3]` has one row, and negative numbers count from the end.
 
-        The arrays are views. Rows of Samples follow each other, so a slice has no step; the arrays take any index.
+        The arrays of the result are views. Rows of Samples must be consecutive, so a slice has no step. To select other
+        rows, index the arrays.
 
-        Raises: IndexError for a row that is not there, ValueError for a step, TypeError for another key.
+        Raises: IndexError for a row out of range, ValueError for a step, TypeError for another key.
         """
         if isinstance(key, slice):
             first, stop, step = key.indices(self.n)
@@ -100,10 +101,11 @@ class Samples:
 
     @staticmethod
     def concatenate(parts: Iterable["Samples"]) -> "Samples":
-        """Join parts that follow each other, such as the batches of `iter_samples`.
+        """Join consecutive parts, such as the batches of `iter_samples`.
 
-        Returns: the Samples that one call would have given.
-        Raises: ValueError for parts that no single call gives; the message says why.
+        Returns: Samples as from a single call.
+
+        Raises: ValueError for parts that a single call cannot return; the message says why.
         """
         return _joined(list(parts))
 
@@ -114,9 +116,10 @@ class Samples:
     def grid(self, columns: int | None = None) -> "Image":
         """Lay the images out as a contact sheet.
 
-        columns: images beside each other. Default: near a square.
+        columns: number of images in a row. Default: ceil(sqrt(n)), nearly a square.
 
         Returns: a Pillow image.
+
         Raises: ImportError without Pillow, ValueError without images.
         """
         try:
@@ -127,13 +130,14 @@ class Samples:
         return Image.fromarray(channels_last[..., 0] if channels_last.shape[-1] == 1 else channels_last)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the samples to a file. A file of that name is replaced once the new file is whole.
+        """Write the samples to a file. An existing file is replaced when the new file is complete.
 
-        path: *.npz holds every output under its name, *.npy the array of a single output, *.png a contact sheet of the
-            images.
+        path: name of the file. *.npz holds every output by name, *.npy the array of a single output, *.png a contact
+            sheet of the images.
 
         Returns: the path.
-        Raises: ValueError for another suffix, and for samples that do not fit the suffix.
+
+        Raises: ValueError for another suffix, and for samples that do not fit the suffix; OSError.
         """
         path = Path(path)
         if path.suffix not in SUFFIXES:
@@ -184,7 +188,7 @@ def _joined(parts: list[Samples]) -> Samples:
 
 
 def _mismatch(before: Samples, part: Samples) -> str:
-    """Returns: why no call gives both parts, one behind the other; "" where a call does."""
+    """Return why a single call cannot return both parts in succession; "" if a single call can."""
     each = _of_each_row(before), _of_each_row(part)
     if each[0] != each[1]:
         return f"parameters of each row are {each[0]} and {each[1]}"
@@ -198,13 +202,13 @@ def _mismatch(before: Samples, part: Samples) -> str:
 
 
 def _of_each_row(samples: Samples) -> dict[str, tuple[int, ...]]:
-    """Returns: the shape of one row of each parameter that has rows."""
+    """Return the row shape of each parameter with a row each, by name."""
     arrays = parameters(samples.options)
     return {name: array.shape[1:] for name, array in arrays.items() if array.ndim > samples._dims}
 
 
 def _shared(samples: Samples) -> dict[str, Any]:
-    """Returns: what the parts of one call have in common."""
+    """Return the values that all parts of one call have in common, by name."""
     origin = {name: getattr(samples, name) for name in (*ORIGIN, "noise_version") if name != "start"}
     each = _of_each_row(samples)
     options = {name: value for name, value in samples.options.items() if name not in each}
@@ -238,7 +242,7 @@ def _write_png(samples: Samples, file: BinaryIO) -> None:
 
 SUFFIXES: dict[str, Callable[[Samples, BinaryIO], None]] = {".npy": _write_npy, ".npz": _write_npz, ".png": _write_png}
 
-ORIGIN = ("model", "version", "seed", "start")  # options that every response states
+ORIGIN = ("model", "version", "seed", "start")  # options stated in every response
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "images": np.dtype("u1"),

@@ -25,7 +25,7 @@ class AwaitedJob(Job):
         self._engine = engine
         self._disconnect = disconnect
         self._task = asyncio.current_task(engine.loop)  # finding the loop again would cost a system call
-        self._rows_read = 0  # rows that `pieces` has returned
+        self._rows_read = 0  # number of rows returned by `pieces`
         self._waiter: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 

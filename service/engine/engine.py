@@ -30,7 +30,7 @@ WINDOW = 4  # batches of one request that may be queued or unread, so that no ru
 GATHER_TURNS = 3  # keep collecting for at most 3 loop iterations, as long as each adds rows
 LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs such rows
 RECOVERY = 60.0  # seconds from an out-of-memory error until the batch size is restored
-FORGETTING = 0.1  # weight of the latest batch in the measured time of a row
+FORGETTING = 0.1  # weight of the latest batch in the moving average of a row's time
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Engine:
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
         """Compute the work of a job that has joined.
 
-        size: bytes to reserve for the response.
+        size: bytes to reserve for the response, and for the body unless `reserve_body` has reserved the body.
         first: number of rows that may run now; `grant` lets more rows run.
 
         Raises: Unavailable; QueueFull with the seconds until the queued rows should be done.
@@ -213,7 +213,7 @@ class Engine:
             self.fail(job, cut_off())
 
     def _expire(self, job: Job) -> None:
-        """Fail a job whose deadline has passed, unless all rows are computed and the client reads slowly."""
+        """Fail a job at its deadline, unless all rows are computed and only the client is slow."""
         if job.stage != "send":
             self.fail(job, self.expired(job.stage, job.timeout))
 

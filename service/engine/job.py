@@ -19,9 +19,9 @@ class Job(ABC):
     timeout: seconds for the whole request.
     deadline: end of the timeout, on the loop's clock; inf without a deadline.
     timer: fires at the deadline; None until Deadlines starts the timer.
-    ticks: visits by Deadlines so far; the second visit starts the timer.
+    ticks: number of visits by Deadlines; the second visit starts the timer.
     work: the rows to compute; set by `start`.
-    ticket: the job's rows in the scheduler; None while no row is queued.
+    ticket: the job's rows in the scheduler; None before `submit`, and if the rows ran at once on the event loop.
     is_open: the job has not left the engine.
     has_started: the request has been read, and `work` is set.
     reserved_bytes: bytes reserved for body and response.
@@ -55,7 +55,7 @@ class Job(ABC):
 
     @abstractmethod
     def on_wait(self) -> None:
-        """Watch the client for a disconnect. Called once, when Deadlines starts the job's timer."""
+        """Watch the client for a disconnect. Called once, at the second visit by Deadlines."""
 
     def start(self, work: Work) -> None:
         """Begin to compute the work of a request that has been read."""

@@ -211,8 +211,8 @@ class BoundGraph:
     def warm_up(self, seconds: float) -> int:
         """Run every power of two of rows, so that no request waits for memory or for the capture of a CUDA graph.
 
-        Larger sizes are skipped once a size is too slow. Other programs can only slow a run down, so a size is too slow
-        only if all of TIMED_RUNS runs are.
+        Larger sizes are skipped once a size is too slow. A size is too slow if all of TIMED_RUNS runs are too slow,
+        because other programs on the machine can slow down some of the runs.
 
         seconds: time limit of one batch.
 

@@ -57,7 +57,7 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._lifespan: Lifespan = self.app.reparam  # the application is ours
+        self._lifespan: Lifespan = self.app.reparam  # the server only runs app.Application
         self._fast_paths = {path.encode(): fast for path, fast in self.app.fast_paths.items()}
         self._answering: Any = None  # the cycle being answered; uvicorn's `cycle` is the last cycle read
         self._refusal: Exception | None = None  # error that ends the connection; no further request is read
@@ -145,9 +145,9 @@ class Protocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """Parse the data.
 
-        The server ignores a request's wish for an upgrade (RFC 9110, section 7.8). But the parser stops at such a head,
-        because another protocol could follow. So a new parser reads the head without the header Upgrade, and then the
-        rest.
+        The server ignores the header Upgrade (RFC 9110, section 7.8). But the parser stops after a head with Upgrade,
+        because another protocol could follow. So a new parser reads the same head without Upgrade, and then the
+        remaining data.
 
         Raises: MalformedRequest, and any error of a callback.
         """

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --python-version 3.11 --no-annotate --no-header
-# Modules that need neither a server nor a trained model.
-FAST := $(addprefix tests/test_,imports.py noise.py scheduler.py client_arguments.py packaging.py)
+# Tests that need neither a server nor a trained model, less those that draw millions of numbers.
+FAST := $(addprefix tests/test_,imports.py noise.py scheduler.py client_arguments.py data.py packaging.py) \
+	-k 'not ten_million'
 
 .PHONY: serve test test-fast check check-wheel fix train export bench gpu-check lock clean
 

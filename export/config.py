@@ -111,16 +111,16 @@ class TrainConfig(BaseModel):
         if self.objective == "vimco" and (self.kind == "gaussian" or self.samples < 2):
             raise ValueError("objective 'vimco' needs a Gumbel latent, and compares samples: at least 2")
         if self.resampled and self.objective not in ("iwae", "dreg"):
-            raise ValueError("resampled needs objective 'iwae' or 'dreg': leave it out, or 0, for others")
+            raise ValueError("resampled needs objective 'iwae' or 'dreg': leave resampled out, or set 0")
         if self.resampled and self.resampled >= self.samples:
             raise ValueError(
-                f"resampled is {self.resampled} of {self.samples} samples: take fewer of more, or 0 to follow all"
+                f"resampled is {self.resampled} of {self.samples} samples: choose a smaller number, or 0 for all"
             )
         if self.kind == "gaussian" and self.straight_through:
             raise ValueError("straight_through is for a Gumbel latent")
         if self.elbo_epochs and self.objective == "elbo" and not self.straight_through:
             raise ValueError(
-                f"{self.elbo_epochs} elbo_epochs come before nothing. Add another objective or straight_through, "
+                f"nothing follows the {self.elbo_epochs} elbo_epochs. Add another objective or straight_through, "
                 "or leave out elbo_epochs"
             )
         if self.elbo_epochs >= self.epochs:

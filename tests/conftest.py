@@ -28,6 +28,7 @@ from reparam.service.operations.operation import Operation
 from reparam.service.process.server import Server
 from reparam.service.settings import Settings
 from tests.graphs import make_trouble
+from tests.load import HOLD, TLS, is_at_rest
 
 TINY: dict[str, dict[str, Any]] = {
     "tiny-gaussian": {"kind": "gaussian", "latent_shape": (3,)},
@@ -45,12 +46,12 @@ class Running:
     lifespan: Lifespan
     server: Server
 
-    def post(self, body: Any = None, **arguments: Any) -> httpx.Response:
-        """POST /sample with a JSON body."""
-        return httpx.post(f"{self.url}/sample", json=body, timeout=60, **arguments)
+    def post(self, body: Any = None, path: str = "/sample", **arguments: Any) -> httpx.Response:
+        """POST with a JSON body."""
+        return httpx.post(self.url + path, json=body, timeout=60, verify=TLS, **arguments)
 
     def get(self, path: str, **arguments: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **arguments)
+        return httpx.get(self.url + path, timeout=60, verify=TLS, **arguments)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +117,7 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
     for running, _ in started:
         running.server.should_exit = True
     for _, thread in started:
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -124,6 +125,16 @@ def serve(repository: Path) -> Iterator[Callable[..., Running]]:
 def service(serve: Callable[..., Running]) -> Running:
     """A server with the default settings."""
     return serve()
+
+
+@pytest.fixture
+def engine(serve: Callable[..., Running], request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A fresh server with one runner, or `param` runners, that also offers `/hold`. It must be at rest in the end."""
+    service = serve(runners=getattr(request, "param", 1), operations=(*OPERATIONS, HOLD))
+    yield service
+    wait_until(lambda: is_at_rest(service))
+    assert service.get("/livez").status_code == 200
+    assert service.post({}).status_code == 200
 
 
 @pytest.fixture
@@ -138,14 +149,15 @@ def small(**options: Any) -> TrainConfig:
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """Its value at a service; 0 if it was never counted."""
+    """Read the value of a metric of a service, 0 if it was never counted."""
     wanted = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
     start = f"reparam_{name}{{{wanted}}} " if labels else f"reparam_{name} "
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60, verify=TLS).text.splitlines()
     return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until the condition holds. A healthy run ends long before `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -157,10 +157,10 @@ def test_a_recipe_trains_and_options_win_over_it(tmp_path: Path) -> None:
             ["train", "gaussian", "--data", "digits", "--out", "x", "--free-bits", "1", "--shares", "2"],
             "leave out shares",
         ),
-        (["train", "gaussian", "--data", "digits", "--out", "x", "--resampled", "2"], "leave it out, or 0, for others"),
+        (["train", "gaussian", "--data", "digits", "--out", "x", "--resampled", "2"], "leave resampled out, or set 0"),
         (
             ["train", "gaussian", "--data", "digits", "--out", "x", "--objective", "iwae", "--samples", "4",
-             "--resampled", "4"], "4 of 4 samples: take fewer of more, or 0 to follow all",
+             "--resampled", "4"], "4 of 4 samples: choose a smaller number, or 0 for all",
         ),
         (["fit-prior", "x", "--seed", "4294967296"], "less than 4294967296"),
         (["train", "gaussian", "--data", "digits", "--out", "x", "--straight-through"], "is for a Gumbel latent"),

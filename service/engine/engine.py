@@ -8,11 +8,10 @@ the event loop's thread.
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from reparam.service.engine.admission import Admission
 from reparam.service.engine.deadlines import SHORT, Deadlines
@@ -31,8 +30,6 @@ GATHER_TURNS = 3  # keep collecting for at most 3 loop iterations, as long as ea
 LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs such rows
 RECOVERY = 60.0  # seconds from an out-of-memory error until the batch size is restored
 FORGETTING = 0.1  # weight of the latest batch in the moving average of a row's time
-
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -73,10 +70,10 @@ class Engine:
         """
         self.loop = loop
         self.deadlines = Deadlines(loop, self.jobs, self._expire)
+        finish, die = partial(self._thread_call, self._finish), partial(self._thread_call, self._end_service)
         for runner in self._runners:
-            # A daemon thread, so that the process can end while a run hangs.
-            name = f"runner {runner.number}"
-            threading.Thread(target=self._thread, args=(runner, load), name=name, daemon=True).start()
+            prepare = partial(self._thread_load, load) if runner.number == 0 else None
+            runner.start(self._queue, prepare, finish, die)
         return asyncio.wrap_future(self._loaded, loop=loop)
 
     def serve(self, graph: Graph) -> None:
@@ -278,9 +275,8 @@ class Engine:
             results = job.work.graph.replicas[0].compute(shares)
         except Exception as error:  # onnxruntime's errors have no narrower common base
             results = self._runners[0].isolate(shares, error)
-        self._finish(
-            Batch(job.work.graph, [Piece(job, lo, hi)], hi - lo, closed), results, started, time.perf_counter()
-        )
+        batch = Batch(job.work.graph, [Piece(job, lo, hi)], hi - lo, closed)
+        self._finish(batch, results, started, time.perf_counter())
 
     def _finish(self, batch: Batch[Job], results: list[Result], started: float, ended: float) -> None:
         """Hand the results of a batch to the jobs.
@@ -302,27 +298,23 @@ class Engine:
                 job.on_change()
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
+    def _end_service(self, batch: Batch[Job] | None) -> None:
+        """Refuse all rows, as a runner has died: those of its batch, rows that wait, and rows that come."""
+        reason = "a thread that runs the models has died"
+        self.close(reason)
+        for job, _, _ in batch.pieces if batch is not None else ():
+            self.fail(job, Unavailable(reason, retry_after=1))
+
     # Methods for the runner threads.
 
-    def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
-        try:
-            if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
-                self._thread_load(load)
-            while (batch := self._queue.wait()) is not None:
-                shares = [(job.work, lo, hi) for job, lo, hi in batch.pieces]
-                self._thread_call(self._finish, batch, *runner.run(shares))
-        except BaseException as error:  # /livez reports every error that ends the thread
-            log.exception("the runner died")
-            runner.failure = error
-            self._thread_call(self.close, "a thread that runs the models has died")
-
     def _thread_load(self, load: Callable[[], None]) -> None:
-        try:
-            load()
-        except Exception as error:  # raised where the future is awaited; the runner continues
-            self._loaded.set_exception(error)
-        else:
-            self._loaded.set_result(None)
+        if self._loaded.set_running_or_notify_cancel():
+            try:
+                load()
+            except Exception as error:  # raised where the future is awaited; the runner continues
+                self._loaded.set_exception(error)
+            else:
+                self._loaded.set_result(None)
 
     def _thread_out_of_memory(self, graph: Graph, rows: int) -> None:
         """Limit batches of the graph to half of `rows` for RECOVERY seconds, and count the failure."""

@@ -299,7 +299,10 @@ class Engine:
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
     def _end_service(self, batch: Batch[Job] | None) -> None:
-        """Refuse all rows, as a runner has died: those of its batch, rows that wait, and rows that come."""
+        """Refuse all rows after a runner has died: rows of the runner's batch, queued rows and new rows.
+
+        batch: batch of the dead runner; None if the runner died between batches.
+        """
         reason = "a thread that runs the models has died"
         self.close(reason)
         for job, _, _ in batch.pieces if batch is not None else ():

@@ -41,11 +41,13 @@ class Runner:
         finish: Callable[[Batch[Job], list[Result], float, float], None],
         die: Callable[[Batch[Job] | None], None],
     ) -> None:
-        """Start the thread that runs the batches of the queue. The thread calls all functions.
+        """Start the runner's thread. The thread takes batches from the queue, and calls the functions below.
 
         prepare: called before the first batch.
-        finish: called with each batch, the result of each piece, and the times of `run`.
-        die: called with the batch that ended the thread, if there was a batch, once `failure` is set.
+        finish: called after each batch with the batch, the result of each piece, and start and end on
+            time.perf_counter.
+        die: called after an error that ends the thread, once `failure` is set. The argument is the batch at fault, or
+            None between batches.
         """
         # A daemon thread, so that the process can end while a run hangs.
         arguments = queue, prepare, finish, die

@@ -11,7 +11,8 @@ from reparam.service.artifact.file import open_session
 from reparam.service.runtime.devices import CUDA
 
 Values = dict[str, ort.OrtValue]
-# The function that runs a graph, and the outputs in place. Outputs apart are what the function returns instead of None.
+# A function that runs the graph, and the outputs by name. In place, the function returns None and fills the outputs.
+# Apart, the function returns the outputs, and the second element is empty.
 Bound = tuple[Callable[[], Arrays | None], Arrays]
 
 

@@ -30,14 +30,14 @@ NPY = {"Accept": "application/x-npy"}
 LONGEST = 300.0  # seconds after which a gate opens, so that a test that has failed ends
 
 FACTS = ("model", "version", "n")
-Place = Literal["run", "encode"]
+Place = Literal["run", "die", "encode"]
 
 
 @dataclass
 class Gate:
     """Keeps a request to `/hold` at one place until it opens.
 
-    place: the run of a batch on a runner, or the encoding of the response on a thread.
+    place: the run of a batch on a runner, which may end the runner's thread, or the encoding of the response.
     n: rows of the request.
     is_reached: set when the request has come to the gate.
     is_open: set to let the request go on.
@@ -111,8 +111,10 @@ class Held:
         return self.gate.n
 
     def fill(self, inputs: SamplerInputs, lo: int, hi: int, at: int) -> None:
-        if self.gate.place == "run":
+        if self.gate.place != "encode":
             self.gate.wait()
+        if self.gate.place == "die":
+            raise SystemExit  # no Exception, which the runner would survive
         inputs.draw(at, hi - lo, seed=0, start=lo, temperature=1.0, prior="standard")
 
     def facts(self) -> dict[str, Any]:

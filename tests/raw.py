@@ -5,15 +5,20 @@ import socket
 import struct
 import time
 from io import BufferedReader
-from typing import Any
-
-from tests.conftest import Running
+from typing import Any, Protocol
 
 HEAD_END = b"\r\n\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: reparam\r\n\r\n"
 
 
-def connect(service: Running, receive_buffer: int | None = None) -> socket.socket:
+class Service(Protocol):
+    """A service at a URL."""
+
+    @property
+    def url(self) -> str: ...
+
+
+def connect(service: Service, receive_buffer: int | None = None) -> socket.socket:
     """Connect to the service. receive_buffer: bytes that the socket takes before its client reads."""
     host, port = service.url.removeprefix("http://").split(":")
     connection = socket.socket()
@@ -58,7 +63,7 @@ def whole_response(stream: BufferedReader) -> tuple[int, dict[bytes, bytes], byt
     return status, headers, stream.read(int(headers.get(b"content-length", 0)))
 
 
-def exchange(service: Running, *pieces: bytes) -> tuple[int, bytes]:
+def exchange(service: Service, *pieces: bytes) -> tuple[int, bytes]:
     """Send the pieces on a fresh connection. Returns the status and the body of the first response."""
     with connect(service) as connection:
         send(connection, *pieces)

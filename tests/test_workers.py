@@ -1,179 +1,201 @@
 """Several processes on one port, which a client cannot tell from one."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
 
 from benchmarks.processes import below
-from reparam.service.runtime import devices
-from reparam.service.runtime.devices import DeviceError
-from reparam.service.settings import Settings
 from tests.conftest import metric, wait_until
-from tests.graphs import SLOW
-from tests.test_process import process, refused, start
+from tests.load import NPY, TLS
+from tests.processes import PATIENCE, QUIET, TWO, Process, process, start
+from tests.raw import connect, request, whole_response
 
-NPY = {"Accept": "application/x-npy"}
+DRAIN = {"REPARAM_DRAIN_DELAY": "0", "REPARAM_DRAIN_TIMEOUT": "3"}
 
 
-TWO = {"REPARAM_WORKERS": "2", "REPARAM_DRAIN_DELAY": "0", "REPARAM_DRAIN_TIMEOUT": "3"}
+@pytest.fixture(scope="module")
+def shared(repository: Path) -> Iterator[Process]:
+    """A service that all tests leave as they find it."""
+    with process(repository, **TWO, **DRAIN, **QUIET) as service:
+        yield service
 
 
 @pytest.fixture
-def service(repository: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    with process(repository, **TWO, REPARAM_LOG_LEVEL="warning") as running:  # nobody reads the log meanwhile
-        yield running
+def own(repository: Path) -> Iterator[Process]:
+    with process(repository, **TWO, **{**DRAIN, "REPARAM_DRAIN_TIMEOUT": "60"}, **QUIET) as service:
+        yield service
 
 
-def workers(parent: "subprocess.Popen[str]") -> list[int]:
-    return [pid for pid in below(parent.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def workers(service: Process) -> list[int]:
+    """List the process ids of both workers."""
+    pids = below(service.popen.pid)
+    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_both_answer_the_same_rows_and_either_answers_for_both(
-    service: tuple["subprocess.Popen[str]", str],
-) -> None:
-    running, url = service
-    answers = [httpx.post(f"{url}/sample", json={"n": 3, "seed": 7}, headers=NPY) for _ in range(30)]
-    assert len({answer.content for answer in answers}) == 1
-    assert len({answer.headers["x-request-id"][:-12] for answer in answers}) == len(workers(running)) == 2
-    for _ in range(10):  # whoever is asked
-        assert metric(url, "requests_total", path="/sample", status="200") == 30
-        assert metric(url, "noise_version_info", noise_version="1") == 1
-        assert metric(url, "request_duration_seconds_bucket", le="+Inf", path="/sample") == 30
-        assert metric(url, "requests_in_flight") == 1
+def worker_of(request_id: str) -> str:
+    """Read the part of a request id that all request ids of a worker begin with."""
+    return request_id[:-12]
 
 
-def test_a_worker_that_hangs_is_told_by_the_other(service: tuple["subprocess.Popen[str]", str]) -> None:
-    running, url = service
-    stopped, _ = workers(running)
+def test_both_workers_return_the_same_rows_and_each_reports_for_both(shared: Process) -> None:
+    count = {"path": "/sample", "status": "200"}
+    before = metric(shared.url, "requests_total", **count)
+    responses = [shared.post({"n": 3, "seed": 7}, headers=NPY) for _ in range(30)]
+    assert len({response.content for response in responses}) == 1
+    assert len({worker_of(response.headers["x-request-id"]) for response in responses}) == len(workers(shared)) == 2
+    for _ in range(10):  # each time either worker may be asked
+        wait_until(lambda: metric(shared.url, "requests_total", **count) == before + 30)
+        assert metric(shared.url, "noise_version_info", noise_version="1") == 1
+        assert metric(shared.url, "request_duration_seconds_bucket", le="+Inf", path="/sample") == before + 30
+        assert metric(shared.url, "requests_in_flight") == 1
+
+
+def test_a_worker_that_hangs_is_reported_by_the_other(shared: Process) -> None:
+    stopped, _ = workers(shared)
 
     def ask(path: str) -> httpx.Response | None:
-        """None if the kernel gave the connection to the one that hangs."""
+        """Return None if the kernel gave the connection to the worker that hangs."""
         try:
-            return httpx.get(f"{url}{path}", timeout=2)
+            return shared.get(path, timeout=4)
         except httpx.TimeoutException:
             return None
 
-    def said(path: str) -> httpx.Response:
+    def response(path: str) -> httpx.Response:
         return next(answer for _ in range(50) if (answer := ask(path)) is not None)
 
     os.kill(stopped, signal.SIGSTOP)
     try:
-        assert "does not answer" in said("/livez").json()["failure"]
-        assert said("/readyz").json()["status"] == "failed"
-        assert said("/metrics").status_code == 503
+        assert "does not answer" in response("/livez").json()["failure"]
+        assert response("/readyz").json()["status"] == "failed"
+        assert response("/metrics").status_code == 503
     finally:
         os.kill(stopped, signal.SIGCONT)
-    wait_until(lambda: said("/readyz").status_code == 200)
+    wait_until(lambda: response("/readyz").status_code == 200)
 
 
-def test_a_worker_that_dies_ends_the_service_after_what_is_in_flight(
-    service: tuple["subprocess.Popen[str]", str],
-) -> None:
-    running, url = service
-    slow = {"model": "trouble", "temperature": SLOW + 100}
-    with ThreadPoolExecutor(8) as pool:
-        in_flight = [pool.submit(httpx.post, f"{url}/sample", json=slow, timeout=60) for _ in range(8)]
-        wait_until(lambda: metric(url, "requests_in_flight") == 8 + 1)
-        os.kill(workers(running)[0], signal.SIGKILL)
-        outcomes = [future.exception() or future.result().status_code for future in in_flight]
-    assert running.wait(30) == 1
-    assert 200 in outcomes
-    assert all(outcome == 200 or isinstance(outcome, httpx.TransportError) for outcome in outcomes)
+def test_many_probes_at_a_time_find_no_fault(shared: Process) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        assert set(pool.map(lambda _: shared.get("/livez").status_code, range(96))) == {200}
 
 
-def test_a_worker_that_ends_by_itself_is_no_good_end(service: tuple["subprocess.Popen[str]", str]) -> None:
-    running, _ = service
-    os.kill(workers(running)[1], signal.SIGTERM)
-    _, log = running.communicate(timeout=30)
-    assert running.returncode == 1
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_port_that_others_have_is_refused(shared: Process, count: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = shared.url.rpartition(":")[2], str(other.getsockname()[1])
+        for port in ports:
+            refused = start(REPARAM_PORT=port, REPARAM_WORKERS=count, REPARAM_DEVICE="cpu")
+            _, message = refused.communicate(timeout=PATIENCE)
+            assert refused.returncode == 1
+            assert f"REPARAM_PORT={port}: [Errno" in message
+            assert "Traceback" not in message
+
+
+def test_a_worker_that_dies_ends_the_service_after_requests_in_flight(own: Process) -> None:
+    """Each connection sends a request, so that its worker is known, and a second one that lacks a byte."""
+    by_worker: dict[str, list[tuple[socket.socket, BufferedReader]]] = {}
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(connect(own))
+            stream = stack.enter_context(connection.makefile("rb"))
+            connection.sendall(request({}))
+            _, headers, _ = whole_response(stream)
+            by_worker.setdefault(worker_of(headers[b"x-request-id"].decode()), []).append((connection, stream))
+            connection.sendall(request({})[:-1])
+            if (count := sum(map(len, by_worker.values()))) >= 8 and len(by_worker) == 2:
+                break
+        own.await_in_flight(count)
+        os.kill(workers(own)[0], signal.SIGKILL)
+        outcomes = [{finish(*held) for held in connections} for connections in by_worker.values()]
+        log = own.end()
+    assert sorted(map(sorted, outcomes)) == [[0], [200]]
+    assert own.popen.returncode == 1
     assert "a worker ended, and with it the service" in log
 
 
-def test_a_worker_that_does_not_end_is_killed(service: tuple["subprocess.Popen[str]", str]) -> None:
-    running, _ = service
-    os.kill(workers(running)[0], signal.SIGSTOP)
-    running.send_signal(signal.SIGTERM)
-    _, log = running.communicate(timeout=60)
-    assert running.returncode == 1
+def finish(connection: socket.socket, stream: BufferedReader) -> int:
+    """Send the last byte of a request. Returns the status of the response, 0 if the connection breaks."""
+    try:
+        connection.sendall(request({})[-1:])
+        return whole_response(stream)[0]
+    except (OSError, IndexError):
+        return 0
+
+
+def test_a_worker_that_does_not_end_is_killed(repository: Path) -> None:
+    with process(repository, **TWO, **QUIET, REPARAM_DRAIN_DELAY="0", REPARAM_DRAIN_TIMEOUT="1") as service:
+        os.kill(workers(service)[0], signal.SIGSTOP)
+        log = service.end(signal.SIGTERM)
+    assert service.popen.returncode == 1
     assert "a worker did not end and is killed" in log
 
 
-@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5])
-def test_a_stop_during_the_start_is_a_good_end(repository: Path, seconds: float) -> None:
-    running = start("--port", "0", "--workers", "2", "--device", "cpu", "--artifacts", str(repository))
-    assert running.stderr is not None
-    assert any('"starting"' in line for line in running.stderr)  # waits for the line
-    time.sleep(seconds)
-    running.send_signal(signal.SIGTERM)
-    _, log = running.communicate(timeout=30)
-    assert running.returncode == 0
-    assert "Traceback" not in log
+def test_workers_end_with_their_parent(own: Process) -> None:
+    pids = workers(own)
+    own.popen.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
 
 
-def test_many_probes_at_a_time_find_no_fault(service: tuple["subprocess.Popen[str]", str]) -> None:
-    _, url = service
-    with ThreadPoolExecutor(64) as pool:
-        statuses = pool.map(lambda _: httpx.get(f"{url}/livez", timeout=60).status_code, range(200))
-        assert set(statuses) == {200}
-
-
-def test_workers_end_with_their_parent(service: tuple["subprocess.Popen[str]", str]) -> None:
-    running, _ = service
-    pids = workers(running)
-    running.kill()
-    wait_until(lambda: not any(_runs(pid) for pid in pids))
-
-
-def _runs(pid: int) -> bool:
-    """And is not merely waiting to be reaped, which in a container may never happen."""
+def is_running(pid: int) -> bool:
+    """Tell whether the process runs. A zombie does not: in a container nobody may ever reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def test_log_lines_of_workers_do_not_mix(repository: Path) -> None:
-    long = "x" * 20_000  # more than a pipe takes as a whole
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5])
+def test_a_signal_during_the_start_ends_the_service_in_order(repository: Path, seconds: float) -> None:
+    running = start("--port", "0", "--workers", "2", "--device", "cpu", "--artifacts", str(repository))
+    assert running.stderr is not None
+    next(line for line in running.stderr if '"starting"' in line)
+    time.sleep(seconds)
+    running.send_signal(signal.SIGTERM)
+    _, log = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 0
+    assert "Traceback" not in log
+
+
+class Ended(NamedTuple):
+    """A service that has ended. lines: its log."""
+
+    status: int
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def ended(repository: Path) -> Ended:
+    """A service under load, one of whose workers then ends by itself."""
+    path = "/" + "x" * 20_000  # more than a pipe takes as a whole
 
     def sample(url: str) -> None:
-        with httpx.Client() as client:
-            for _ in range(100):
+        with httpx.Client(verify=TLS, timeout=120) as client:
+            for _ in range(50):
                 client.post(f"{url}/sample", json={"n": 1})
-                client.get(f"{url}/{long}")
+                client.get(url + path)
 
-    with process(repository, **TWO) as (running, url), ThreadPoolExecutor(9) as pool:
-        said = pool.submit(running.communicate)  # reads the pipe all the time
-        tuple(pool.map(sample, [url] * 8))
-        running.send_signal(signal.SIGTERM)
-        _, log = said.result()
-    assert running.returncode == 0
-    lines = [json.loads(line) for line in log.splitlines()]
-    assert sum(line.get("path") == "/sample" for line in lines) == 800
+    with process(repository, **TWO, **DRAIN) as service, ThreadPoolExecutor(7) as pool:
+        log = pool.submit(service.end)  # reads the pipe all the time
+        tuple(pool.map(sample, [service.url] * 6))
+        os.kill(workers(service)[1], signal.SIGTERM)
+        lines = log.result().splitlines()
+    return Ended(service.popen.returncode, lines)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_port_that_others_have_is_refused(service: tuple["subprocess.Popen[str]", str], workers: str) -> None:
-    _, url = service
-    port = url.rpartition(":")[2]
-    assert f"REPARAM_PORT={port}: [Errno" in refused(REPARAM_PORT=port, REPARAM_WORKERS=workers, REPARAM_DEVICE="cpu")
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        assert f"REPARAM_PORT={port}: [Errno" in refused(
-            REPARAM_PORT=port, REPARAM_WORKERS=workers, REPARAM_DEVICE="cpu"
-        )
+def test_log_lines_of_workers_do_not_mix(ended: Ended) -> None:
+    assert sum(json.loads(line).get("path") == "/sample" for line in ended.lines) == 6 * 50
 
 
-def test_only_linux_shares_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert devices.choose(Settings(device="cpu")).workers == 1
-    with pytest.raises(DeviceError, match="REPARAM_WORKERS=2"):
-        devices.choose(Settings(device="cpu", workers=2))
+def test_a_worker_that_ends_by_itself_ends_the_service_with_status_1(ended: Ended) -> None:
+    assert ended.status == 1
+    assert any("a worker ended, and with it the service" in line for line in ended.lines)

@@ -11,7 +11,7 @@ from reparam.service.artifact import noise
 from reparam.service.operations import OPERATIONS
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, NAN, POISON, WILD
-from tests.load import HOLD, NPY, TLS, occupied
+from tests.load import HOLD, NPY, TLS, gate, occupied
 from tests.problems import problem
 
 
@@ -79,14 +79,20 @@ def test_a_stream_that_fails_midway_breaks_off(service: Running) -> None:
 
 
 def test_livez_fails_when_a_runner_dies(serve: Callable[..., Running]) -> None:
-    service = serve()
+    """Rows that wait are refused, as are the rows of the batch that the runner had begun."""
+    service = serve(runners=1, operations=(*OPERATIONS, HOLD))
     assert service.get("/livez").status_code == 200
-    for runner in service.lifespan.engine._runners:
-        runner.run = None  # type: ignore[method-assign,assignment]  # so that the thread dies
-    problem(service.post({"n": 500}), "unavailable")  # too many rows for the event loop's thread
+    with ThreadPoolExecutor(2) as pool:
+        with gate("die") as held:
+            runs = pool.submit(service.post, held.body, path="/hold")
+            held.await_request()
+            waits = pool.submit(service.post, {})
+            wait_until(lambda: service.lifespan.engine.queued_rows == 1)
+        for future in (runs, waits):
+            problem(future.result(), "unavailable")
     response = service.get("/livez")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
-    assert "NoneType" in response.json()["failure"]
+    assert "SystemExit" in response.json()["failure"]
     problem(service.post({}), "unavailable")
 
 

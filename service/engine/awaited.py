@@ -32,7 +32,7 @@ class AwaitedJob(Job):
     @property
     def is_exhausted(self) -> bool:
         """All rows are computed, and `pieces` has returned every result."""
-        return self.rows_left == 0 and not self.done
+        return self.rows_left == 0 and not self.results
 
     async def pieces(self) -> list[Arrays]:
         """Wait for new results, at least one, and let further rows run in their place.
@@ -41,12 +41,12 @@ class AwaitedJob(Job):
 
         Raises: the job's error.
         """
-        if not self.done and self.error is None:
+        if not self.results and self.error is None:
             self._waiter = self._engine.loop.create_future()
             await self._waiter
         if self.error is not None:
             raise self.error
-        pieces, self.done = self.done, []
+        pieces, self.results = self.results, []
         ticket = self.ticket
         if ticket is not None and ticket.granted < ticket.rows:
             self._rows_read += sum(len(next(iter(piece.values()))) for piece in pieces)

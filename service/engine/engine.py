@@ -152,7 +152,7 @@ class Engine:
     def leave(self, job: Job) -> None:
         """End a request, after its response or without a response. Release the job's rows and bytes."""
         job.is_open = False
-        job.done.clear()
+        job.results.clear()
         if job.timer is not None:
             job.timer.cancel()
         if job.ticket is not None and job.ticket.taken < job.ticket.rows:
@@ -160,7 +160,7 @@ class Engine:
         self.jobs.discard(job)
         self.admission.release(job)
 
-    def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
+    def deadline_exceeded(self, stage: str, timeout: float) -> DeadlineExceeded:
         """Count a passed deadline, and return its problem.
 
         stage: stage of the job at the deadline.
@@ -187,7 +187,7 @@ class Engine:
                 return f"a batch has been running for {time.perf_counter() - since:.0f} s"
         return None
 
-    def oldest(self) -> float:
+    def oldest_wait(self) -> float:
         """Return the waiting time of the oldest row in the queue, in seconds."""
         waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
         since = min((job.waiting_since for job in waiting), default=None)
@@ -212,7 +212,7 @@ class Engine:
     def _expire(self, job: Job) -> None:
         """Fail a job at its deadline, unless all rows are computed and only the client is slow."""
         if job.stage != "send":
-            self.fail(job, self.expired(job.stage, job.timeout))
+            self.fail(job, self.deadline_exceeded(job.stage, job.timeout))
 
     def _withdraw(self, job: Job) -> None:
         if job.ticket is not None:

@@ -25,7 +25,7 @@ class Job(ABC):
     is_open: the job has not left the engine.
     has_started: the request has been read, and `work` is set.
     reserved_bytes: bytes reserved for body and response.
-    done: results not yet taken by the client, in order of rows, each by output name.
+    results: results not yet taken by the client, in order of rows, each by output name.
     rows_left: number of rows not yet computed in order.
     queue_seconds, infer_seconds: waiting time and running time, summed over the job's pieces.
     waiting_since: start of the current wait, on time.perf_counter.
@@ -46,7 +46,7 @@ class Job(ABC):
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self.done: list[Arrays] = []
+        self.results: list[Arrays] = []
         self._early: dict[int, tuple[int, Arrays]] = {}  # results behind a gap: first row -> end, arrays
 
     @abstractmethod
@@ -93,10 +93,10 @@ class Job(ABC):
         if lo != self._end:
             self._early[lo] = hi, result
             return False
-        self.done.append(result)
+        self.results.append(result)
         while hi in self._early:
             hi, result = self._early.pop(hi)
-            self.done.append(result)
+            self.results.append(result)
         self._end = hi
         self.rows_left = self.work.n - hi
         return True

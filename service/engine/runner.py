@@ -105,6 +105,7 @@ class Runner:
                 prepare()
             while (batch := queue.wait()) is not None:
                 finish(batch, *self.run([(job.work, lo, hi) for job, lo, hi in batch.pieces]))
+                batch = None  # the batch is finished, so an error of `wait` is not about it
         except BaseException as error:  # /livez reports every error that ends the thread
             log.exception("the runner died")
             self.failure = error

@@ -205,7 +205,7 @@ class Endpoint:
                 async with asyncio.timeout_at(job.deadline):
                     body, seconds = await asyncio.to_thread(encode, plan.work, plan.media_type, pieces)
             except TimeoutError:
-                raise self.engine.expired("encode", job.timeout) from None
+                raise self.engine.deadline_exceeded("encode", job.timeout) from None
             if job.error is not None:  # the client disconnected during encoding, or the process must end
                 raise job.error
         lines = self.header_block(job, plan.media_type, len(body), seconds)

@@ -11,9 +11,8 @@ from reparam.service.artifact.file import open_session
 from reparam.service.runtime.devices import CUDA
 
 Values = dict[str, ort.OrtValue]
-# A function that runs the graph, and the outputs by name. In place, the function returns None and fills the outputs.
-# Apart, the function returns the outputs, and the second element is empty.
-Bound = tuple[Callable[[], Arrays | None], Arrays]
+# A function that runs the graph and fills the outputs, and the outputs by name, (rows, ...).
+Bound = tuple[Callable[[], None], Arrays]
 
 
 def bind_in_place(session: ort.InferenceSession, inputs: Arrays, outputs: Arrays, rows: int) -> Bound:
@@ -41,8 +40,8 @@ def bind_apart(session: ort.InferenceSession, inputs: Arrays, outputs: Arrays, r
     inputs, outputs: buffers by name, (max_rows, ...).
     summed: name of an output, float32 (n, C, H, W).
 
-    Returns: the function that copies inputs to the device, runs the graph, and returns copies of the outputs by name,
-        (rows, ...), with `sums`, float32 (rows,), in place of the summed output.
+    Returns: the function that copies inputs to the device, runs the graph and copies outputs back; and the outputs by
+        name, (rows, ...), with `sums`, float32 (rows,), in place of the summed output.
     """
     device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
 
@@ -59,15 +58,17 @@ def bind_apart(session: ort.InferenceSession, inputs: Arrays, outputs: Arrays, r
     _, run_sums = _bind(_sums_session_of(session), {"images": output_values.pop(summed)}, sums, rows)
     output_values |= sums
 
-    def run() -> Arrays:
+    copies: Arrays = {}
+
+    def run() -> None:
         for name, value in input_values.items():
             value.update_inplace(host[name])
             binding.bind_ortvalue_input(name, value)  # if a part of the graph runs on the CPU, copies its inputs
         run_graph()
         run_sums()
-        return {name: value.numpy() for name, value in output_values.items()}
+        copies.update({name: value.numpy() for name, value in output_values.items()})
 
-    return run, {}
+    return run, copies
 
 
 def check_device(session: ort.InferenceSession) -> None:

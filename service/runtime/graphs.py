@@ -199,7 +199,7 @@ class BoundGraph:
             bind = partial(bind_apart, summed=self._summed) if self.apart else bind_in_place
             bound = self._bound[size] = bind(self.session, self.arrays, self._outputs, size)
         run, outputs = bound
-        outputs = run() or outputs
+        run()
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
     def size(self, n: int) -> int:

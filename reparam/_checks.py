@@ -95,7 +95,7 @@ def array(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """
     try:
         given = np.asarray(values)
-        if given.dtype.kind == "O":  # integers of more than 64 bits, or no numbers at all
+        if given.dtype.kind == "O":  # integers of more than 64 bits, or values other than numbers
             given = np.asarray(values, np.float64)
         if given.dtype.kind not in "iuf":
             raise ValueError(f"they are {given.dtype}")

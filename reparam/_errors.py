@@ -1,9 +1,9 @@
 """Errors of a call.
 
 ReparamError
-    ConnectionFailed        no response, or only a part of one
+    ConnectionFailed        no response, or an incomplete response
     TimedOut                no response in time
-    StatusError             an error response; one subclass for each status that the service uses
+    StatusError             an error response; one subclass for each status of the service
 """
 
 import json
@@ -95,7 +95,7 @@ class Overloaded(StatusError):
 
 
 class ServerError(StatusError):
-    """500: the service failed. Its log has the cause under the request id."""
+    """500: the service failed. The service's log has the cause under the request id."""
 
 
 class Unavailable(StatusError):
@@ -103,7 +103,7 @@ class Unavailable(StatusError):
 
 
 class DeadlineExceeded(StatusError):
-    """504: the time ran out in the service. `problem["stage"]` says where."""
+    """504: the request's deadline passed in the service. `problem["stage"]` names the stage."""
 
 
 CLASSES: dict[int, type[StatusError]] = {

@@ -181,7 +181,7 @@ def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: Sam
     """
     headers = response.headers
     n = len(next(iter(arrays.values())))
-    # Arrays of latents say for certain how many dimensions a latent has.
+    # Arrays of latents give the exact number of dimensions of a latent.
     known = [array.ndim - 1 for name, array in arrays.items() if name in ("latents", "codes")]
     latent_dims = known[0] if known else request.latent_dims
     options = {name: value for name, value in request.options.items() if name not in ORIGIN}

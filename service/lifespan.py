@@ -56,7 +56,7 @@ class Lifespan:
         self._reports = reports
         self.metrics.noise_version.labels(str(NOISE_VERSION)).set(1)
         self.metrics.queue_rows.set_function(lambda: self.engine.queued_rows)
-        self.metrics.queue_oldest.set_function(self.engine.oldest)
+        self.metrics.queue_oldest.set_function(self.engine.oldest_wait)
         self.metrics.held_bytes.set_function(lambda: self.engine.admission.reserved_bytes)
 
     @contextlib.asynccontextmanager

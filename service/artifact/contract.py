@@ -24,7 +24,7 @@ Precision = Literal["float32", "float16"]
 KEY_PREFIX = "reparam."
 IMAGE_OUTPUTS = ("images", "pixels")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-LOG_VAR_MAX = 60.0  # a standard deviation of 1e13
+LOG_VAR_MAX = 60.0  # a standard deviation of 1e13; exp(log_var) stays finite in float32
 WEIGHTS_TOLERANCE = 1e-6  # largest difference between the sum of a mixture's weights and 1
 
 
@@ -80,8 +80,8 @@ class Contract(BaseModel):
     image_shape: (channels, height, width).
     prior: the standard prior. Each parameter is nested lists of latent_shape, or one number for every element.
     mixture: a prior of C components: `weights` (C), and each parameter (C, *latent_shape).
-    precision: of the decoder; latents are always float32.
-    default_temperature: of requests without `temperature`; at least 0.
+    precision: precision of the decoder; latents are always float32.
+    default_temperature: temperature of requests without `temperature`; at least 0.
     noise_version: version of the noise contract in `noise`.
     trained_on, evaluation: names and values for `/models`.
     tools: versions of the exporting packages.
@@ -220,7 +220,7 @@ class Contract(BaseModel):
 
         words: uint64 (n, *latent_shape), random words.
         temperature: temperature of every row.
-        parameters: by name, (*latent_shape) for every row or (n, *latent_shape); default: the standard prior.
+        parameters: parameters by name, (*latent_shape) or (n, *latent_shape); default: the standard prior.
 
         Returns: inputs by name, float32 (n, ...).
         """

@@ -14,7 +14,7 @@ from reparam.service.artifact import noise
 from reparam.service.artifact.contract import Arrays, ArtifactError, Contract
 
 CPU = "CPUExecutionProvider"
-Providers = Sequence[Any]  # each a name, or a name and options
+Providers = Sequence[Any]  # each entry is a name, or a name and options
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -104,7 +104,7 @@ def open_session(content: bytes, providers: Providers = (CPU,), threads: int = 0
     options.log_severity_level = 4  # log fatal faults only, because onnxruntime also raises each fault
     # Idle threads must not spin: other processes need the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # No folder: the graph must not read weights from other files.
+    # An impossible folder for external weights, so that the graph cannot read other files.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     try:
         return ort.InferenceSession(content, options, providers=list(providers), enable_fallback=0)

@@ -33,7 +33,7 @@ class Admission:
 
         waiting: rows in the queue now.
         rows: rows of the job to queue.
-        size: bytes of the response.
+        size: bytes of the response, and of the body unless `admit_body` has reserved the body.
 
         Raises: QueueFull.
         """

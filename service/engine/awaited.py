@@ -25,14 +25,14 @@ class AwaitedJob(Job):
         self._engine = engine
         self._disconnect = disconnect
         self._task = asyncio.current_task(engine.loop)  # finding the loop again would cost a system call
-        self._rows_read = 0  # rows that `pieces` has returned
+        self._rows_read = 0  # number of rows returned by `pieces`
         self._waiter: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     @property
     def is_exhausted(self) -> bool:
         """All rows are computed, and `pieces` has returned every result."""
-        return self.rows_left == 0 and not self.done
+        return self.rows_left == 0 and not self.results
 
     async def pieces(self) -> list[Arrays]:
         """Wait for new results, at least one, and let further rows run in their place.
@@ -41,12 +41,12 @@ class AwaitedJob(Job):
 
         Raises: the job's error.
         """
-        if not self.done and self.error is None:
+        if not self.results and self.error is None:
             self._waiter = self._engine.loop.create_future()
             await self._waiter
         if self.error is not None:
             raise self.error
-        pieces, self.done = self.done, []
+        pieces, self.results = self.results, []
         ticket = self.ticket
         if ticket is not None and ticket.granted < ticket.rows:
             self._rows_read += sum(len(next(iter(piece.values()))) for piece in pieces)

@@ -8,11 +8,10 @@ the event loop's thread.
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from reparam.service.engine.admission import Admission
 from reparam.service.engine.deadlines import SHORT, Deadlines
@@ -30,9 +29,7 @@ WINDOW = 4  # batches of one request that may be queued or unread, so that no ru
 GATHER_TURNS = 3  # keep collecting for at most 3 loop iterations, as long as each adds rows
 LONE_PART = 64  # up to batch_rows / 64 rows run faster than a runner thread wakes up, so the event loop runs such rows
 RECOVERY = 60.0  # seconds from an out-of-memory error until the batch size is restored
-FORGETTING = 0.1  # weight of the latest batch in the measured time of a row
-
-log = logging.getLogger(__name__)
+FORGETTING = 0.1  # weight of the latest batch in the moving average of a row's time
 
 
 class Engine:
@@ -73,10 +70,10 @@ class Engine:
         """
         self.loop = loop
         self.deadlines = Deadlines(loop, self.jobs, self._expire)
+        finish, die = partial(self._thread_call, self._finish), partial(self._thread_call, self._end_service)
         for runner in self._runners:
-            # A daemon thread, so that the process can end while a run hangs.
-            name = f"runner {runner.number}"
-            threading.Thread(target=self._thread, args=(runner, load), name=name, daemon=True).start()
+            prepare = partial(self._thread_load, load) if runner.number == 0 else None
+            runner.start(self._queue, prepare, finish, die)
         return asyncio.wrap_future(self._loaded, loop=loop)
 
     def serve(self, graph: Graph) -> None:
@@ -115,7 +112,7 @@ class Engine:
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
         """Compute the work of a job that has joined.
 
-        size: bytes to reserve for the response.
+        size: bytes to reserve for the response, and for the body unless `reserve_body` has reserved the body.
         first: number of rows that may run now; `grant` lets more rows run.
 
         Raises: Unavailable; QueueFull with the seconds until the queued rows should be done.
@@ -155,7 +152,7 @@ class Engine:
     def leave(self, job: Job) -> None:
         """End a request, after its response or without a response. Release the job's rows and bytes."""
         job.is_open = False
-        job.done.clear()
+        job.results.clear()
         if job.timer is not None:
             job.timer.cancel()
         if job.ticket is not None and job.ticket.taken < job.ticket.rows:
@@ -163,7 +160,7 @@ class Engine:
         self.jobs.discard(job)
         self.admission.release(job)
 
-    def expired(self, stage: str, timeout: float) -> DeadlineExceeded:
+    def deadline_exceeded(self, stage: str, timeout: float) -> DeadlineExceeded:
         """Count a passed deadline, and return its problem.
 
         stage: stage of the job at the deadline.
@@ -190,7 +187,7 @@ class Engine:
                 return f"a batch has been running for {time.perf_counter() - since:.0f} s"
         return None
 
-    def oldest(self) -> float:
+    def oldest_wait(self) -> float:
         """Return the waiting time of the oldest row in the queue, in seconds."""
         waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
         since = min((job.waiting_since for job in waiting), default=None)
@@ -213,9 +210,9 @@ class Engine:
             self.fail(job, cut_off())
 
     def _expire(self, job: Job) -> None:
-        """Fail a job whose deadline has passed, unless all rows are computed and the client reads slowly."""
+        """Fail a job at its deadline, unless all rows are computed and only the client is slow."""
         if job.stage != "send":
-            self.fail(job, self.expired(job.stage, job.timeout))
+            self.fail(job, self.deadline_exceeded(job.stage, job.timeout))
 
     def _withdraw(self, job: Job) -> None:
         if job.ticket is not None:
@@ -278,9 +275,8 @@ class Engine:
             results = job.work.graph.replicas[0].compute(shares)
         except Exception as error:  # onnxruntime's errors have no narrower common base
             results = self._runners[0].isolate(shares, error)
-        self._finish(
-            Batch(job.work.graph, [Piece(job, lo, hi)], hi - lo, closed), results, started, time.perf_counter()
-        )
+        batch = Batch(job.work.graph, [Piece(job, lo, hi)], hi - lo, closed)
+        self._finish(batch, results, started, time.perf_counter())
 
     def _finish(self, batch: Batch[Job], results: list[Result], started: float, ended: float) -> None:
         """Hand the results of a batch to the jobs.
@@ -303,7 +299,10 @@ class Engine:
         self._recorder.batch(batch.graph.labels, batch.rows, batch.closed, seconds, waits)
 
     def _end_service(self, batch: Batch[Job] | None) -> None:
-        """Refuse all rows, as a runner has died: those of its batch, rows that wait, and rows that come."""
+        """Refuse all rows after a runner has died: rows of the runner's batch, queued rows and new rows.
+
+        batch: batch of the dead runner; None if the runner died between batches.
+        """
         reason = "a thread that runs the models has died"
         self.close(reason)
         for job, _, _ in batch.pieces if batch is not None else ():
@@ -311,26 +310,14 @@ class Engine:
 
     # Methods for the runner threads.
 
-    def _thread(self, runner: Runner, load: Callable[[], None]) -> None:
-        batch = None
-        try:
-            if runner.number == 0 and self._loaded.set_running_or_notify_cancel():
-                self._thread_load(load)
-            while (batch := self._queue.wait()) is not None:
-                shares = [(job.work, lo, hi) for job, lo, hi in batch.pieces]
-                self._thread_call(self._finish, batch, *runner.run(shares))
-        except BaseException as error:  # /livez reports every error that ends the thread
-            log.exception("the runner died")
-            runner.failure = error
-            self._thread_call(self._end_service, batch)
-
     def _thread_load(self, load: Callable[[], None]) -> None:
-        try:
-            load()
-        except Exception as error:  # raised where the future is awaited; the runner continues
-            self._loaded.set_exception(error)
-        else:
-            self._loaded.set_result(None)
+        if self._loaded.set_running_or_notify_cancel():
+            try:
+                load()
+            except Exception as error:  # raised where the future is awaited; the runner continues
+                self._loaded.set_exception(error)
+            else:
+                self._loaded.set_result(None)
 
     def _thread_out_of_memory(self, graph: Graph, rows: int) -> None:
         """Limit batches of the graph to half of `rows` for RECOVERY seconds, and count the failure."""

@@ -19,13 +19,13 @@ class Job(ABC):
     timeout: seconds for the whole request.
     deadline: end of the timeout, on the loop's clock; inf without a deadline.
     timer: fires at the deadline; None until Deadlines starts the timer.
-    ticks: visits by Deadlines so far; the second visit starts the timer.
+    ticks: number of visits by Deadlines; the second visit starts the timer.
     work: the rows to compute; set by `start`.
-    ticket: the job's rows in the scheduler; None while no row is queued.
+    ticket: the job's rows in the scheduler; None before `submit`, and if the rows ran at once on the event loop.
     is_open: the job has not left the engine.
     has_started: the request has been read, and `work` is set.
     reserved_bytes: bytes reserved for body and response.
-    done: results not yet taken by the client, in order of rows, each by output name.
+    results: results not yet taken by the client, in order of rows, each by output name.
     rows_left: number of rows not yet computed in order.
     queue_seconds, infer_seconds: waiting time and running time, summed over the job's pieces.
     waiting_since: start of the current wait, on time.perf_counter.
@@ -46,7 +46,7 @@ class Job(ABC):
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self.done: list[Arrays] = []
+        self.results: list[Arrays] = []
         self._early: dict[int, tuple[int, Arrays]] = {}  # results behind a gap: first row -> end, arrays
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Job(ABC):
 
     @abstractmethod
     def on_wait(self) -> None:
-        """Watch the client for a disconnect. Called once, when Deadlines starts the job's timer."""
+        """Watch the client for a disconnect. Called once, at the second visit by Deadlines."""
 
     def start(self, work: Work) -> None:
         """Begin to compute the work of a request that has been read."""
@@ -93,10 +93,10 @@ class Job(ABC):
         if lo != self._end:
             self._early[lo] = hi, result
             return False
-        self.done.append(result)
+        self.results.append(result)
         while hi in self._early:
             hi, result = self._early.pop(hi)
-            self.done.append(result)
+            self.results.append(result)
         self._end = hi
         self.rows_left = self.work.n - hi
         return True

@@ -70,7 +70,7 @@ class Batch(NamedTuple, Generic[Owner]):
 
 
 @dataclass(slots=True)
-class _Queue(Generic[Owner]):
+class _GraphQueue(Generic[Owner]):
     """Tickets of one graph.
 
     limit: largest number of rows in a batch.
@@ -97,7 +97,7 @@ class Scheduler(Generic[Owner]):
     def __init__(self) -> None:
         self.waiting = 0
         self.limits: dict[Hashable, int] = {}
-        self._queues: OrderedDict[Hashable, _Queue[Owner]] = OrderedDict()  # by graph, the next graph first
+        self._queues: OrderedDict[Hashable, _GraphQueue[Owner]] = OrderedDict()  # by graph, the next graph first
 
     def grant(self, ticket: Ticket[Owner], rows: int) -> None:
         """Let `rows` more rows of the ticket run, or all remaining rows if fewer remain."""
@@ -106,7 +106,7 @@ class Scheduler(Generic[Owner]):
             return
         queue = self._queues.get(ticket.graph)
         if queue is None:
-            queue = self._queues[ticket.graph] = _Queue(self.limits[ticket.graph])
+            queue = self._queues[ticket.graph] = _GraphQueue(self.limits[ticket.graph])
         ticket.granted += rows
         queue.waiting += rows
         self.waiting += rows
@@ -164,7 +164,7 @@ class Scheduler(Generic[Owner]):
         if graph in self._queues:
             self._queues[graph].limit = rows
 
-    def _why_closed(self, queue: _Queue[Owner], rows: int) -> Closed:
+    def _why_closed(self, queue: _GraphQueue[Owner], rows: int) -> Closed:
         if queue.fresh_alone:
             return "fresh"
         if rows == queue.limit:
@@ -172,7 +172,7 @@ class Scheduler(Generic[Owner]):
         return "shared" if queue.fresh or queue.turned else "drained"
 
     def _serve(
-        self, line: deque[Ticket[Owner]], queue: _Queue[Owner], room: int, pieces: dict[Ticket[Owner], int]
+        self, line: deque[Ticket[Owner]], queue: _GraphQueue[Owner], room: int, pieces: dict[Ticket[Owner], int]
     ) -> int:
         """Take rows of the tickets in the line, in turn, until there is no room.
 

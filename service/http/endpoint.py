@@ -72,12 +72,10 @@ class Plan(NamedTuple):
 
 
 class Endpoint:
-    """One operation over HTTP, and an ASGI application.
+    """One operation over HTTP, as an ASGI application and as separate steps for the fast path.
 
     operation: the operation.
     lifespan: models and engine of the application.
-
-    Raises: Problem from every method; ClientLeft from the ASGI application.
     """
 
     def __init__(self, operation: Operation, lifespan: Lifespan) -> None:
@@ -168,7 +166,7 @@ class Endpoint:
         return self._headers.write(job.work, media_type, size, job.queue_seconds, job.infer_seconds, encode_seconds)
 
     def count_disconnect(self, job: Job) -> None:
-        """Count a client that disconnected before the end of its response."""
+        """Count a client that disconnected before the end of the response."""
         self.lifespan.metrics.cancelled.labels(job.stage).inc()
 
     async def _receive_body(self, job: Job, head: Head, receive: Receive) -> bytes:
@@ -207,7 +205,7 @@ class Endpoint:
                 async with asyncio.timeout_at(job.deadline):
                     body, seconds = await asyncio.to_thread(encode, plan.work, plan.media_type, pieces)
             except TimeoutError:
-                raise self.engine.expired("encode", job.timeout) from None
+                raise self.engine.deadline_exceeded("encode", job.timeout) from None
             if job.error is not None:  # the client disconnected during encoding, or the process must end
                 raise job.error
         lines = self.header_block(job, plan.media_type, len(body), seconds)
@@ -227,9 +225,8 @@ class Endpoint:
         if size < STREAMED:
             pieces += await job.all()
         else:
-            self.engine.deadlines.lift(
-                job
-            )  # from here the client's speed decides, and the transport aborts idle readers
+            # From here the client's speed decides. The transport aborts clients that read nothing.
+            self.engine.deadlines.lift(job)
         lines = self.header_block(job, NPY, size, 0.0)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": header, "more_body": True})
@@ -265,7 +262,7 @@ def _timeout(headers: HeaderMap, limit: float) -> float:
     if header is None:
         return limit
     try:
-        seconds = float(header.replace(b"_", b"?"))  # Python would accept underscores in numbers
+        seconds = float(header.replace(b"_", b"?"))  # refuse underscores, which Python allows in numbers
     except ValueError:
         seconds = math.nan
     if not seconds > 0:

@@ -65,7 +65,7 @@ class Readiness(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: str
-    """`ready`, or why the service cannot answer."""
+    """`ready`, or the reason why the service cannot answer."""
     models: dict[str, list[int]]
     """Versions of each model served, by name."""
     refused: dict[str, str]

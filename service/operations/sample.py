@@ -41,7 +41,7 @@ class SampleRequest(BaseModel):
     """Number of rows."""
     temperature: Annotated[float, Field(strict=True, ge=0, le=FLOAT32_MAX)] | None = None
     """Scale of the noise (Gaussian) or of the relaxation (Gumbel); 0 is the exact limit: the mean, or a one-hot code.
-    Default: the model's."""
+    Default: the default temperature of the model."""
     hard: Annotated[bool, Field(strict=True)] = False
     """Gumbel: one-hot codes at any temperature."""
     seed: Annotated[Count, Field(ge=0)] | None = None
@@ -49,11 +49,12 @@ class SampleRequest(BaseModel):
     start: Annotated[Count, Field(ge=0)] = 0
     """First row of the seed to return; rows start .. start + n - 1 do not depend on n."""
     mu: list[Any] | None = None
-    """Gaussian: means, of the latent shape for every row or (n, *latent_shape). Default: the standard prior's."""
+    """Gaussian: means, (*latent_shape) for every row or (n, *latent_shape). Default: means of the standard prior."""
     log_var: list[Any] | None = None
-    """Gaussian: log variances, shaped like mu, at most 60. Default: the standard prior's."""
+    """Gaussian: log variances, shaped like mu, at most 60. Default: log variances of the standard prior."""
     logits: list[Any] | None = None
-    """Gumbel: unnormalized log probabilities (D, K) for every row or (n, D, K). Default: the standard prior's."""
+    """Gumbel: unnormalized log probabilities, (D, K) for every row or (n, D, K). Default: logits of the standard
+    prior."""
     prior: Prior | None = None
     """Distribution of rows without parameters: `standard`, the same distribution for every row, or `mixture`, one of
     several components, chosen by the seed and the row. Default: the mixture if the model has a mixture. With parameters

@@ -66,7 +66,7 @@ def _supervise(settings: Settings, count: int) -> int:
             "max_held_bytes": -(-settings.max_held_bytes // count),
         }
         name = secrets.token_hex(8)
-        context = get_context("spawn")  # fork would copy locks, but not the threads that hold them
+        context = get_context("spawn")  # fork would copy held locks without the threads that release the locks
         workers = [
             context.Process(
                 target=_work, args=(settings.model_copy(update=shared), WorkerReports(name, number, count)), daemon=True
@@ -164,7 +164,7 @@ def _reserved(settings: Settings) -> socket.socket:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if reserved.family == socket.AF_INET6:
         reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server does
-    reserved.bind(address)  # without listening: connections go to the workers
+    reserved.bind(address)  # without `listen`, so that all connections go to the workers
     return reserved
 
 

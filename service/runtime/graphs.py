@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from reparam.service.artifact.contract import Arrays
-from reparam.service.artifact.file import open_session
 from reparam.service.artifact.outputs import Output, Shape
 from reparam.service.errors import ModelFailed, Problem
+from reparam.service.runtime.binding import Bound, bind_apart, bind_in_place, check_device
 from reparam.service.runtime.devices import CUDA
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
 )
-
-Values = dict[str, ort.OrtValue]
 
 
 class Work(Protocol):
@@ -152,9 +150,7 @@ class BoundGraph:
             name: np.zeros((max_rows, *shape), _TYPES[type_]) for name, (type_, shape) in outputs.items()
         }
         self._summed = summed
-        self._device = "cuda" if on_gpu else "cpu"
-        self._runs: dict[int, Callable[[], Arrays]] = {}  # bound runs, by number of rows
-        self._sums = _sums_session(tuple(session.get_providers())) if self.apart else None
+        self._bound: dict[int, Bound] = {}  # by number of rows
 
     def compute(self, shares: Sequence[Share]) -> list[Arrays | Problem]:
         """Compute a batch of at most max_rows rows.
@@ -198,10 +194,12 @@ class BoundGraph:
         Raises: any error of onnxruntime.
         """
         size = self.size(n) if self.apart else n
-        run = self._runs.get(size)
-        if run is None:
-            run = self._runs[size] = self._apart(size) if self.apart else self._in_place(size)
-        outputs = run()
+        bound = self._bound.get(size)
+        if bound is None:
+            bind = partial(bind_apart, summed=self._summed) if self.apart else bind_in_place
+            bound = self._bound[size] = bind(self.session, self.arrays, self._outputs, size)
+        run, outputs = bound
+        run()
         return outputs if size == n else {name: array[:n] for name, array in outputs.items()}
 
     def size(self, n: int) -> int:
@@ -211,8 +209,8 @@ class BoundGraph:
     def warm_up(self, seconds: float) -> int:
         """Run every power of two of rows, so that no request waits for memory or for the capture of a CUDA graph.
 
-        Larger sizes are skipped once a size is too slow. Other programs can only slow a run down, so a size is too slow
-        only if all of TIMED_RUNS runs are.
+        Larger sizes are skipped once a size is too slow. A size is too slow if all of TIMED_RUNS runs are too slow,
+        because other programs on the machine can slow down some of the runs.
 
         seconds: time limit of one batch.
 
@@ -239,8 +237,8 @@ class BoundGraph:
 
         Raises: an error of onnxruntime if the GPU has become unusable for this process.
         """
-        if self._sums is not None:
-            self._sums.run(None, {"images": np.zeros((1, 1, 1, 1), np.float32)})
+        if self.apart:
+            check_device(self.session)
 
     def _run_shares(self, shares: Sequence[Share]) -> Arrays:
         inputs = self.inputs
@@ -273,53 +271,6 @@ class BoundGraph:
             )
         return problems
 
-    def _in_place(self, rows: int) -> Callable[[], Arrays]:
-        """Bind the first rows of the buffers to the session. Returns: the function that runs these rows."""
-        outputs = {name: array[:rows] for name, array in self._outputs.items()}
-        input_values, output_values = (
-            {name: ort.OrtValue.ortvalue_from_numpy(array[:rows]) for name, array in arrays.items()}
-            for arrays in (self.arrays, self._outputs)
-        )
-        _, run_graph = _bind(self.session, input_values, output_values, rows)
-
-        def run() -> Arrays:
-            run_graph()
-            return outputs
-
-        return run
-
-    def _apart(self, rows: int) -> Callable[[], Arrays]:
-        """Bind memory of the device to the session.
-
-        The summed output stays on the device, and only its sums are copied back. The uint8 pixels carry the same images
-        in a quarter of the bytes.
-
-        Returns: the function that copies inputs to the device, runs the graph, and copies outputs back.
-        """
-
-        def buffers(arrays: Arrays) -> Values:
-            return {
-                name: ort.OrtValue.ortvalue_from_shape_and_type((rows, *array.shape[1:]), array.dtype, self._device, 0)
-                for name, array in arrays.items()
-            }
-
-        host = {name: array[:rows] for name, array in self.arrays.items()}
-        inputs, outputs = buffers(self.arrays), buffers(self._outputs)
-        sums = buffers({"sums": np.zeros(rows, np.float32)})
-        binding, run_graph = _bind(self.session, inputs, outputs, rows)
-        _, run_sums = _bind(self._sums, {"images": outputs.pop(self._summed)}, sums, rows)
-        outputs |= sums
-
-        def run() -> Arrays:
-            for name, value in inputs.items():
-                value.update_inplace(host[name])
-                binding.bind_ortvalue_input(name, value)  # if a part of the graph runs on the CPU, copies its inputs
-            run_graph()
-            run_sums()
-            return {name: value.numpy() for name, value in outputs.items()}
-
-        return run
-
     def _seconds(self, rows: int) -> float:
         started = time.perf_counter()
         self.run(rows)
@@ -329,31 +280,3 @@ class BoundGraph:
 def is_out_of_memory(error: Exception) -> bool:
     """Check whether an error of onnxruntime means that the device had no memory for a run."""
     return any(sign in str(error) for sign in _OUT_OF_MEMORY)
-
-
-def _bind(
-    session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int
-) -> tuple[ort.IOBinding, Callable[[], None]]:
-    """Bind inputs and outputs to the session. Returns: the binding, and the function that runs the session with it."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(rows))
-    binding = session.io_binding()
-    for name, value in inputs.items():
-        binding.bind_ortvalue_input(name, value)
-    for name, value in outputs.items():
-        binding.bind_ortvalue_output(name, value)
-    return binding, partial(session.run_with_iobinding, binding, options)
-
-
-@cache
-def _sums_session(providers: tuple[str, ...]) -> ort.InferenceSession:
-    """Open the session that sums images. All graphs share the session, because each session takes GPU memory."""
-    return open_session(_SUMS, providers)
-
-
-# A small ONNX model: sums = ReduceSum(images) over C, H and W, float32 (n, C, H, W) -> (n,).
-_SUMS = bytes.fromhex(
-    "08083a6c0a3b0a06696d61676573120473756d73220952656475636553756d2a0f0a0461786573400140024003a001072a0f0a086b656570"
-    "64696d731800a001021201735a180a06696d61676573120e0a0c080112080a000a000a000a0062100a0473756d7312080a06080112020a00"
-    "42040a00100b"
-)

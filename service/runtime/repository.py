@@ -124,7 +124,7 @@ class Repository:
             try:
                 versions = _versions(path)
             except OSError as error:
-                if NAME.fullmatch(path.name):  # a folder with another name may hold anything
+                if NAME.fullmatch(path.name):  # other folders, such as lost+found, are no models
                     self._refuse(path.name, f"{path} cannot be read: {error.strerror}")
                 continue
             for version in versions:
@@ -175,7 +175,7 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
     """
     *others, last = device.attempts
     for providers in others:
-        try:  # only the second run shows whether a CUDA graph can be captured
+        try:  # `_open` also warms up, because only the second run shows whether a CUDA graph can be captured
             return _open(name, version, path, device, providers, max_rows, seconds)
         except Exception as error:  # onnxruntime's errors have no narrower common base
             about = {"model": name, "version": version, "providers": repr(providers), "fault": str(error)}

@@ -8,7 +8,7 @@ from reparam.service.artifact.contract import Arrays, Contract, Prior
 from reparam.service.artifact.file import Artifact
 from reparam.service.runtime.graphs import BoundGraph
 
-STANDARD_COMPONENT = -1  # the last row of each table of parameters
+STANDARD_COMPONENT = -1  # index of the standard prior: the last row of each table of parameters
 
 
 def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -> BoundGraph:

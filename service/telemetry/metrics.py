@@ -20,7 +20,7 @@ MAXIMA = {
 Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, help, type; samples: name, labels, value
 
 
-class Batch(Protocol):
+class CountedBatch(Protocol):
     """A batch to count.
 
     labels: model and version.
@@ -95,9 +95,9 @@ class Metrics:
             self.requests.labels(route, str(status)).inc(len(times))
             self.duration.labels(route).observe(*times)
 
-    def count_batches(self, batches: Iterable[Batch]) -> None:
+    def count_batches(self, batches: Iterable[CountedBatch]) -> None:
         """Count batches."""
-        grouped: defaultdict[tuple[tuple[str, str], str], list[Batch]] = defaultdict(list)
+        grouped: defaultdict[tuple[tuple[str, str], str], list[CountedBatch]] = defaultdict(list)
         for batch in batches:
             grouped[batch.labels, batch.closed].append(batch)
         for (labels, closed), together in grouped.items():

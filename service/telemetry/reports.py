@@ -39,7 +39,7 @@ class WorkerReports:
         self._name = name
         self._number = number
         self._others = [other for other in range(count) if other != number]
-        self._seen: set[int] = set()  # workers that have answered before
+        self._seen: set[int] = set()  # numbers of workers with an earlier report
         self._asking: asyncio.Future[list[Report]] | None = None
         self._server: asyncio.Server
 

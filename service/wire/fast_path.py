@@ -131,7 +131,7 @@ class FastRequest(Job):
         elif not self.rows_left:
             endpoint = self._path.endpoint
             try:
-                body, seconds = encode(self.work, self.media_type, self.done)
+                body, seconds = encode(self.work, self.media_type, self.results)
                 head = endpoint.header_block(self, self.media_type, len(body), seconds)
             except Exception as error:  # every error is answered with a problem document
                 self.refuse(error)

@@ -13,7 +13,7 @@ complete in time or too large for the fast path.
 import asyncio
 import time
 from math import inf
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -25,25 +25,11 @@ from reparam.service.http.middleware import problem_response
 from reparam.service.lifespan import Lifespan
 from reparam.service.wire.fast_path import FastHead, FastPath, FastRequest
 from reparam.service.wire.response import CLOSE, ResponseWriter, whole_head
+from reparam.service.wire.seen_head import SeenHead, seen_head
 from reparam.service.wire.transport import Cork, Flow
 
 # Limit on consecutive bytes of heads, chunk sizes and trailers. A single read brings up to half of the limit.
 MAX_FRAMING = 2**19
-HEAD_END = b"\r\n\r\n"
-
-
-class SeenHead(NamedTuple):
-    """The head of a connection's last fast request, kept because clients repeat heads byte for byte.
-
-    data: bytes of the head.
-    size: number of bytes of the whole request.
-    path, head: the fast path and the checked head.
-    """
-
-    data: bytes
-    size: int
-    path: FastPath
-    head: FastHead
 
 
 class Protocol(HttpToolsProtocol):
@@ -57,7 +43,7 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._lifespan: Lifespan = self.app.reparam  # the application is ours
+        self._lifespan: Lifespan = self.app.reparam  # the server only runs app.Application
         self._fast_paths = {path.encode(): fast for path, fast in self.app.fast_paths.items()}
         self._answering: Any = None  # the cycle being answered; uvicorn's `cycle` is the last cycle read
         self._refusal: Exception | None = None  # error that ends the connection; no further request is read
@@ -108,8 +94,8 @@ class Protocol(HttpToolsProtocol):
         except Exception as error:  # every error is answered with a problem document
             self._refuse(error)
             return
-        if between_requests and self._just_seen is not None:
-            self._keep_head(data, *self._just_seen)
+        if between_requests and self._just_seen is not None and not self._in_message:
+            self._seen = seen_head(data, self._body, *self._just_seen) or self._seen
         self._framing_bytes += len(data)
         if self._framing_bytes > MAX_FRAMING:
             self._refuse(
@@ -131,23 +117,12 @@ class Protocol(HttpToolsProtocol):
             self._late_head = None
         return self._begin_fast(seen.path, seen.head, data[len(seen.data) :], True)
 
-    def _keep_head(self, data: bytes, path: FastPath, head: FastHead) -> None:
-        """Keep the head for the next request, if this data is one complete request with Content-Length."""
-        end = len(data) - len(self._body)
-        if (
-            head.head.content_length == len(self._body) > 0
-            and data.endswith(HEAD_END, 0, end)
-            and data.count(HEAD_END, 0, end) == 1
-            and not self._in_message
-        ):
-            self._seen = SeenHead(data[:end], len(data), path, head)
-
     def _feed(self, data: bytes) -> None:
         """Parse the data.
 
-        The server ignores a request's wish for an upgrade (RFC 9110, section 7.8). But the parser stops at such a head,
-        because another protocol could follow. So a new parser reads the head without the header Upgrade, and then the
-        rest.
+        The server ignores the header Upgrade (RFC 9110, section 7.8). But the parser stops after a head with Upgrade,
+        because another protocol could follow. So a new parser reads the same head without Upgrade, and then the
+        remaining data.
 
         Raises: MalformedRequest, and any error of a callback.
         """

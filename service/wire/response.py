@@ -85,5 +85,5 @@ class ResponseWriter:
             cycle.message_event.set()
             if not cycle.keep_alive:
                 cycle.transport.close()
-            del cycle.send  # a reference back to the cycle
+            del cycle.send  # breaks a reference cycle
             cycle.on_response()

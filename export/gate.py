@@ -33,9 +33,9 @@ def gate(network: Network, folder: Path, *, exact: bool) -> None:
     """Refuse files that compute anything else than the network.
 
     Both graphs run in onnxruntime and in torch, at batches of 1, 2, 3 and a large batch. The sampler runs at
-    temperature 0, 0.5, the default and a large temperature. Latents and images may differ by 1e-4, and pixels by 1. With a float16
-    decoder images may differ by 0.02, and pixels by 5. Parameters from the encoder may differ by 1e-4 plus 1e-4 of
-    their value. `verify` follows.
+    temperature 0, 0.5, the default and a large temperature. Latents and images may differ by 1e-4, and pixels by 1.
+    With a float16 decoder images may differ by 0.02, and pixels by 5. Parameters from the encoder may differ by 1e-4
+    plus 1e-4 of the expected value. `verify` follows.
 
     network: the original, in float32.
     folder: folder of model.onnx and encoder.onnx.

@@ -40,7 +40,8 @@ class Engine:
     runners: number of runner threads.
     max_queue_rows: limit on queued rows.
     max_reserved_bytes: limit on the bytes of bodies and responses.
-    metrics, recorder: count refused requests, and note batches.
+    metrics: counts refused requests, passed deadlines and runs without memory.
+    recorder: notes batches.
     admission: the limits, and the bytes reserved now.
     jobs: jobs that have joined and not left.
     loop, deadlines: set by `start`.
@@ -112,7 +113,7 @@ class Engine:
         self.admission.admit_body(job, self._queue.waiting, size)
 
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
-        """Queue the first rows of a job that has joined, or run a few rows of a lone job at once.
+        """Queue the first rows of a job that has joined. A few rows of the only job in the engine run at once instead.
 
         size: bytes to reserve: the largest part of the response in memory at a time, and the body unless
             `reserve_body` has reserved the body.

@@ -1,4 +1,4 @@
-"""Files that break the contract are refused at load, each by name, and the others are served."""
+"""Files that break the contract: each is refused by name when it is loaded, and the others are served."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import onnx
 import pytest
@@ -98,7 +97,9 @@ def test_pixels_of_the_wrong_type_are_refused(good: Path, tmp_path: Path) -> Non
         load(operate(good, tmp_path / "model.onnx", as_float))
 
 
-def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tmp_path: Path) -> None:
+def test_good_files_are_served_and_readyz_names_the_bad_ones(
+    serve: Callable[..., Running], good: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "repository"
     for version in ("1", "3"):
         (folder / "digits" / version).mkdir(parents=True)
@@ -120,7 +121,7 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     (folder / "inside" / "1").mkdir(parents=True)
     (folder / "inside" / "1" / "model.onnx").symlink_to(folder / "digits" / "1" / "model.onnx")
 
-    service: Running = serve(artifacts=folder, default_model="digits")
+    service = serve(artifacts=folder, default_model="digits")
     ready = service.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["models"] == {"digits": [1, 3], "inside": [1]}
@@ -142,7 +143,9 @@ def test_the_good_are_served_and_readyz_names_the_bad(serve: Any, good: Path, tm
     assert detail == "model 'digits' has no version 10: it is refused, /readyz says why; this server has: 1, 3"
 
 
-def test_a_file_that_breaks_its_reader_breaks_nothing_else(serve: Any, good: Path, tmp_path: Path) -> None:
+def test_a_file_that_breaks_its_reader_does_not_affect_others(
+    serve: Callable[..., Running], good: Path, tmp_path: Path
+) -> None:
     huge = set_metadata("reparam.prior", '{"mu": 1' + "0" * 400 + ', "log_var": 0}')
     operate(good, tmp_path / "a-huge" / "1" / "model.onnx", huge)
     deep = set_metadata("reparam.trained_on", "[" * 100_000)
@@ -153,20 +156,20 @@ def test_a_file_that_breaks_its_reader_breaks_nothing_else(serve: Any, good: Pat
     os.mkfifo(tmp_path / "d-pipe" / "1" / "model.onnx")
     (tmp_path / "z-good" / "1").mkdir(parents=True)
     shutil.copy(good, tmp_path / "z-good" / "1")
-    service: Running = serve(artifacts=tmp_path, default_model=None)
+    service = serve(artifacts=tmp_path, default_model=None)
     ready = service.get("/readyz").json()
     assert ready["models"] == {"z-good": [1]}
     assert set(ready["refused"]) == {"a-huge/1", "b-deep/1", "c-loop/1", "d-pipe/1"}
     assert service.get("/livez").status_code == service.post().status_code == 200
 
 
-def test_a_repository_that_is_not_there_is_named(serve: Any, tmp_path: Path) -> None:
-    service: Running = serve(artifacts=tmp_path / "none")
+def test_a_missing_repository_is_named(serve: Callable[..., Running], tmp_path: Path) -> None:
+    service = serve(artifacts=tmp_path / "none")
     assert str(tmp_path / "none") in service.get("/readyz").json()["refused"]["*"]
 
 
-def test_without_the_default_model_the_service_is_not_ready(serve: Any) -> None:
-    service: Running = serve(default_model="gone")
+def test_without_the_default_model_the_service_is_not_ready(serve: Callable[..., Running]) -> None:
+    service = serve(default_model="gone")
     ready = service.get("/readyz")
     assert (ready.status_code, ready.json()["status"]) == (503, "no default model")
     assert ready.json()["refused"]["REPARAM_DEFAULT_MODEL"].startswith("gone is not served; there are: tiny-gaussian")
@@ -175,8 +178,8 @@ def test_without_the_default_model_the_service_is_not_ready(serve: Any) -> None:
     assert service.get("/models").json()["default"] == "gone"
 
 
-def test_a_folder_that_cannot_be_read_hurts_no_other(good: Path) -> None:
-    device, repository = Device("cpu", (("CPUExecutionProvider",),), "as the test asks"), Repository()
+def test_a_folder_that_cannot_be_read_does_not_affect_others(good: Path) -> None:
+    device, repository = Device("cpu", (("CPUExecutionProvider",),), "chosen by the test"), Repository()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("closed", "lost+found", "open"):
@@ -187,13 +190,13 @@ def test_a_folder_that_cannot_be_read_hurts_no_other(good: Path) -> None:
         (folder / "long").symlink_to("x" * 300)
         (folder / "open" / "private").mkdir(mode=0o700)
         folder.chmod(0o755)
-        with as_nobody():
+        with as_ordinary_user():
             repository.load(folder, device, 64, 0.001)
         assert (list(repository.models), list(repository.refused)) == (["open"], ["closed"])
         assert "cannot be read: Permission denied" in repository.refused["closed"]
 
         folder.chmod(0)
-        with as_nobody():
+        with as_ordinary_user():
             repository.load(folder, device, 64, 0.001)
         assert "cannot be read (Permission denied): set REPARAM_ARTIFACTS" in repository.refused["*"]
         folder.chmod(0o755)
@@ -202,8 +205,8 @@ def test_a_folder_that_cannot_be_read_hurts_no_other(good: Path) -> None:
 
 
 @contextmanager
-def as_nobody() -> Iterator[None]:
-    """For root may read everything."""
+def as_ordinary_user() -> Iterator[None]:
+    """Give up the rights of root, who may read everything."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(65534)
@@ -213,8 +216,10 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(before)
 
 
-def test_models_are_loaded_by_the_thread_that_will_run_them(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """On a GPU; CUDA graphs belong to it."""
+def test_models_are_loaded_by_the_thread_of_the_first_runner(
+    serve: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA graphs belong to the thread that has captured them, and a GPU has one runner."""
     with caplog.at_level("INFO"):
         serve()
     loaded = [record for record in caplog.records if record.message == "model loaded"]
@@ -222,18 +227,18 @@ def test_models_are_loaded_by_the_thread_that_will_run_them(serve: Any, caplog: 
     assert {record.threadName for record in loaded} == {"runner 0"}
 
 
-def test_a_model_runs_with_the_first_providers_that_take_it(good: Path) -> None:
-    none_at_all, cpu = (42,), ("CPUExecutionProvider",)
-    model = open_model("some", 1, good, Device("cpu", (none_at_all, cpu), reason=""), max_rows=4, seconds=1)
+def test_a_model_runs_with_the_first_providers_that_can_run_it(good: Path) -> None:
+    unusable, cpu = (42,), ("CPUExecutionProvider",)
+    model = open_model("some", 1, good, Device("cpu", (unusable, cpu), reason=""), max_rows=4, seconds=1)
     assert model.artifact.provider == "CPUExecutionProvider"
     with pytest.raises(ArtifactError, match=r"model\.onnx: .*must be either strings"):
-        open_model("some", 1, good, Device("cpu", (none_at_all,), reason=""), max_rows=4, seconds=1)
+        open_model("some", 1, good, Device("cpu", (unusable,), reason=""), max_rows=4, seconds=1)
 
 
-def test_a_gpu_that_computes_nothing_after_a_model_was_tried_ends_the_loading(good: Path) -> None:
-    """On a machine without a GPU that is so in any case."""
-    none_at_all, cpu = (42,), ("CPUExecutionProvider",)
-    device = Device("cuda", (none_at_all, cpu), reason="")
+def test_a_gpu_that_fails_after_a_model_was_tried_ends_the_loading(good: Path) -> None:
+    """A machine without a GPU behaves like one whose GPU has failed."""
+    unusable, cpu = (42,), ("CPUExecutionProvider",)
+    device = Device("cuda", (unusable, cpu), reason="")
     if cuda_fault():
         with pytest.raises(
             DeviceError, match=r"model 'tiny-gaussian' version 1, and since then .* REPARAM_CUDA_GRAPHS=false"

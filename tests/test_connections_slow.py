@@ -88,7 +88,7 @@ def test_a_body_that_comes_after_its_refusal_does_not_keep_the_connection(serve:
 def test_a_head_that_does_not_come_in_time_ends_the_connection(serve: Callable[..., Running]) -> None:
     service, half = serve(request_timeout=2), LIVEZ[:20]
     with connect(service) as silent, connect(service) as slow, connect(service) as second, connect(service) as typing:
-        for connection in (second, typing):
+        for connection in (second, typing, typing):  # twice: the second head is equal to the first
             connection.sendall(SHORT)
             assert read_response(connection)[0] == 200
         for connection, begun in ((slow, half), (second, half), (typing, b"G")):

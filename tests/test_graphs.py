@@ -1,6 +1,6 @@
-"""The code that runs models on a GPU, on whatever device there is: the demo models in graph, against plain runs.
+"""Bound graphs of the demo models, compared with plain runs, on a GPU if there is one and on the CPU otherwise.
 
-On a machine with a GPU and little else: REPARAM_DEVICE=cuda python -m pytest --noconftest tests/test_graph.py
+On a machine with a GPU and few packages: REPARAM_DEVICE=cuda python -m pytest --noconftest tests/test_graphs.py
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch  # noqa: F401  # brings the libraries of CUDA, wherever they lie
+import torch  # noqa: F401  # loads the libraries of CUDA from where pip has put them
 
 from reparam.service.artifact import noise
 from reparam.service.artifact.file import CPU, load
@@ -20,7 +20,7 @@ from reparam.service.settings import Settings
 
 MOST = 50
 DEMOS = sorted(Path("artifacts").glob("*/*/model.onnx"))
-DEVICE = choose(Settings())  # REPARAM_DEVICE=cuda: no GPU, no test
+DEVICE = choose(Settings())  # with REPARAM_DEVICE=cuda the tests fail without a GPU
 APART = [True] if DEVICE.name == "cuda" else [False, True]
 
 
@@ -41,8 +41,8 @@ def agree(name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Non
 
 @pytest.mark.parametrize("apart", APART, ids=lambda apart: "apart" if apart else "in place")
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parts[1])
-def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: Path, apart: bool) -> None:
-    """On the CPU bit for bit; a GPU may round otherwise, but rows do not depend on the bucket's other rows."""
+def test_rows_equal_those_of_a_plain_run_for_sizes_around_powers_of_two(path: Path, apart: bool) -> None:
+    """On the CPU bit for bit. A GPU may round otherwise, but rows do not depend on other rows of the run."""
     graph = bound(path, apart)
     plain = load(path)
     contract = plain.contract
@@ -69,7 +69,7 @@ def test_rows_are_those_of_a_plain_run_at_and_beside_the_edge_of_a_bucket(path: 
 
 
 @pytest.mark.parametrize("apart", APART)
-def test_what_is_checked_is_finite_for_the_rows_that_are(apart: bool) -> None:
+def test_checked_outputs_are_finite_in_exactly_the_finite_rows(apart: bool) -> None:
     graph = bound(DEMOS[0], apart)
     graph.arrays["mu"][1] = 3e38  # the network overflows
     graph.arrays["mu"][2] = np.nan
@@ -79,13 +79,13 @@ def test_what_is_checked_is_finite_for_the_rows_that_are(apart: bool) -> None:
     assert images == [True, False, False, True]
 
 
-def test_a_bucket_is_a_power_of_two_or_all_there_is() -> None:
+def test_the_size_of_a_run_apart_is_a_power_of_two_or_the_maximum() -> None:
     apart = bound(DEMOS[0], apart=True)
     assert [apart.size(n) for n in (1, 2, 3, 31, 32, 33, MOST)] == [1, 2, 4, 32, 32, MOST, MOST]
     assert [bind_sampler(load(DEMOS[0]), MOST).size(n) for n in (1, 3, MOST)] == [1, 3, MOST]
 
 
-def test_a_graph_is_captured_unless_that_is_not_wanted_or_not_possible() -> None:
+def test_cuda_graphs_are_tried_first_unless_a_setting_turns_them_off() -> None:
     exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     plain, captured = ((CUDA, exact), CPU), ((CUDA, exact | {"enable_cuda_graph": "1"}), CPU)
     assert cuda_attempts(Settings(cuda_graphs=True, tf32=False)) == (captured, plain)
@@ -93,13 +93,13 @@ def test_a_graph_is_captured_unless_that_is_not_wanted_or_not_possible() -> None
     assert cuda_attempts(Settings(cuda_graphs=False, tf32=True)) == (((CUDA, exact | {"use_tf32": "1"}), CPU),)
 
 
-def test_float16_has_the_tensor_cores_whatever_float32_may_use() -> None:
+def test_float16_uses_tensor_cores_with_and_without_tf32() -> None:
     assert with_tensor_cores(((CUDA, {"use_tf32": "0", "a": "b"}), CPU)) == ((CUDA, {"use_tf32": "1", "a": "b"}), CPU)
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.parts[1])
-def test_the_same_batch_has_the_same_rows_bit_for_bit(path: Path) -> None:
-    """Also where the libraries have algorithms that add up in any order."""
+def test_equal_batches_have_equal_rows_bit_for_bit(path: Path) -> None:
+    """Some algorithms of the libraries add numbers up in any order."""
     graph = bound(path, apart=True)
     contract = load(path).contract
     for n in (1, 8, 32):
@@ -116,7 +116,7 @@ def test_a_gpu_runs_the_demo_models_where_there_is_one() -> None:
     assert {bound(path, apart=True).session.get_providers()[0] for path in DEMOS} == {expected}
 
 
-def test_bound_large_rows_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_with_large_rows_have_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = load(DEMOS[0])
     row = sum(4 * int(np.prod(shape)) for shape in artifact.contract.inputs().values())
     row += sum(4 * int(np.prod(shape)) for _, shape in artifact.contract.outputs().values())

@@ -1,4 +1,4 @@
-"""The application under servers of others: the same rows and the same problems as under our own."""
+"""The application under other servers: the same rows and the same problems as under `reparam serve`."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ from reparam.service.app import create_app
 from reparam.service.settings import Settings
 from tests.conftest import Running, wait_until
 from tests.graphs import FAILS, NAN
+from tests.load import TLS
 
 REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "one row": ({"seed": 1}, "application/x-npy"),
@@ -33,8 +34,8 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
 OF_A_RESPONSE = ("content-type", "model-name", "model-version", "sample-seed", "sample-start", "noise-version")
 
 
-def seen(client: Any, url: str) -> dict[str, tuple[int, dict[str, str], bytes]]:
-    """Status, headers and body of each request."""
+def responses(client: Any, url: str) -> dict[str, tuple[int, dict[str, str], bytes]]:
+    """Send each request. Returns status, headers and body by name."""
     found = {}
     for name, (body, accept) in REQUESTS.items():
         headers = {"Accept": accept, "X-Request-ID": "mine"}
@@ -50,8 +51,8 @@ def seen(client: Any, url: str) -> dict[str, tuple[int, dict[str, str], bytes]]:
 
 @pytest.fixture(scope="module")
 def expected(service: Running) -> dict[str, tuple[int, dict[str, str], bytes]]:
-    with httpx.Client(timeout=60) as client:
-        return seen(client, service.url)
+    with httpx.Client(timeout=120, verify=TLS) as client:
+        return responses(client, service.url)
 
 
 @pytest.fixture
@@ -71,9 +72,9 @@ def uvicorn(repository: Path) -> Iterator[str]:
         ready: set[str] = set()
 
         def are_ready() -> bool:
-            """Ask until both workers were ready once. The first digits of a request id are those of a process."""
+            """Tell whether both workers have reported to be ready. A request id begins with digits of its process."""
             with contextlib.suppress(httpx.TransportError):
-                response = httpx.get(f"{url}/readyz", timeout=60)
+                response = httpx.get(f"{url}/readyz", timeout=60, verify=TLS)
                 if response.status_code == 200:
                     ready.add(response.headers["x-request-id"][:20])
             return len(ready) == 2
@@ -82,17 +83,17 @@ def uvicorn(repository: Path) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
-def test_stock_uvicorn_answers_the_same(uvicorn: str, expected: dict[str, Any]) -> None:
-    for _ in range(4):  # a fresh connection each time, for either worker may take it
-        with httpx.Client(timeout=60) as client:
-            assert seen(client, uvicorn) == expected
+def test_stock_uvicorn_gives_the_same_responses(uvicorn: str, expected: dict[str, Any]) -> None:
+    for _ in range(4):  # with a fresh connection each time, because either worker may take it
+        with httpx.Client(timeout=120, verify=TLS) as client:
+            assert responses(client, uvicorn) == expected
 
 
-def test_starlettes_test_client_answers_the_same(repository: Path, expected: dict[str, Any]) -> None:
+def test_starlettes_test_client_gives_the_same_responses(repository: Path, expected: dict[str, Any]) -> None:
     app = create_app(Settings(artifacts=repository, default_model="tiny-gaussian", device="cpu"))
     with TestClient(app) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        assert seen(client, "") == expected
+        assert responses(client, "") == expected

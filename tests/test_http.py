@@ -1,4 +1,4 @@
-"""The answers of every route, and their headers."""
+"""The responses of every route, and their headers."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -16,7 +17,7 @@ from reparam import __version__
 from reparam.service.errors import PROBLEMS
 from reparam.service.telemetry.metrics import Histogram
 from tests.conftest import Running
-from tests.graphs import SLOW
+from tests.load import TLS, gate
 
 
 def picture(content: bytes) -> Image.Image:
@@ -24,18 +25,18 @@ def picture(content: bytes) -> Image.Image:
 
 
 def test_an_empty_post_samples_one_image_of_the_default_model(service: Running) -> None:
-    answer = service.post(None).json()
-    assert (answer["model"], answer["version"], answer["n"], answer["start"]) == ("tiny-gaussian", 1, 1, 0)
-    assert (answer["temperature"], answer["hard"], answer["noise_version"]) == (1.0, False, 1)
-    assert picture(base64.b64decode(answer["images"][0])).size == (8, 8)
+    found = service.post(None).json()
+    assert (found["model"], found["version"], found["n"], found["start"]) == ("tiny-gaussian", 1, 1, 0)
+    assert (found["temperature"], found["hard"], found["noise_version"]) == (1.0, False, 1)
+    assert picture(base64.b64decode(found["images"][0])).size == (8, 8)
 
 
-def test_json_holds_what_was_asked_for(service: Running) -> None:
+def test_json_holds_the_outputs_of_the_request(service: Running) -> None:
     body = {"model": "tiny-gumbel", "version": 1, "n": 2, "temperature": 0.5, "outputs": ["codes", "indices"]}
-    answer = service.post(body).json()
-    assert np.shape(answer["codes"]) == (2, 4, 5)
-    assert np.argmax(answer["codes"], -1).tolist() == answer["indices"]
-    assert "images" not in answer
+    found = service.post(body).json()
+    assert np.shape(found["codes"]) == (2, 4, 5)
+    assert np.argmax(found["codes"], -1).tolist() == found["indices"]
+    assert "images" not in found
 
 
 def test_a_seed_beyond_53_bits_survives_json(service: Running) -> None:
@@ -74,25 +75,32 @@ def test_npz_holds_every_output(service: Running) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "image/png", "application/x-npy", "application/x-npz"])
-def test_every_answer_says_how_to_get_it_again(service: Running, accept: str) -> None:
+def test_the_headers_of_a_response_say_how_to_get_it_again(service: Running, accept: str) -> None:
     response = service.post({"seed": 5, "start": 2}, headers={"Accept": accept, "X-Request-ID": "mine"})
     names = ("Model-Name", "Model-Version", "Sample-Seed", "Sample-Start", "Noise-Version", "X-Request-ID")
     assert [response.headers[name] for name in names] == ["tiny-gaussian", "1", "5", "2", "1", "mine"]
     assert response.headers["Content-Type"] == accept
 
 
-def test_an_answer_says_how_many_milliseconds_it_took(service: Running) -> None:
-    began = time.perf_counter()
-    response = service.post({"model": "trouble", "temperature": SLOW + 30})
-    milliseconds = 1e3 * (time.perf_counter() - began)
+def test_server_timing_says_how_many_milliseconds_each_stage_took(engine: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with gate() as held:
+            began = time.perf_counter()
+            future = pool.submit(engine.post, held.body, path="/hold")
+            held.await_request()
+            reached = time.perf_counter()
+            time.sleep(0.1)
+            least = 1e3 * (time.perf_counter() - reached)
+        response = future.result()
+        most = 1e3 * (time.perf_counter() - began)
     stages = dict(stage.split(";dur=") for stage in response.headers["Server-Timing"].split(", "))
     assert list(stages) == ["queue", "infer", "encode"]
-    assert milliseconds / 2 < float(stages["infer"]) <= sum(map(float, stages.values())) <= milliseconds
+    assert least <= float(stages["infer"]) <= sum(map(float, stages.values())) <= most
 
 
-def test_a_fresh_seed_can_be_read_by_every_reader_of_json(service: Running) -> None:
-    seeds = {service.post().json()["seed"] for _ in range(30)}
-    assert len(seeds) == 30
+def test_fresh_seeds_differ_and_fit_every_reader_of_json(service: Running) -> None:
+    seeds = {service.post().json()["seed"] for _ in range(20)}
+    assert len(seeds) == 20
     assert max(seeds) < 2**53
 
 
@@ -109,19 +117,19 @@ def test_a_fresh_seed_can_be_read_by_every_reader_of_json(service: Running) -> N
         ("Application/X-NPY", "application/x-npy"),
     ],
 )
-def test_accept_with_weights_and_wildcards(service: Running, accept: str, chosen: str) -> None:
+def test_the_media_type_follows_weights_and_wildcards(service: Running, accept: str, chosen: str) -> None:
     assert service.post({}, headers={"Accept": accept}).headers["Content-Type"] == chosen
 
 
-@pytest.mark.parametrize("given", ["", "with space", "x" * 129, "é".encode()])
-def test_a_request_id_that_fits_no_log_line_is_replaced(service: Running, given: str | bytes) -> None:
-    fresh = [service.get("/livez", headers={"X-Request-ID": given}).headers["X-Request-ID"] for _ in range(2)]
-    fresh += [service.post({}, headers={"X-Request-ID": given}).headers["X-Request-ID"] for _ in range(2)]
+@pytest.mark.parametrize("unfit", ["", "with space", "x" * 129, "é".encode()])
+def test_a_request_id_that_fits_no_log_line_is_replaced(service: Running, unfit: str | bytes) -> None:
+    fresh = [service.get("/livez", headers={"X-Request-ID": unfit}).headers["X-Request-ID"] for _ in range(2)]
+    fresh += [service.post({}, headers={"X-Request-ID": unfit}).headers["X-Request-ID"] for _ in range(2)]
     assert {len(request_id) for request_id in fresh} == {32}
     assert len(set(fresh)) == 4
 
 
-def test_accept_chooses_among_what_can_carry_the_outputs(service: Running) -> None:
+def test_the_media_type_can_carry_the_outputs(service: Running) -> None:
     both = {"outputs": ["images", "latents"]}
     response = service.post(both, headers={"Accept": "application/x-npy, image/png, application/x-npz;q=0.1"})
     assert response.headers["Content-Type"] == "application/x-npz"
@@ -130,8 +138,8 @@ def test_accept_chooses_among_what_can_carry_the_outputs(service: Running) -> No
 @pytest.mark.parametrize(
     "path", ["/livez", "/readyz", "/metrics", "/models", "/models/tiny-gumbel", "/problems/internal"]
 )
-def test_the_head_alone_can_be_asked_for(service: Running, path: str) -> None:
-    head, whole = httpx.head(service.url + path), service.get(path)
+def test_every_get_route_answers_head_requests(service: Running, path: str) -> None:
+    head, whole = httpx.head(service.url + path, timeout=60, verify=TLS), service.get(path)
     assert head.status_code == whole.status_code == 200
     assert head.content == b""
     assert head.headers["Content-Type"] == whole.headers["Content-Type"]
@@ -154,7 +162,7 @@ def test_models_describe_themselves(service: Running) -> None:
     assert gumbel["provider"].endswith("ExecutionProvider")
 
 
-def test_health(service: Running) -> None:
+def test_livez_and_readyz_of_a_healthy_service(service: Running) -> None:
     assert service.get("/livez").json() == {"status": "alive"}
     ready = service.get("/readyz")
     assert ready.status_code == 200
@@ -176,11 +184,11 @@ def test_metrics_count_rows_and_requests(service: Running) -> None:
     text = service.get("/metrics").text
     assert 'reparam_requests_total{path="/sample",status="200"}' in text
     assert 'reparam_requests_total{path="other",status="404"}' in text
-    assert "nowhere" not in text  # or anybody could fill the memory with names
+    assert "nowhere" not in text  # or clients could fill the memory with names
     assert 'reparam_infer_duration_seconds_bucket{le="0.0005",model="tiny-gumbel",version="1"}' in text
 
 
-def test_an_observation_at_an_edge_belongs_below_it() -> None:
+def test_an_observation_at_the_edge_of_a_bucket_counts_in_it() -> None:
     histogram = Histogram("rows", "Rows.", (), (1, 8, 64))
     histogram.labels().observe(1, 8, 9, 65)
     (family,) = histogram.collect()
@@ -188,7 +196,7 @@ def test_an_observation_at_an_edge_belongs_below_it() -> None:
     assert counts == {"1.0": 1, "8.0": 2, "64.0": 3, "+Inf": 4}
 
 
-def test_the_api_is_documented(service: Running) -> None:
+def test_openapi_describes_requests_and_responses(service: Running) -> None:
     assert "swagger" in service.get("/docs").text
     api = service.get("/openapi.json").json()
     sample = api["paths"]["/sample"]["post"]
@@ -204,8 +212,8 @@ def test_the_api_is_documented(service: Running) -> None:
     assert set(sample["responses"]) >= {"200", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(api)))
     assert named == schemas.keys() >= {"SampleResponse", "ProblemDocument", "ModelList", "Liveness", "Readiness"}
-    answer = service.post({})
-    assert answer.headers.keys() >= {name.lower() for name in sample["responses"]["200"]["headers"]}
+    response = service.post({})
+    assert response.headers.keys() >= {name.lower() for name in sample["responses"]["200"]["headers"]}
     assert [parameter["name"] for parameter in sample["parameters"]] == ["Request-Timeout", "X-Request-ID"]
     assert "Retry-After" in sample["responses"]["429"]["headers"]
     assert api["info"]["version"] == __version__
@@ -214,15 +222,15 @@ def test_the_api_is_documented(service: Running) -> None:
     assert "securitySchemes" not in api["components"]
 
 
-def test_the_documented_api_asks_for_the_key_where_the_service_does(serve: Callable[..., Running]) -> None:
+def test_openapi_requires_the_key_where_the_service_does(serve: Callable[..., Running]) -> None:
     api = serve(api_key="sesame").get("/openapi.json").json()
-    asking = [path for path, methods in api["paths"].items() if any("security" in said for said in methods.values())]
-    assert sorted(asking) == ["/models", "/models/{name}", "/models/{name}/versions/{version}", "/sample"]
+    secured = [path for path, methods in api["paths"].items() if any("security" in each for each in methods.values())]
+    assert sorted(secured) == ["/models", "/models/{name}", "/models/{name}/versions/{version}", "/sample"]
     assert api["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
 @pytest.mark.parametrize("slug", PROBLEMS)
-def test_every_problem_type_is_explained_where_it_points(service: Running, slug: str) -> None:
+def test_every_problem_type_is_explained_at_its_path(service: Running, slug: str) -> None:
     text = service.get(f"/problems/{slug}").text
     assert text.startswith(f"{PROBLEMS[slug].status} {slug}")
     assert PROBLEMS[slug].meaning in text

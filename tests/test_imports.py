@@ -1,7 +1,8 @@
-"""The layout of docs/architecture.md: who may import whom."""
+"""The layout of docs/architecture.md: which package and which room may import which."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import reparam
 
 PEERS = "benchmarks/peers"
 PACKAGES = ("models", "export", "service", "reparam", "benchmarks", PEERS)
-# Packages from elsewhere, and the parts of this one, that each may import.
+# Packages of others, and parts of this distribution, that each package may import.
 MAY_IMPORT = {
     "models": {"torch", "reparam.models"},
     "export": {
@@ -35,7 +36,7 @@ MAY_IMPORT = {
         "reparam.export", "reparam.models", "reparam.service",
     },
 }  # fmt: skip
-# The rooms of the service. Each imports only rooms of a lower rank, and itself.
+# The rooms of the service. Each room imports only itself and rooms further down.
 RANKS = [
     {"__main__"},
     {"process"},
@@ -52,7 +53,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 
 
 def modules(package: str) -> dict[str, Path]:
-    """The modules of a folder by import name. Those in folders of PEERS belong to environments of their own."""
+    """List the modules of a folder by import name. Folders in PEERS belong to environments of their own."""
     found = Path(package).glob("*.py") if package == PEERS else Path(package).rglob("*.py")
     prefix = "" if package in ("reparam", "benchmarks", PEERS) else "reparam."
     return {
@@ -64,7 +65,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module a file imports, anywhere in it; for `from a import b` both a and a.b."""
+    """List the modules that a file imports anywhere; for `from a import b` both a and a.b."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,11 +76,12 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def is_below(name: str, packages: set[str]) -> bool:
+    """Tell whether the name is one of the packages or a module in one of them."""
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_what_it_may(package: str) -> None:
+def test_a_package_imports_only_packages_of_its_list(package: str) -> None:
     allowed = MAY_IMPORT[package] | set(sys.stdlib_module_names) | {f"reparam.{name}" for name in reparam.__all__}
     if package == "reparam":
         allowed |= modules("reparam").keys() - {"reparam"}
@@ -96,22 +98,34 @@ def test_no_module_is_imported_by_its_folder(package: str) -> None:
         assert not short, f"{path} imports {short}: write reparam.service, reparam.export, reparam.models"
 
 
+def room_of(module: str) -> str | None:
+    """Name the room of a module of the service: its first folder, or its file; None for the package itself."""
+    parts = module.split(".")
+    return parts[2] if len(parts) > 2 else None
+
+
 def test_each_room_of_the_service_imports_only_rooms_below_it() -> None:
     known = modules("service")
-    assert {name.split(".")[2] for name in known if name.count(".") >= 2} == RANK.keys()
+    assert {room for name in known if (room := room_of(name))} == RANK.keys()
     for name, path in known.items():
-        if name == "reparam.service":
-            continue
-        room = name.split(".")[2]
-        for used in imports(path):
-            if used in known and used.count(".") >= 2 and (other := used.split(".")[2]) != room:
-                assert RANK[other] > RANK[room], f"{path}: {room} may not import {other}"
+        room = room_of(name)
+        for other in {room_of(used) for used in imports(path) if used in known} - {None, room}:
+            assert room is None or RANK[str(other)] > RANK[room], f"{path}: {room} may not import {other}"
+
+
+def test_the_architecture_page_lists_the_rooms_from_the_top_to_the_bottom() -> None:
+    page = Path("docs/architecture.md").read_text()
+    (table,) = re.findall(r"^\| place \| sentence \|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    places = [re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1]) for row in table.splitlines()[1:]]
+    rooms = [room for row in places for room in row]
+    assert sorted(rooms) == sorted(RANK)
+    assert [RANK[room] for room in rooms] == sorted(RANK.values())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_there_are_no_import_cycles(package: str) -> None:
     known = modules(package)
-    # A package's __init__ names its parts; that they import the package's name for other parts is no cycle.
+    # An __init__ imports its parts. Parts that import other parts by the package's name make no cycle.
     packages = {name for name, path in known.items() if path.name == "__init__.py"}
     graph = {
         name: {used for used in imports(path) if used in known and used != name and used not in packages}
@@ -131,9 +145,8 @@ def test_the_sdk_imports_neither_torch_nor_onnxruntime() -> None:
 
 
 @pytest.mark.parametrize("module", ["reparam.service.artifact.file", "reparam.export.verify"])
-def test_onnxruntime_reports_nothing_to_its_makers(module: str, tmp_path: Path) -> None:
-    """As it does from 1.29 on, unless it takes itself to be tested. An identifier and what is still to be sent lie then
-    in the home folder."""
+def test_the_telemetry_of_onnxruntime_is_off(module: str, tmp_path: Path) -> None:
+    """From 1.29 on onnxruntime sends reports unless CI is set. It keeps an identifier in the home folder."""
     program = f"import {module}, time; time.sleep(0.2)"
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment | {"HOME": str(tmp_path)})

@@ -17,7 +17,7 @@ TAILS = (1e-6, 1e-9, 1e-12, 1e-15)
 
 
 def test_golden_values() -> None:
-    """If this fails, every seed in the world means other rows: it takes a new noise version, not a new test."""
+    """If this test fails, every seed has other rows: add a noise version, do not change the test."""
     words = noise.words(2**64 - 1, 2**40, 1, (5,))
     assert [hex(word) for word in words[0].tolist()] == [
         "0x543426df1f97af07",
@@ -58,7 +58,7 @@ def test_the_last_row_of_the_last_seed_exists() -> None:
 
 
 def test_counters_go_beyond_64_bits() -> None:
-    """A row of two blocks owns two counters, so from row 2**63 on they do."""
+    """A row of two blocks owns two counters, so from row 2**63 on counters have more than 64 bits."""
     for row in (2**63, 2**64 - 1):
         philox = np.random.Philox(key=1, counter=2 * row)
         assert noise.words(1, row, 1, (7,)).tolist() == [philox.random_raw(8)[:7].tolist()]
@@ -83,8 +83,8 @@ def test_ten_million_draws_follow_their_law(draw: Draw, law: stats.rv_continuous
 
 
 @pytest.mark.parametrize("p", TAILS)
-def test_a_rare_category_is_drawn_exactly_as_often_as_it_should(p: float) -> None:
-    """Counted over all 2**64 words of the rare category by bisection, for a grid of words of the frequent one."""
+def test_a_rare_category_is_drawn_exactly_with_its_probability(p: float) -> None:
+    """Counts all 2**64 words of the rare category by bisection, for a grid of words of the frequent category."""
     others = ((np.arange(100_000) + 0.5) / 100_000 * 2.0**64).astype(np.uint64)
     frequency = _frequency(p, noise.gumbel(others), noise.gumbel, low_word_wins=True, words=2**64)
     assert frequency == pytest.approx(p, rel=1e-3)
@@ -92,7 +92,7 @@ def test_a_rare_category_is_drawn_exactly_as_often_as_it_should(p: float) -> Non
 
 @pytest.mark.parametrize("p", TAILS)
 def test_the_usual_float32_formula_is_wrong_in_the_tail(p: float) -> None:
-    """The test above, on -log(-log(u + 1e-7) + 1e-7) with the 24 random bits of a float32: it sees the fault."""
+    """Runs the test above on -log(-log(u + 1e-7) + 1e-7) with the 24 random bits of a float32, and finds the fault."""
 
     def usual(words: npt.NDArray[np.uint64]) -> Float32:
         u = words.astype(np.float32) * np.float32(2**-24)
@@ -107,8 +107,12 @@ def test_the_usual_float32_formula_is_wrong_in_the_tail(p: float) -> None:
 
 
 def _frequency(p: float, others: Float32, draw: Draw, *, low_word_wins: bool, words: int) -> float:
-    """How often a category of probability p beats the other, whose draws are `others`: the share of all words that win,
-    found by bisection because a draw is monotone in its word."""
+    """Compute how often a category of probability p wins against the other category.
+
+    others: draws of the other category.
+
+    Returns: the share of all words that win, found by bisection because a draw is monotone in its word.
+    """
     logit, other_logit = np.float32(np.log(p)), np.float32(np.log1p(-p))
     low, high = np.zeros(len(others), np.uint64), np.full(len(others), words - 1, np.uint64)
     for _ in range(words.bit_length()):
@@ -117,7 +121,7 @@ def _frequency(p: float, others: Float32, draw: Draw, *, low_word_wins: bool, wo
         onward = wins == low_word_wins
         low, high = np.where(onward & (middle < high), middle + np.uint64(1), low), np.where(onward, high, middle)
     winning = low.astype(np.float64) if low_word_wins else words - low.astype(np.float64)
-    # The last word itself was never counted: it is lost in 2**64, but not in 2**24 where it is the only one to win.
+    # Bisection never counts the last word: negligible in 2**64 words, but in 2**24 only this word may win.
     if not low_word_wins:
         winning = np.where(logit + draw(np.full_like(low, words - 1)) > other_logit + others, winning, 0)
     return float(winning.mean() / words)

@@ -1,4 +1,4 @@
-"""A further operation costs one module and one line: a toy operation, which the product does not have."""
+"""A toy operation, which shows that a further operation takes one module and one line."""
 
 import io
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from reparam.service.runtime.graphs import Graph
 from reparam.service.runtime.repository import Repository
 from reparam.service.runtime.sampler import SamplerInputs
 from tests.conftest import Running, metric, wait_until
-from tests.graphs import SLOW
+from tests.load import HOLD, TLS, occupied
 
 # The module of the toy operation: images of given means, without noise.
 
@@ -85,11 +85,11 @@ MEANS = Operation(
 
 @pytest.fixture(scope="module")
 def service(serve: Callable[..., Running]) -> Running:
-    return serve(operations=(*OPERATIONS, MEANS), runners=1)
+    return serve(operations=(*OPERATIONS, MEANS, HOLD), runners=1)
 
 
 def post(service: Running, mu: Any, path: str = "/means", accept: str = "application/x-npy") -> httpx.Response:
-    return httpx.post(service.url + path, json={"mu": mu}, headers={"Accept": accept}, timeout=60)
+    return httpx.post(service.url + path, json={"mu": mu}, headers={"Accept": accept}, timeout=60, verify=TLS)
 
 
 def array(response: httpx.Response) -> npt.NDArray[Any]:
@@ -122,24 +122,22 @@ def test_a_further_operation_has_every_media_type_and_streams(service: Running) 
 
 def test_rows_of_two_operations_on_one_graph_share_a_batch(service: Running) -> None:
     alone = post(service, MU).content
-    with ThreadPoolExecutor(3) as pool:
-        slow = pool.submit(service.post, {"model": "trouble", "temperature": SLOW + 100})
-        wait_until(lambda: service.lifespan.engine.busy)
-        batches = metric(service.url, "batch_rows_count", model="tiny-gaussian", version="1")
-        together = [pool.submit(post, service, MU), pool.submit(service.post, {"n": 3})]
-        wait_until(lambda: service.lifespan.engine.queued_rows == 5)
-        assert slow.result().status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        with occupied(service):
+            batches = metric(service.url, "batch_rows_count", model="tiny-gaussian", version="1")
+            together = [pool.submit(post, service, MU), pool.submit(service.post, {"n": 3})]
+            wait_until(lambda: service.lifespan.engine.queued_rows == 5)
         assert [future.result().status_code for future in together] == [200, 200]
         assert together[0].result().content == alone
     assert metric(service.url, "batch_rows_count", model="tiny-gaussian", version="1") == batches + 1
 
 
 def test_a_further_operation_refuses_and_is_counted_as_every_operation(service: Running) -> None:
-    refused = httpx.post(f"{service.url}/means", json={"mu": [[1.0]], "n": 1})
+    refused = service.post({"mu": [[1.0]], "n": 1}, path="/means")
     assert (refused.status_code, refused.json()["type"]) == (422, "/problems/invalid-request")
     assert "the fields are mu" in refused.json()["detail"]
     assert post(service, [[3e38, 0, 0]]).json()["detail"] == "the means overflow float32: lower mu"
-    assert httpx.get(f"{service.url}/means").headers["allow"] == "POST"
+    assert service.get("/means").headers["allow"] == "POST"
     assert metric(service.url, "requests_total", path="/means", status="422") == 2
 
 

@@ -1,7 +1,8 @@
-"""What a sample is: the formulas, laws and identities that docs/api.md promises, asked through HTTP."""
+"""Samples through HTTP: the formulas, laws and identities that docs/api.md promises."""
 
 import io
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy import stats
 
 from reparam.service.artifact import noise
 from tests.conftest import Running, wait_until
-from tests.graphs import SLOW
+from tests.load import NPY, TLS, occupied, rows_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 FAR = 2**40
@@ -32,16 +33,13 @@ def draw(service: Running, **body: Any) -> Arrays:
 
 def draw_one(service: Running, output: str, **body: Any) -> npt.NDArray[Any]:
     """POST /sample as npy."""
-    response = service.post({**body, "outputs": [output]}, headers={"Accept": "application/x-npy"})
-    assert response.status_code == 200, response.text
-    rows: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
-    return rows
+    return rows_of(service.post({**body, "outputs": [output]}, headers=NPY))
 
 
 @pytest.mark.parametrize("start", [0, FAR])
 @pytest.mark.parametrize("model", LATENTS)
-def test_the_same_rows_however_they_are_asked_for(service: Running, model: str, start: int) -> None:
-    """64 rows in one request, in 64 requests, and in four sent at once among other traffic: bit for bit."""
+def test_rows_do_not_depend_on_their_requests(service: Running, model: str, start: int) -> None:
+    """64 rows in one request, in 64 requests, and in four at once among other traffic are equal bit for bit."""
     body = {"model": model, "seed": 7, "temperature": 0.7, "outputs": LATENTS[model]}
     whole = draw(service, **body, start=start, n=64)
     ones = [draw(service, **body, start=start + row, n=1) for row in range(64)]
@@ -53,8 +51,10 @@ def test_the_same_rows_however_they_are_asked_for(service: Running, model: str, 
 
     with ThreadPoolExecutor(12) as pool:
         others = [pool.submit(traffic, seed) for seed in range(8)]
-        quarters = list(pool.map(lambda lo: draw(service, **body, start=start + lo, n=16), range(0, 64, 16)))
-        done.set()
+        try:
+            quarters = list(pool.map(lambda lo: draw(service, **body, start=start + lo, n=16), range(0, 64, 16)))
+        finally:
+            done.set()
         for other in others:
             other.result()
     for name, rows in whole.items():
@@ -62,7 +62,7 @@ def test_the_same_rows_however_they_are_asked_for(service: Running, model: str, 
         assert np.array_equal(rows, np.concatenate([quarter[name] for quarter in quarters]))
 
 
-def test_a_streamed_answer_equals_its_parts(service: Running) -> None:
+def test_a_long_response_has_the_rows_of_its_parts(service: Running) -> None:
     whole = draw_one(service, "images", seed=3, n=1000)
     parts = [draw_one(service, "images", seed=3, start=lo, n=100) for lo in range(0, 1000, 100)]
     assert whole.shape == (1000, 1, 8, 8)
@@ -73,11 +73,11 @@ def test_another_seed_gives_other_rows(service: Running) -> None:
     assert not np.array_equal(draw_one(service, "latents", seed=1), draw_one(service, "latents", seed=2))
 
 
-def test_without_a_seed_a_fresh_one_is_named_that_repeats_the_rows(service: Running) -> None:
-    answer = service.post({"n": 3, "outputs": ["latents"]}).json()
-    other = service.post({"n": 3, "outputs": ["latents"]}).json()
-    assert answer["seed"] != other["seed"]
-    assert service.post({"n": 3, "outputs": ["latents"], "seed": answer["seed"]}).json()["latents"] == answer["latents"]
+def test_a_fresh_seed_is_named_and_repeats_the_rows(service: Running) -> None:
+    body = {"n": 3, "outputs": ["latents"]}
+    first, second = service.post(body).json(), service.post(body).json()
+    assert first["seed"] != second["seed"]
+    assert service.post({**body, "seed": first["seed"]}).json()["latents"] == first["latents"]
 
 
 def test_gaussian_latents_are_mu_plus_temperature_sigma_eps(service: Running) -> None:
@@ -89,18 +89,20 @@ def test_gaussian_latents_are_mu_plus_temperature_sigma_eps(service: Running) ->
         np.testing.assert_allclose(draw_one(service, "latents", **body), expected, atol=1e-5)
 
 
-def test_temperature_0_of_a_gaussian_is_its_mean(service: Running) -> None:
+def test_a_gaussian_at_temperature_0_is_its_mean(service: Running) -> None:
     latents = draw_one(service, "latents", n=2, temperature=0, mu=[0.25, -1.5, 3.0])
     assert latents.tolist() == [[0.25, -1.5, 3.0]] * 2
 
 
-def test_log_var_defaults_to_the_priors(service: Running) -> None:
+def test_log_var_defaults_to_that_of_the_prior(service: Running) -> None:
     shifted = draw_one(service, "latents", n=4, seed=1, mu=[10, 10, 10])
     np.testing.assert_allclose(shifted, draw_one(service, "latents", n=4, seed=1) + 10, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
-def test_relaxed_codes_are_what_torch_computes_from_the_same_noise(service: Running, temperature: float) -> None:
+def test_relaxed_codes_equal_those_that_torch_computes_from_the_same_noise(
+    service: Running, temperature: float
+) -> None:
     logits = np.linspace(-2, 2, 20, dtype=np.float32).reshape(4, 5)
     body = {"model": "tiny-gumbel", "n": 16, "seed": 11, "temperature": temperature, "logits": logits.tolist()}
     g = torch.from_numpy(noise.gumbel(noise.words(11, 0, 16, (4, 5))))
@@ -121,7 +123,7 @@ def test_hard_codes_follow_softmax_of_the_logits(service: Running) -> None:
         assert stats.chisquare(counts, probabilities * counts.sum()).pvalue > 0.001
 
 
-def test_hard_codes_are_those_of_temperature_0_at_any_temperature(service: Running) -> None:
+def test_hard_codes_at_any_temperature_are_the_codes_of_temperature_0(service: Running) -> None:
     body = {"model": "tiny-gumbel", "n": 64, "seed": 4}
     limit = draw_one(service, "codes", **body, temperature=0)
     assert set(np.unique(limit)) == {0.0, 1.0}
@@ -151,8 +153,8 @@ def test_parameters_may_differ_from_row_to_row(service: Running) -> None:
     assert latents.tolist() == mu
 
 
-def test_images_are_the_pixels_of_the_latents(service: Running) -> None:
-    """The decoder sees the latents that are returned: drawing them again as means gives the same images."""
+def test_images_are_decoded_from_the_returned_latents(service: Running) -> None:
+    """Drawing the returned latents again as means gives the same images."""
     drawn = draw(service, n=5, seed=8, outputs=["images", "latents"])
     again = draw_one(service, "images", n=5, temperature=0, mu=drawn["latents"].tolist())
     assert np.array_equal(drawn["images"], again)
@@ -165,32 +167,31 @@ def test_requests_in_one_batch_keep_their_own_temperature(service: Running) -> N
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_models_that_wait_together_do_not_mix(service: Running) -> None:
-    """All wait behind a slow run; each batch takes the rows of one model, as many as fit."""
+def test_models_that_wait_together_do_not_mix(engine: Running) -> None:
+    """Each batch takes rows of one model, as many as fit."""
     bodies = [
         {"model": model, "seed": 3, "n": n, "outputs": ["images"]}
         for n in (1, 40, 64, 30)
         for model in ("tiny-gaussian", "tiny-gumbel")
     ]
-    alone = [draw(service, **body)["images"] for body in bodies]
-    with ThreadPoolExecutor(9) as pool:
-        slow = pool.submit(draw, service, model="trouble", temperature=SLOW + 50)
-        wait_until(lambda: service.lifespan.engine.busy)
-        together = [pool.submit(draw, service, **body) for body in bodies]
+    alone = [draw(engine, **body)["images"] for body in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        with occupied(engine):
+            together = [pool.submit(draw, engine, **body) for body in bodies]
+            wait_until(lambda: engine.lifespan.engine.queued_rows == 2 * (1 + 40 + 64 + 30))
         assert all(
             np.array_equal(rows, future.result()["images"]) for rows, future in zip(alone, together, strict=True)
         )
-        slow.result()
 
 
-def test_a_second_server_returns_the_same_rows(service: Running, serve: Any) -> None:
+def test_a_second_server_returns_the_same_rows(service: Running, serve: Callable[..., Running]) -> None:
     replica = serve(max_batch_rows=7)
     assert np.array_equal(draw_one(service, "images", seed=9, n=50), draw_one(replica, "images", seed=9, n=50))
 
 
-def test_a_stream_has_the_length_it_announces(service: Running) -> None:
+def test_content_length_is_the_length_of_the_stream(service: Running) -> None:
     with httpx.stream(
-        "POST", f"{service.url}/sample", json={"n": 500}, headers={"Accept": "application/x-npy"}
+        "POST", f"{service.url}/sample", json={"n": 500}, headers=NPY, timeout=60, verify=TLS
     ) as response:
         length = len(b"".join(response.iter_raw()))
     assert int(response.headers["Content-Length"]) == length == 128 + 500 * 64

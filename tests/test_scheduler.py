@@ -27,12 +27,12 @@ def added(scheduler: Scheduler[Any], rows: int, granted: int | None = None, mode
 
 
 def taken(scheduler: Scheduler[Any]) -> dict[Ticket[Any], int]:
-    """Rows of each ticket in the next batch."""
+    """Take the next batch. Returns the rows of each ticket."""
     batch = scheduler.take()
     return {piece.owner: piece.hi - piece.lo for piece in batch.pieces} if batch else {}
 
 
-def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
+def test_waiting_rows_share_a_batch_which_says_why_it_closed() -> None:
     scheduler = new_scheduler()
     assert scheduler.take() is None
     first, second = added(scheduler, 2), added(scheduler, 3)
@@ -46,7 +46,7 @@ def test_what_waits_goes_together_and_a_batch_says_why_it_closed() -> None:
     assert full.closed == "full"
 
 
-def test_free_runners_share_what_waits_if_each_has_enough_to_do() -> None:
+def test_free_runners_share_waiting_rows_if_each_gets_enough() -> None:
     scheduler = new_scheduler()
     scheduler.set_limit("m", 64)
     added(scheduler, 40)
@@ -57,13 +57,13 @@ def test_free_runners_share_what_waits_if_each_has_enough_to_do() -> None:
     assert [(batch.rows, batch.closed) for batch in batches if batch] == [(16, "shared"), (4, "drained")]
 
 
-def test_requests_that_fit_are_not_cut() -> None:
+def test_requests_that_fit_a_batch_are_not_split() -> None:
     scheduler = new_scheduler()
     tickets = [added(scheduler, LIMIT) for _ in range(3)]
     assert [taken(scheduler) for _ in range(3)] == [{ticket: LIMIT} for ticket in tickets]
 
 
-def test_a_new_request_goes_before_a_long_one_which_has_the_batch_after_that() -> None:
+def test_a_new_request_runs_before_a_long_one_which_gets_the_next_batch() -> None:
     scheduler = new_scheduler()
     long = added(scheduler, 1000)
     assert taken(scheduler) == {long: LIMIT}
@@ -87,15 +87,15 @@ def test_a_long_request_keeps_half_of_each_batch_beside_many_new_ones() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, LIMIT, 64])
 def test_new_requests_do_not_starve_a_long_one(limit: int) -> None:
-    """Be they few or many at a time, it has every other batch, or half of each."""
-    for news in (1, limit // 4 + 1, limit):
+    """The long request gets every other batch, or half of each batch."""
+    for new in (1, limit // 4 + 1, limit):
         scheduler = new_scheduler()
         scheduler.set_limit("m", limit)
         long = added(scheduler, 10_000)
         taken(scheduler)
         before = long.taken
         for _ in range(20):
-            for _ in range(news):
+            for _ in range(new):
                 added(scheduler, 1)
             taken(scheduler)
         assert long.taken - before >= 10 * (limit // 2 or 1)
@@ -111,7 +111,7 @@ def test_long_requests_take_turns() -> None:
     assert max(shares) - min(shares) <= 2 * LIMIT
 
 
-def test_who_had_a_turn_is_new_no_more_when_more_is_granted() -> None:
+def test_a_request_that_had_a_turn_is_not_new_when_more_rows_are_granted() -> None:
     scheduler = new_scheduler()
     long = added(scheduler, 1000, granted=LIMIT)
     taken(scheduler)
@@ -120,7 +120,7 @@ def test_who_had_a_turn_is_new_no_more_when_more_is_granted() -> None:
     assert taken(scheduler) == {first: 1}
 
 
-def test_a_new_request_shares_the_batch_where_all_fit() -> None:
+def test_a_new_request_shares_the_batch_if_all_rows_fit() -> None:
     scheduler = new_scheduler()
     long = added(scheduler, 1000, granted=LIMIT)
     taken(scheduler)
@@ -129,7 +129,7 @@ def test_a_new_request_shares_the_batch_where_all_fit() -> None:
     assert taken(scheduler) == {first: 1, long: LIMIT - 1}
 
 
-def test_a_turn_that_ended_early_leaves_nothing_for_the_next() -> None:
+def test_rows_left_of_a_turn_do_not_count_for_the_next_turn() -> None:
     scheduler = new_scheduler()
     first, second = (added(scheduler, 1000, granted=granted) for granted in (3, 1))
     taken(scheduler)
@@ -138,7 +138,7 @@ def test_a_turn_that_ended_early_leaves_nothing_for_the_next() -> None:
     assert [taken(scheduler) for _ in range(2)] == [{first: LIMIT}, {second: LIMIT}]
 
 
-def test_models_take_turns_and_never_mix() -> None:
+def test_models_take_turns_and_share_no_batch() -> None:
     scheduler = new_scheduler()
     for model in "ab":
         added(scheduler, 20, model=model)
@@ -165,7 +165,7 @@ def test_dropped_rows_do_not_run() -> None:
     assert scheduler.take() is None
 
 
-def test_a_limit_holds_from_the_next_batch_on() -> None:
+def test_a_new_limit_holds_from_the_next_batch_on() -> None:
     scheduler = new_scheduler()
     ticket = added(scheduler, 100)
     scheduler.set_limit("m", 3)
@@ -174,7 +174,7 @@ def test_a_limit_holds_from_the_next_batch_on() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
-def test_batches_are_full_while_rows_wait_but_those_of_a_few_new_ones(sizes: list[int]) -> None:
+def test_batches_are_full_while_rows_wait_except_for_batches_of_new_requests(sizes: list[int]) -> None:
     scheduler = new_scheduler()
     tickets = [added(scheduler, size) for size in sizes]
     hurried = False
@@ -191,7 +191,7 @@ def test_batches_are_full_while_rows_wait_but_those_of_a_few_new_ones(sizes: lis
 
 
 class Rows(RuleBasedStateMachine):
-    """Whatever is granted, dropped and taken: each row runs once, in order, with its own model, or not at all."""
+    """Grants, drops and takes in any order. Each row runs once, in order, with rows of its model, or not at all."""
 
     def __init__(self) -> None:
         super().__init__()

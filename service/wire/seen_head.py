@@ -29,8 +29,7 @@ def seen_head(data: bytes, body: bytes, path: FastPath, head: FastHead) -> SeenH
 
     Returns: the head; None unless the data is exactly one request with a body of the length in Content-Length.
     """
-    end = len(data) - len(body)
-    is_whole = data.endswith(HEAD_END, 0, end) and data.count(HEAD_END, 0, end) == 1
-    if head.head.content_length == len(body) > 0 and is_whole:
+    end = data.find(HEAD_END) + len(HEAD_END)
+    if 0 < head.head.content_length == len(body) == len(data) - end:
         return SeenHead(data[:end], len(data), path, head)
     return None

@@ -27,17 +27,20 @@ REFERENCE_SEED, REFERENCE_ROWS, REFERENCE_VALUES = 0, 3, 64
 
 
 def batch_sizes(contract: Contract) -> tuple[int, ...]:
-    """Batch sizes to check, ascending: 1, 2, 3 and a large batch."""
+    """Batch sizes in which the gate and `verify` run both graphs, ascending: 1, 2, 3 and a large batch."""
     return 1, 2, 3, max(MIN_LARGE_BATCH, min(LARGE_BATCH, MAX_VALUES // prod(contract.image_shape)))
 
 
 def temperatures(contract: Contract) -> list[float]:
-    """Temperatures to check, ascending."""
+    """Temperatures for the sampler in the gate and `verify`, ascending: 0, 0.5, the default, and a large value."""
     return sorted({0.0, contract.default_temperature, 0.5, LARGE_TEMPERATURE})
 
 
 def varied_feeds(contract: Contract, rows: int, seed: int) -> dict[str, Float32]:
-    """Inputs of the sampler except the temperature: noise, and parameters with different values in each row.
+    """Make inputs of the sampler except the temperature: noise, and parameters with different values in each row.
+
+    rows: number of rows.
+    seed: seed of all values.
 
     Returns: float32 (rows, *latent_shape) by name, in the order of the graph's inputs.
     """
@@ -52,7 +55,7 @@ def varied_feeds(contract: Contract, rows: int, seed: int) -> dict[str, Float32]
 
 
 def encoder_images(contract: Contract, rows: int) -> Float32:
-    """Inputs of the encoder: uniform noise in [0, 1], float32 (rows, C, H, W)."""
+    """Make inputs of the encoder: uniform noise in [0, 1], float32 (rows, C, H, W)."""
     return noise.uniform(noise.words(2, 0, rows, contract.image_shape)).astype(np.float32)
 
 
@@ -62,14 +65,18 @@ def reference_words(latent_shape: tuple[int, ...]) -> noise.Words:
 
 
 def thinned(array: Float32) -> Float32:
-    """At most REFERENCE_VALUES evenly spaced values, (values,)."""
+    """Select at most REFERENCE_VALUES evenly spaced values of an array, as float32 (values,)."""
     flat = array.reshape(-1)
     values: Float32 = flat[np.linspace(0, flat.size - 1, min(REFERENCE_VALUES, flat.size)).astype(int)]
     return values
 
 
 def tolerance_of(output: str, precision: Precision) -> float:
-    """Tolerance for an output of the sampler."""
+    """Largest difference allowed in an output of the sampler.
+
+    output: name of the output.
+    precision: precision of the decoder.
+    """
     return IMAGE_TOLERANCES[precision].get(output, TOLERANCE)
 
 
@@ -83,10 +90,10 @@ def compare(
 ) -> None:
     """Compare two arrays of equal shape.
 
-    name, where: of the array, for the message.
+    name, where: name of the array, and where the values come from, for the message.
     tolerance, relative: values may differ by tolerance + relative * |expected|.
 
-    Raises: GateError naming the worst value, also for NaN.
+    Raises: GateError naming the worst value, also for NaN, or naming both shapes if the shapes differ.
     """
     if found.shape != expected.shape:
         raise GateError(f"{name} has shape {found.shape} instead of {expected.shape} {where}")
@@ -102,7 +109,10 @@ def compare(
 def run_sampler(artifact: Artifact, feeds: dict[str, Float32], where: str) -> Arrays:
     """Run the sampler in onnxruntime.
 
-    Returns: outputs by name.
+    feeds: inputs by name, float32 (n, ...).
+    where: words for the message, such as "on 3 rows".
+
+    Returns: outputs by name, (n, ...).
 
     Raises: GateError if the graph fails.
     """
@@ -115,7 +125,9 @@ def run_sampler(artifact: Artifact, feeds: dict[str, Float32], where: str) -> Ar
 def open_encoder(folder: Path) -> ort.InferenceSession:
     """Load encoder.onnx.
 
-    Raises: ArtifactError.
+    folder: folder of one version.
+
+    Raises: ArtifactError naming the file.
     """
     path = folder / ENCODER_FILE
     try:

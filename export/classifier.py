@@ -1,4 +1,4 @@
-"""A small classifier. Its features measure sample quality; those of Inception are made for photographs."""
+"""A small classifier, whose features measure sample quality. Features of Inception are made for photographs."""
 
 import json
 from pathlib import Path
@@ -36,12 +36,12 @@ class Classifier:
         self.network: nn.Sequential = encoder(config, classes)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Class logits: uint8 (n, C, H, W) -> (n, classes)."""
+        """Compute class logits: uint8 (n, C, H, W) -> float32 (n, classes)."""
         return self.network(pixels.float() / 255)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
-        """Inputs of the last layer: uint8 (n, C, H, W) -> float32 (n, FEATURES), at least 0."""
+        """Compute the inputs of the last layer: uint8 (n, C, H, W) -> float32 (n, FEATURES), at least 0."""
         return torch.cat([self.network[:-1](part.float() / 255) for part in pixels.split(INFERENCE_BATCH)])
 
     @classmethod
@@ -61,12 +61,12 @@ class Classifier:
 
 
 def train_classifier(source: str, out: Path, *, epochs: int, seed: int) -> float:
-    """Train a classifier on images with labels, by Adam with cosine decay, and write the classifier to the folder
-    `out`.
+    """Train a classifier on images with labels, by Adam with cosine decay, and write the classifier to a folder.
 
     source: `digits`, or a folder of IDX files with labels.
+    out: folder of the classifier; made if missing.
     epochs: passes over the training images.
-    seed: of the initial weights and the order of images.
+    seed: seed of the initial weights and of the order of images.
 
     Returns: accuracy on the held-out images, 0 .. 1.
 

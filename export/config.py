@@ -95,7 +95,7 @@ class TrainConfig(BaseModel):
         """First epochs in which all components of a mixture stay equal.
 
         If components differ from the first step on, the first component to resemble the images takes all images, and
-        most components are lost.
+        most components never get an image.
         """
         return max(1, self.kl_warm_up)
 

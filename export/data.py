@@ -35,7 +35,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of an image."""
         _, channels, height, width = self.train.shape
         return channels, height, width
 
@@ -45,6 +45,8 @@ def load(source: str) -> Dataset:
 
     source: `digits`, or a path: a folder of IDX files (gzipped or not) or of .amat files, an .npz with arrays `train`
         and `test` or `images`, or a folder of pictures of one size.
+
+    Returns: the images. Without a test set, a fixed random tenth is held out.
 
     Raises: DataError naming the file.
     """
@@ -63,7 +65,12 @@ def load(source: str) -> Dataset:
 
 
 def anywhere(source: str) -> str:
-    """The same source with an absolute path, independent of the working directory."""
+    """Make the path of a source absolute, so that a run also resumes from another working directory.
+
+    source: as in `load`.
+
+    Returns: the source with an absolute path; `digits` stays.
+    """
     return source if source == "digits" else str(Path(source).absolute())
 
 
@@ -178,9 +185,13 @@ def _npz(path: Path) -> Dataset:
 
 
 def load_npy(path: Path) -> Pixels:
-    """Read the images of an .npy file, in any dtype and shape allowed in an .npz.
+    """Read the images of an .npy file.
 
-    Raises: DataError, OSError.
+    path: file of an array (n, H, W) or (n, C, H, W), C 1 or 3: uint8, or other numbers in [0, 1].
+
+    Returns: uint8 (n, C, H, W), 0 .. 255.
+
+    Raises: DataError for another file or array; OSError.
     """
     try:
         with path.open("rb") as file:

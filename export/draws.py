@@ -1,4 +1,6 @@
-"""Reproducible random draws: seed, purpose, epoch and share decide each draw, so a resumed run continues exactly."""
+"""Reproducible random draws. Seed, purpose, epoch and part of the batch decide each draw, so a resumed run continues
+exactly.
+"""
 
 import numpy as np
 import torch
@@ -11,10 +13,13 @@ TRAINING, HELD_OUT, SHEET, EVALUATION, PRIOR, CLASSIFIER, QUALITY, ORDER = range
 def generator(
     seed: int, purpose: int, epoch: int = 0, share: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A torch generator seeded by all arguments.
+    """Make a torch generator, seeded by all arguments except the device.
 
+    seed: seed of the user.
     purpose: one of the constants above.
-    share: number of the share of a batch, 0 .. shares - 1.
+    epoch: number of the epoch; in an evaluation, number of the batch.
+    share: number of the part of a batch that is computed alone, 0 .. TrainConfig.shares - 1.
+    device: device of the generator. Draws differ between devices.
     """
     (state,) = np.random.SeedSequence([seed, purpose, epoch, share]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state) >> 1)
@@ -25,6 +30,7 @@ def as_images(pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
 
     pixels: uint8, any shape.
     binarize: draw each pixel as 1 with probability pixel / 255; otherwise divide by 255.
+    draws: generator of the binarization, on the device of the pixels.
 
     Returns: float32 in [0, 1], of the same shape.
     """

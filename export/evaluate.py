@@ -37,15 +37,17 @@ def evaluate(
 
     samples: m, latents of each image in the importance-weighted bound.
     rows: number of held-out images; None: all.
-    seed: of the draws.
+    seed: seed of the draws.
     device: "cpu" or "cuda"; None: a GPU if torch finds one.
 
-    Returns: means over images in nats: `elbo` (one sample) and `bound` under the prior of the training, both with
-        `_standard_error`, and `kl`; also `m`, `images`, `binarization`, `seed`. With a fitted mixture also
-        `mixture_components` and `mixture_bound`, the bound with the mixture as the prior. With a learned mixture `kl`
-        is an upper bound of the KL term, so `elbo` is slightly lower than the ELBO.
+    Returns: means over images in nats: `elbo` (from a single latent), `kl`, and `bound`, all under the prior of the
+        training. `elbo_standard_error` and `bound_standard_error` are there from 2 images on. `m`, `images` and `seed`
+        are the arguments; `binarization` says in words how images become binary. With a fitted mixture also
+        `mixture_components`, and `mixture_bound` with its standard error: the bound with the mixture as the prior.
+        With a learned mixture `kl` is an upper bound of the KL term, so `elbo` is slightly lower than the ELBO.
 
-    Raises: RunError, DataError.
+    Raises: RunError if the training has not finished, `rows` exceeds the held-out images, another process works in the
+        folder, or a bound is not finite; DataError.
     """
     run = Run(folder)
     config, where = run.config(), use_device(device)
@@ -86,6 +88,10 @@ def _all_bounds(
 ) -> torch.Tensor:
     """Compute `_bounds` of all images; finished batches are read from and saved to `partial_file`.
 
+    stamp: facts that decide the numbers, with `m` and `seed`. A partial file with another stamp is not used.
+    priors: the model's prior, and the fitted mixture if there is a fitted mixture.
+    pixels: uint8 (n, C, H, W).
+
     Returns: (2 + priors, n) float64.
     """
     samples, where = stamp["m"], pixels.device
@@ -104,9 +110,14 @@ def _all_bounds(
 
 @contextmanager
 def _progress(samples: int, images: int, done: int) -> Iterator[Count]:
-    """A progress bar, and the function that advances the bar.
+    """Show a progress bar.
 
-    Threads may outlive an interrupted evaluation: after the end, the function raises CancelledError.
+    samples: latents per image.
+    images: number of all images.
+    done: number of images finished by an earlier evaluation.
+
+    Yields: a function that advances the bar by a number of latents. Threads may outlive an interrupted evaluation, so
+        after the end the function raises CancelledError.
     """
     over = Event()
     with tqdm(
@@ -141,6 +152,9 @@ def _bounds(
 ) -> torch.Tensor:
     """Evaluate one batch of images.
 
+    samples: latents of each image in the importance-weighted bound.
+    binarize: draw each pixel as 0 or 1.
+    count: called with the number of latents after each call of the decoder.
     pixels: uint8 (n, C, H, W).
 
     Returns: one-sample ELBO, KL term, and the bound with each prior, (2 + priors, n) float64, in nats.
@@ -153,7 +167,14 @@ def _bounds(
 
 
 def _means(found: torch.Tensor, mixture: Mixture | None) -> dict[str, Any]:
-    """Means and standard errors of the rows returned by `_bounds`."""
+    """Compute the means of `evaluate` from the rows of `_bounds`.
+
+    found: (2 + priors, n) float64.
+    mixture: the fitted mixture; None without a fitted mixture.
+
+    Returns: `elbo`, `kl` and `bound`; with a mixture also `mixture_components` and `mixture_bound`. From 2 images on
+        each mean has a member `<name>_standard_error`, except `kl`.
+    """
     elbo, kl, bound, *with_mixture = found
     means = _mean("elbo", elbo) | {"kl": kl.mean().item()} | _mean("bound", bound)
     if mixture is None:
@@ -176,6 +197,8 @@ def _load_partial(path: Path, stamp: dict[str, Any]) -> list[torch.Tensor]:
 
 def read_evaluation(run: Run) -> dict[str, str | int | float]:
     """Read the evaluation of the current weights and prior.
+
+    Returns: the members of `evaluate`'s result.
 
     Raises: RunError without such an evaluation.
     """
@@ -202,6 +225,12 @@ def _has_longer_evaluation(run: Run, result: dict[str, Any]) -> bool:
 
 
 def _mean(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Mean, and standard error if there are at least two values."""
+    """Compute a mean.
+
+    name: name of the mean in the result.
+    values: (n,).
+
+    Returns: `<name>`, and `<name>_standard_error` if n is at least 2.
+    """
     error = {f"{name}_standard_error": (values.std() / len(values) ** 0.5).item()} if len(values) > 1 else {}
     return {name: values.mean().item(), **error}

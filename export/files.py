@@ -28,7 +28,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
-    """Write a safetensors file with metadata, as `write_atomically` does."""
+    """Write a safetensors file, as `write_atomically` does.
+
+    about: metadata of the file, by key.
+
+    Raises: OSError.
+    """
     write_atomically(path, save(dict(tensors), about))
 
 

@@ -32,15 +32,17 @@ from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, Artifact, lo
 def gate(network: Network, folder: Path, *, exact: bool) -> None:
     """Refuse files that compute anything else than the network.
 
-    Both graphs run in onnxruntime and in torch, at batches of 1, 2, 3 and a large batch, at temperature 0, 0.5, the
-    default and a large temperature. Outputs may differ by 1e-4, images of a float16 decoder by 0.02. `verify` follows.
+    Both graphs run in onnxruntime and in torch, at batches of 1, 2, 3 and a large batch. The sampler runs at
+    temperature 0, 0.5, the default and a large temperature. Latents and images may differ by 1e-4, and pixels by 1.
+    With a float16 decoder images may differ by 0.02, and pixels by 5. Parameters from the encoder may differ by 1e-4
+    plus 1e-4 of the expected value. `verify` follows.
 
     network: the original, in float32.
     folder: folder of model.onnx and encoder.onnx.
     exact: also compare the weights, bit for bit (after rounding to float16 for a float16 decoder). Correct for linear
         layers and convolutions; the exporter folds batch normalization and others into neighbouring weights.
 
-    Raises: GateError, ArtifactError.
+    Raises: GateError if a value differs, ArtifactError if a file breaks the contract.
     """
     artifact = load(folder / MODEL_FILE)
     if exact:
@@ -53,7 +55,7 @@ def gate(network: Network, folder: Path, *, exact: bool) -> None:
 
 
 def in_precision(network: Network, precision: Precision) -> Network:
-    """The network itself for float32; for float16 a copy with the decoder rounded to float16."""
+    """Return the network itself for float32; for float16 a copy with the decoder rounded to float16."""
     if precision == "float32":
         return network
     half = copy.deepcopy(network)
@@ -63,7 +65,13 @@ def in_precision(network: Network, precision: Precision) -> Network:
 
 @torch.inference_mode()
 def torch_outputs(module: nn.Module, inputs: list[Tensor]) -> list[np.ndarray]:
-    """Run a graph in torch, in evaluation mode. Returns: the graph's outputs."""
+    """Run a graph in torch, in evaluation mode.
+
+    module: a Sampler or an Encoder.
+    inputs: the graph's inputs in order.
+
+    Returns: the graph's outputs in order.
+    """
     return [output.numpy() for output in module.eval()(*inputs)]
 
 
@@ -94,7 +102,8 @@ def _check_encoder(network: Network, contract: Contract, folder: Path) -> None:
 def _check_weights(module: nn.Module, path: Path, prefix: str) -> None:
     """Compare the weights in a file with the module's parameters, bit for bit.
 
-    prefix: of the weights' names in the file.
+    path: the ONNX file.
+    prefix: beginning of the weights' names in the file, before the parameter's own name.
 
     Raises: GateError for a weight with another value, or without an equal weight in the file.
     """

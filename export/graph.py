@@ -48,7 +48,12 @@ class Encoder(nn.Module):
 
 
 def sampler_inputs(network: Network, rows: int) -> dict[str, Tensor]:
-    """Example inputs of the sampler, by name."""
+    """Make example inputs of the sampler.
+
+    rows: number of rows.
+
+    Returns: float32 (rows, ...) by name, in the order of the graph's inputs.
+    """
     latent = torch.zeros(rows, *network.latent_shape)
     return {
         **{name: latent.clone() for name in ("noise", *network.family.parameter_names)},
@@ -59,6 +64,8 @@ def sampler_inputs(network: Network, rows: int) -> dict[str, Tensor]:
 def export_sampler(network: Network) -> onnx.ModelProto:
     """Export the sampler.
 
+    Returns: the ONNX model, without the contract.
+
     Raises: GateError if torch cannot export the network.
     """
     return _export(
@@ -68,6 +75,8 @@ def export_sampler(network: Network) -> onnx.ModelProto:
 
 def export_encoder(network: Network) -> onnx.ModelProto:
     """Export the encoder.
+
+    Returns: the ONNX model.
 
     Raises: GateError if torch cannot export the network.
     """

@@ -9,11 +9,13 @@ from reparam.service.artifact.file import ENCODER_FILE, MODEL_FILE, load
 
 
 def inspect(folder: Path) -> str:
-    """Summarize an artifact: contract, prior, sizes, evaluation, a line each.
+    """Summarize an artifact: contract, prior, sizes, evaluation.
 
     folder: one version, as artifacts/NAME/1.
 
-    Raises: ArtifactError.
+    Returns: lines of a name and a value.
+
+    Raises: ArtifactError if model.onnx breaks the contract.
     """
     artifact = load(folder / MODEL_FILE)
     contract, encoder = artifact.contract, folder / ENCODER_FILE

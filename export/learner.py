@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reparam.models import VAE
 
-PRIOR_RATE = 0.02  # weight of one batch in a learned prior
+PRIOR_RATE = 0.02  # weight of one batch in the running mean of a learned prior, at kl_weight 1
 
 
 class Learner:
@@ -39,9 +39,9 @@ class Learner:
     def step(self, gradient: Tensor, learning_rate: float, kl_weight: float) -> None:
         """Take one step: Adam on encoder and decoder, `learn_prior` on the prior, then the running average.
 
-        gradient: of all parameters in one vector, as `flat_gradient` returns.
+        gradient: gradient of all parameters in one vector, as `flat_gradient` returns.
         learning_rate: step size of Adam.
-        kl_weight: weight of the KL term in the loss.
+        kl_weight: weight of the KL term in the loss, above 0.
         """
         (group,) = self._adam.param_groups
         group["lr"] = learning_rate
@@ -56,13 +56,19 @@ class Learner:
         self._steps += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by name, sufficient for `load` to continue the training."""
+        """Return all tensors needed by `load` to continue the training.
+
+        Returns: tensors by name. Prefixes of the names are `model.`, `optimizer.` (Adam's moments and step) and, with
+            an average, `average.`.
+        """
         averages = {} if self._averages is None else _prefixed("average", self.evaluated.state_dict())
         moments = _prefixed("optimizer", self._adam.state[self._weights])
         return _prefixed("model", self.model.state_dict()) | averages | moments
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of `state`.
+
+        state: tensors by name, on any device.
 
         Raises: KeyError, RuntimeError if the state belongs to another network.
         """
@@ -79,17 +85,22 @@ class Learner:
 
 
 def flat_gradient(loss: Tensor, model: VAE) -> Tensor:
-    """Gradient of the loss by all parameters, concatenated into one vector.
+    """Compute the gradient of the loss by all parameters, as one vector.
 
-    Each part is in the order of its parameter's elements. Autograd may lay out gradients of convolutions differently,
-    and a fused Adam ignores strides.
+    `flatten` brings each gradient into row-major order. Autograd may return gradients of convolutions in another memory
+    layout, and a fused Adam ignores strides.
+
+    loss: scalar.
+
+    Returns: float32 (P,), with P the number of all parameters, in the order of `model.parameters()`. A parameter
+        without effect on the loss has zeros.
     """
     gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def sub_state(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors named prefix.name, by name."""
+    """Select the tensors named <prefix>.<name>, by <name>."""
     return {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items() if key.startswith(f"{prefix}.")}
 
 

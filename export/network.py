@@ -25,15 +25,17 @@ class Network(nn.Module):
     kind: "gaussian" or "gumbel".
     latent_shape: any shape for a Gaussian latent; (D, K), D variables of K categories, for a Gumbel latent.
     image_shape: (C, H, W), C 1 or 3.
-    encoder: images (n, C, H, W) in [0, 1] -> mu and log_var of q(z | x), or logits for a Gumbel latent. Each is (n,
-        *latent_shape) or flat; together a tuple, or one tensor concatenated along axis 1.
-    decoder: latents (n, *latent_shape), for a Gumbel latent one-hot or relaxed codes -> images (n, C, H, W) in [0, 1],
-        or flat.
+    encoder: maps images, (n, C, H, W) in [0, 1], to the parameters of q(z | x). For a Gaussian latent a tuple of mu and
+        log_var, or both concatenated along axis 1. For a Gumbel latent logits, alone or in a tuple. Each parameter is
+        (n, *latent_shape) or flat.
+    decoder: maps latents, (n, *latent_shape), to images in [0, 1], (n, C, H, W) or flat. Latents of a Gumbel network
+        are one-hot or relaxed codes.
     logits: True if the decoder returns pixel logits; images are then the sigmoid.
 
     Encoder and decoder are modules, or bound methods of a module. Both are put into evaluation mode.
 
-    Raises: GateError for wrong shapes or parts.
+    Raises: GateError for an unknown kind, an impossible shape, or a part that is neither a module nor a method of a
+        module. The constructor does not run the network; `check` does.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Network(nn.Module):
 
     @classmethod
     def of(cls, vae: VAE) -> Self:
-        """A network around a VAE of this repository, without the VAE's learned prior."""
+        """Make a network around a VAE of this repository, without the VAE's learned prior."""
         config = vae.config
         return cls(
             vae.kind,
@@ -67,9 +69,13 @@ class Network(nn.Module):
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Parameters of q(z | x), each (n, *latent_shape).
+        """Compute the parameters of q(z | x).
 
-        Raises: ValueError if the encoder returns anything else.
+        images: float32 (n, C, H, W) in [0, 1].
+
+        Returns: a tensor (n, *latent_shape) for each of `family.parameter_names`.
+
+        Raises: ValueError if the encoder returns another number of parameters or another shape.
         """
         names, found = self.family.parameter_names, self.encoder(images)
         parameters = found.chunk(len(names), 1) if isinstance(found, Tensor) else found
@@ -78,7 +84,11 @@ class Network(nn.Module):
         return tuple(_to_shape(parameter, self.latent_shape) for parameter in parameters)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, C, H, W), float32 in [0, 1].
+        """Decode latents.
+
+        latents: float32 (n, *latent_shape).
+
+        Returns: images, float32 (n, C, H, W) in [0, 1].
 
         Raises: ValueError if the decoder returns another shape.
         """
@@ -86,11 +96,14 @@ class Network(nn.Module):
         return torch.sigmoid(values) if self.logits else values.clamp(0, 1)
 
     def raw_decode(self, latents: Tensor) -> Tensor:
-        """Output of the decoder, (n, C, H, W): images, or pixel logits."""
+        """Return the output of the decoder, (n, C, H, W): images, or pixel logits.
+
+        Raises: ValueError if the decoder returns another shape.
+        """
         return _to_shape(self.decoder(latents.contiguous()), self.image_shape)  # a decoder may use `view`
 
     def prior(self) -> Mixture:
-        """The standard prior: N(0, I), or uniform categories."""
+        """Make the standard prior: N(0, I), or uniform categories; a mixture with a single component."""
         parameters = tuple(torch.zeros(1, *self.latent_shape) for _ in self.family.parameter_names)
         return Mixture(torch.zeros(1), parameters)
 
@@ -98,7 +111,8 @@ class Network(nn.Module):
     def check(self) -> None:
         """Run encoder and decoder on small batches, and check shapes, dtypes and the range of images.
 
-        Raises: GateError.
+        Raises: GateError for weights without values, or not float32 on the CPU. GateError also for a part that fails or
+            returns another shape or dtype, and for images that are not finite, or not in [0, 1].
         """
         self.eval()
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
@@ -146,7 +160,11 @@ class Method(nn.Module):
 
 
 def _check_shapes(kind: str, latent_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
-    """Raises: GateError for an unknown kind or an impossible shape."""
+    """Check the kind of latent and both shapes.
+
+    Raises: GateError for a kind without an entry in MODELS, a shape that is not a tuple of positive integers, an
+        image_shape other than (C, H, W) with C 1 or 3, or a Gumbel latent_shape other than (D, K).
+    """
     if kind not in list(MODELS):
         raise GateError(f"unknown kind {kind!r}; there are: {', '.join(MODELS)}")
     for name, shape in (("latent_shape", latent_shape), ("image_shape", image_shape)):
@@ -159,7 +177,9 @@ def _check_shapes(kind: str, latent_shape: tuple[int, ...], image_shape: tuple[i
 
 
 def _module(name: str, part: Part) -> nn.Module:
-    """The part as a module.
+    """Turn the part into a module.
+
+    name: "encoder" or "decoder", for the message.
 
     Raises: GateError if the part is neither a module nor a bound method of a module.
     """
@@ -173,6 +193,10 @@ def _module(name: str, part: Part) -> nn.Module:
 
 def _try(part: str, call: Callable[[Tensor], Any], values: Tensor) -> Any:
     """Call an encoder or a decoder on one batch.
+
+    part: "encoder" or "decoder", for the message.
+
+    Returns: the result of `call`.
 
     Raises: GateError for any exception of the network, another batch size or another dtype.
     """

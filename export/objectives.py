@@ -37,16 +37,19 @@ def negative_elbo(
     free_bits: float = 0.0,
     straight_through: bool = False,
 ) -> Terms:
-    """kl_weight * KL(q || p) - E_q log p(x | z), with the KL in closed form (Mixture.kl).
+    """Negative ELBO, kl_weight * KL(q || p) - E_q log p(x | z), with the KL in closed form (Mixture.kl).
 
     images: (n, C, H, W) in [0, 1].
-    temperature: of the latent samples.
+    draws: generator of the noise.
+    temperature: temperature of the latent samples.
     samples: latents per image for the expectation.
     kl_weight: weight of the KL term.
     free_bits: nats of KL that each variable may carry at no cost, in the mean over the images (Kingma et al., 2016,
         appendix C.8: sum over variables of max(free_bits, KL)).
     straight_through: decode one-hot codes, with the gradient of the relaxed codes (Jang, Gu and Poole, 2017, section
         2.2).
+
+    Returns: the terms; the loss is the mean over the images.
     """
     posterior = model.encode(images)
     latents = _draw(model, posterior, samples, temperature, draws)
@@ -76,9 +79,10 @@ def negative_iwae(
 ) -> Terms:
     """Negative importance-weighted bound -log 1/k sum_i w_i, with k = `samples` and w_i = p(x, z_i) / q(z_i | x).
 
-    Needs a latent with a density. Source: Burda, Grosse and Salakhutdinov, 2016, equation 8.
+    Needs a Gaussian latent. Source: Burda, Grosse and Salakhutdinov, 2016, equation 8.
 
     images: (n, C, H, W) in [0, 1].
+    draws: generator of the noise, and of the resampling.
     samples: latents per image.
     kl_weight: weight of log q - log p in log w_i.
     doubly: use the doubly reparameterized gradient for the encoder, whose signal-to-noise ratio does not fall with k
@@ -86,6 +90,9 @@ def negative_iwae(
         a kl_weight b, (1 - b) s_i + b s_i^2 replaces s_i^2, because log w_i contains the score b times.
     resampled: number of samples with a gradient, drawn by weight s_i: the same gradient on average, with less memory
         and time, as few samples have most of the weight. 0: all samples.
+
+    Returns: the terms; the loss is the mean over the images. With `doubly` or `resampled`, only the gradient of the
+        loss is meant, not its value.
     """
     posterior = model.encode(images)
     density = tuple(parameter.detach() for parameter in posterior) if doubly else posterior
@@ -111,8 +118,8 @@ def negative_iwae(
         normalized = log_weights.detach().softmax(0)
         loss = -(normalized * log_weights).sum(0).mean() if doubly else log(samples) - log_weights.logsumexp(0).mean()
     if doubly:
-        # The gradient of each sample already has the factor s_i. The decoder's gradient keeps this factor; the
-        # encoder's gradient gets the factor once more.
+        # The loss gives the gradient of each sample the factor s_i, and the decoder's gradient keeps this factor. The
+        # encoder's gradient passes through the latents and gets a further factor, (1 - b) + b s_i with b = kl_weight.
         again = _broadcast_to(1 - kl_weight + kl_weight * normalized, latents)
         latents.register_hook(lambda gradient: gradient * again)
     return Terms(loss, likelihoods.detach().mean(0), prior.kl(model, posterior).detach())
@@ -124,6 +131,8 @@ def systematic(weights: Tensor, count: int, draws: torch.Generator) -> Tensor:
     A row of weight w is drawn count * w times, rounded up or down at random with the right mean.
 
     weights: (samples, n), columns sum to 1.
+    count: number of rows to draw.
+    draws: generator of one uniform number for each column.
 
     Returns: row indices, int64 (count, n).
     """
@@ -157,7 +166,7 @@ def negative_vimco(
 
 
 def gains(log_weights: Tensor) -> Tensor:
-    """Gain L - L_i of each sample in `negative_vimco`.
+    """Gain L - L_i of each sample in `negative_vimco`: how much the sample raises the bound.
 
     log_weights: log w, (samples, n).
 
@@ -170,7 +179,13 @@ def gains(log_weights: Tensor) -> Tensor:
 
 
 def elbo_terms(model: VAE, images: Tensor, temperature: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The two terms of the ELBO: E_q log p(x | z) from one sample, and KL(q || p), each (n,) in nats."""
+    """Compute the two terms of the ELBO.
+
+    images: (n, C, H, W) in [0, 1].
+    temperature: temperature of the latents.
+
+    Returns: E_q log p(x | z) from one latent per image, and KL(q || p), each (n,) in nats.
+    """
     terms = negative_elbo(model, images, draws, temperature=temperature)
     return terms.likelihood, terms.kl
 
@@ -223,7 +238,8 @@ def log_likelihood(pixel_logits: Tensor, images: Tensor) -> Tensor:
 def gumbel_temperature(step: int, start: float, minimum: float, rate: float, every: int) -> float:
     """Temperature max(minimum, start * exp(-rate * t)) of a step (Jang, Gu and Poole, 2017, section 4).
 
-    t is the step rounded down to a multiple of `every`. A closed form of the step, so a resumed run continues exactly.
+    t is `step` rounded down to a multiple of `every`. The formula needs no earlier step, so a resumed run continues
+    exactly.
     """
     return max(minimum, start * exp(-rate * (step - step % every)))
 
@@ -241,7 +257,7 @@ def cosine_decay(step: int, steps: int) -> float:
 def _draw(
     model: VAE, posterior: tuple[Tensor, ...], samples: int, temperature: float, draws: torch.Generator
 ) -> Tensor:
-    """Draw latents (samples, n, *latent_shape) from the posterior."""
+    """Draw `samples` latents for each image from the posterior: (samples, n, *latent_shape)."""
     return model.sample(posterior, model.noise((samples, *posterior[0].shape), draws), temperature)
 
 

@@ -18,7 +18,7 @@ from reparam.export.errors import RunError
 from reparam.export.run import Run
 from reparam.models import VAE, Mixture
 
-CONVERGED = 1e-4  # nats per latent; stop when the likelihood rises by less in one iteration
+CONVERGED = 1e-4  # nats; stop when the mean log-likelihood of a latent rises by less in one iteration
 MAX_ITERATIONS = 300
 BATCH = 1000  # images per call of the encoder
 IMAGES_PER_COMPONENT, MAX_COMPONENTS = 200, 50  # defaults
@@ -32,12 +32,13 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
     `evaluate` and `publish` use the saved mixture.
 
     components: number of components; None: `default_components`.
-    seed: of the latents and of the initial clusters.
+    seed: seed of the latents and of the initial clusters.
 
-    Returns: mean log p(z) of latents of the held-out images, in nats, under `standard`, the prior of the training, and
-        under `mixture`. The difference is the gain of the ELBO.
+    Returns: mean log p(z) of latents of the held-out images, in nats. The key `standard` is for the prior of the
+        training, `mixture` for the fitted mixture. The difference is the gain of the ELBO.
 
-    Raises: RunError, DataError.
+    Raises: RunError if the training has not finished or learned a mixture itself, if there are too few different
+        latents, or if another process works in the folder; DataError.
     """
     run = Run(folder)
     model, data = run.trained(), run.data()
@@ -62,7 +63,10 @@ def fit_prior(folder: Path, *, components: int | None, seed: int) -> dict[str, f
 
 
 def default_components(images: int) -> int:
-    """One component per IMAGES_PER_COMPONENT training images, at least 1, at most MAX_COMPONENTS."""
+    """Choose the number of components for a number of training images.
+
+    Returns: one component per IMAGES_PER_COMPONENT images, at least 1, at most MAX_COMPONENTS.
+    """
     return min(MAX_COMPONENTS, max(1, images // IMAGES_PER_COMPONENT))
 
 
@@ -70,11 +74,13 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
     """Fit a mixture by expectation maximization (Dempster, Laird and Rubin, 1977), starting from k-means clusters.
 
     family: distribution of the components: a model, or the class GaussianVAE or GumbelVAE.
-    latents: float32 (n, *latent_shape), one-hot codes for a Gumbel model.
+    latents: float32 (n, *latent_shape) on the CPU; one-hot codes for a Gumbel model.
     components: number of components.
-    seed: of k-means.
+    seed: seed of k-means.
 
-    Raises: RunError if fewer latents differ than there are components.
+    Returns: a mixture of `components` components, float32 on the CPU.
+
+    Raises: RunError if there are fewer different latents than components.
     """
     latents = latents.detach()
     distinct = len(latents.flatten(1).unique(dim=0))
@@ -87,7 +93,7 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
     responsibilities = torch.nn.functional.one_hot(torch.from_numpy(clusters).long(), components).to(latents.dtype)
     before = -torch.inf
     for _ in tqdm(range(MAX_ITERATIONS), desc=f"mixture of {components}", leave=False, disable=None):
-        # A component far from every latent keeps a tiny share of all latents, so its moments stay finite.
+        # A component far from every latent keeps a tiny responsibility for all latents, so its moments stay finite.
         responsibilities = responsibilities + 1e-10
         mixture = Mixture(responsibilities.mean(0).log(), family.most_likely(latents, responsibilities))
         log_joint = torch.cat([mixture.log_joint(family, part) for part in latents.split(BATCH)])
@@ -100,11 +106,14 @@ def fit_mixture(family: VAE | type[VAE], latents: Tensor, components: int, seed:
 
 @torch.inference_mode()
 def sample_latents(model: VAE, pixels: Tensor, binarize: bool, draws: torch.Generator) -> Tensor:
-    """Draw one latent of q(z | x) for each image.
+    """Draw one latent of q(z | x) for each image, at the model's default temperature.
 
-    pixels: uint8 (n, C, H, W).
+    model: put into evaluation mode.
+    pixels: uint8 (n, C, H, W), on the model's device.
+    binarize: draw each pixel as 0 or 1 before encoding.
+    draws: generator of pixels and noise, on the model's device.
 
-    Returns: float32 (n, *latent_shape), on the CPU.
+    Returns: float32 (n, *latent_shape), on the CPU; one-hot codes for a Gumbel model.
     """
     model.eval()
     latents = []

@@ -47,7 +47,8 @@ def publish_run(folder: Path, name: str, repository: Path, precision: Precision 
 
     Returns: the new folder, `repository`/`name`/<version>.
 
-    Raises: RunError, GateError, OSError; then nothing is written.
+    Raises: RunError if the run has not finished or has no evaluation, GateError if a file differs from the network or
+        `name` cannot name a model, OSError. After an error nothing is written.
     """
     _check_name(name)
     network, contract = network_and_contract(Run(folder), precision)
@@ -74,7 +75,8 @@ def publish(
 
     Returns: the new folder, `repository`/`name`/<version>.
 
-    Raises: GateError, OSError; then nothing is written.
+    Raises: GateError if the network or an argument cannot be published, or a file differs from the network; OSError.
+        After an error nothing is written.
     """
     _check_name(name)
     network.check()
@@ -85,14 +87,21 @@ def publish(
 
 
 def _check_name(name: str) -> None:
-    """Raises: GateError if no model can have this name."""
+    """Check the name of a model. Raises: GateError if no model can have this name."""
     if not NAME.fullmatch(name):
         allowed = "letters, digits, '.', '_' and '-', first a letter or digit"
         raise GateError(f"{name!r} cannot be a model's name: {allowed}")
 
 
 def _publish(network: Network, contract: Contract, name: str, repository: Path, *, exact: bool) -> Path:
-    """Write the files into a hidden folder, check them, and rename the folder to the next version."""
+    """Write the files into a hidden folder, check the files, and rename the folder to the next version.
+
+    exact: as in `gate`.
+
+    Returns: the new folder.
+
+    Raises: GateError, OSError.
+    """
     made = _make_readable(repository / name)
     try:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=repository / name))
@@ -139,9 +148,9 @@ def _write_checked(network: Network, contract: Contract, folder: Path, *, exact:
 
 
 def network_and_contract(run: Run, precision: Precision = "float32") -> tuple[Network, Contract]:
-    """The network of a run, and the contract of the run's artifact.
+    """Build the network of a run, and the contract of the run's artifact.
 
-    Raises: RunError.
+    Raises: RunError if the run has not finished or has no evaluation; GateError for values that no contract holds.
     """
     vae, config = run.trained(), run.config()
     network, priors = Network.of(vae), run.priors(vae)
@@ -165,10 +174,12 @@ def build_contract(
     evaluation: Facts,
     precision: Precision,
 ) -> Contract:
-    """The contract of an artifact.
+    """Build the contract of an artifact.
 
     standard: the standard prior, a mixture of a single component.
-    mixture: a second prior, the default for sampling.
+    mixture: a second prior, the default for sampling; None for no second prior.
+    trained_on, evaluation: names and values shown by `/models`.
+    precision: precision of the decoder.
 
     Raises: GateError for values that no contract holds.
     """
@@ -205,9 +216,11 @@ def build_contract(
 
 
 def _reference(network: Network, prior: list[Tensor]) -> dict[str, Any]:
-    """Latents and images of the reference rows, computed by the network itself. `verify` recomputes these values.
+    """Compute latents and images of the reference rows by the network itself. `verify` recomputes these values.
 
     prior: the parameters of the standard prior, each (*latent_shape).
+
+    Returns: `seed` and `rows` of the reference rows, and the `thinned` values of `latents` and `images`.
     """
     noise = torch.from_numpy(FAMILIES[network.kind].noise(reference_words(network.latent_shape)))
     parameters = [parameter.expand_as(noise).contiguous() for parameter in prior]
@@ -222,7 +235,10 @@ def _reference(network: Network, prior: list[Tensor]) -> dict[str, Any]:
 
 
 def write_files(network: Network, contract: Contract, folder: Path) -> None:
-    """Export both graphs into the folder: model.onnx with the contract as metadata, and encoder.onnx."""
+    """Export both graphs into the folder: model.onnx with the contract as metadata, and encoder.onnx.
+
+    Raises: GateError if torch cannot export the network; OSError.
+    """
     sampler = export_sampler(in_precision(network, contract.precision))
     onnx.helper.set_model_props(sampler, contract.to_metadata())
     write_atomically(folder / MODEL_FILE, sampler.SerializeToString())
@@ -230,11 +246,14 @@ def write_files(network: Network, contract: Contract, folder: Path) -> None:
 
 
 def _claim(partial: Path, model: Path) -> Path:
-    """Rename the folder to the next free version. Tries again if another publication takes the version first.
+    """Rename a folder to the next free version. Tries again if another publication takes the version first.
+
+    partial: the folder with the finished files.
+    model: folder of the model.
 
     Returns: the new path.
 
-    Raises: GateError if no version is left.
+    Raises: GateError if no version is left; OSError.
     """
     while True:
         taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
@@ -251,7 +270,11 @@ def _claim(partial: Path, model: Path) -> Path:
 
 
 def _mixture(names: Sequence[str], mixture: Mixture) -> dict[str, Any]:
-    """The mixture as stored in the metadata.
+    """Convert the mixture to the form of the metadata.
+
+    names: names of the family's parameters.
+
+    Returns: `weights` (C) and each parameter (C, *latent_shape) as nested lists, by name.
 
     Raises: GateError for a wrong number of parameters.
     """
@@ -265,14 +288,17 @@ def _mixture(names: Sequence[str], mixture: Mixture) -> dict[str, Any]:
 
 
 def _compact(parameter: Tensor) -> float | list[object]:
-    """The parameter as stored in the metadata: one number if all elements are equal."""
+    """Convert a parameter to the form of the metadata: nested lists, or one number if all elements are equal."""
     values: list[object] = parameter.tolist()
     first = parameter.flatten()[0]
     return first.item() if bool((parameter == first).all()) else values
 
 
 def _version(tool: str) -> str:
-    """Installed version of a tool, also under the name of the GPU build."""
+    """Return the installed version of a tool, also under the name of the GPU build.
+
+    Raises: LookupError if the tool is not installed.
+    """
     for distribution in (tool, f"{tool}-gpu"):
         try:
             return version(distribution)

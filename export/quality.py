@@ -20,9 +20,9 @@ from reparam.models import VAE, Mixture
 Float64 = npt.NDArray[np.float64]
 
 BATCH = 1000  # rows per call of the decoder
-MIN_IMAGES = 100  # least number of images for a distance
+MIN_IMAGES = 100  # fewest images in a file for `quality_of_images`
 KERNEL_BLOCK = 1000  # images of each set in a block of the kernel distance
-NEIGHBOURS = 2000  # images in the search for nearest neighbours
+NEIGHBOURS = 2000  # largest number of sampled images whose nearest neighbours are searched
 
 
 @torch.inference_mode()
@@ -33,13 +33,15 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
 
     classifier: folder of a trained classifier.
     samples: images drawn from each prior.
-    seed: of the draws.
+    seed: seed of the draws.
 
-    Returns: for `standard`, and for `mixture` if the run has a mixture: `frechet`, `kernel` with standard error, and
-        `near_training`, which is near `training_share` without memorization and 1 for copies. For `training`, a sample
-        of the training images: `frechet` and `kernel`, about the values of a perfect sampler.
+    Returns: values by key `<set>_<measure>`. The sets are `standard`, `mixture` if the run has a mixture, and
+        `training`: up to `samples` training images, whose values are about the values of a perfect sampler. The
+        measures are `frechet`, `kernel`, `kernel_standard_error` (from two full blocks on), and, except for `training`,
+        `near_training`. `training_share` is the share of training images among all real images. Without memorization
+        `near_training` is about `training_share`; for copies `near_training` is 1.
 
-    Raises: RunError, DataError.
+    Raises: RunError if the run has not finished, or the folder holds no classifier for images of this shape; DataError.
     """
     run = Run(folder)
     model, draws = run.trained(), generator(seed, QUALITY)
@@ -53,11 +55,16 @@ def quality(folder: Path, *, classifier: Path, samples: int, seed: int) -> dict[
 
 @torch.inference_mode()
 def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> dict[str, float]:
-    """Measure an .npy file of images from any sampler, as `quality` measures a run.
+    """Compare the images in an .npy file, from any sampler, with the held-out images of a data set.
 
+    path: file of at least MIN_IMAGES images, in a dtype and shape of `load_npy`.
     data: source of the real images, as for a training.
+    classifier: folder of a trained classifier.
+    seed: seed of the choice of training images.
 
-    Raises: RunError, DataError.
+    Returns: values by key, as from `quality`, for the sets `samples` and `training`.
+
+    Raises: RunError for too few images, images of another shape, or no classifier for this shape; DataError; OSError.
     """
     images, real = load_npy(path), load(data)
     if images.shape[1:] != real.image_shape or len(images) < MIN_IMAGES:
@@ -71,9 +78,17 @@ def quality_of_images(path: Path, *, data: str, classifier: Path, seed: int) -> 
 def _compare(
     drawn: Iterable[tuple[str, Tensor]], data: Dataset, classifier: Path, samples: int, draws: torch.Generator
 ) -> dict[str, float]:
-    """Measure each named set of images, as described in `quality`.
+    """Measure each named set of images.
 
+    drawn: name of each set, and its images, uint8 (n, C, H, W).
+    data: the real images.
+    classifier: folder of a trained classifier.
+    samples: number of training images to measure in comparison.
     draws: generator for the choice of training images.
+
+    Returns: values by key, as described in `quality`.
+
+    Raises: RunError.
     """
     features = Classifier.load(classifier)
     if features.image_shape != data.image_shape:
@@ -103,6 +118,8 @@ def frechet(one: Float64, other: Float64) -> float:
     equation 6).
 
     one, other: float64 (n, F) and (m, F).
+
+    Returns: the squared distance, as is usual.
     """
     first, second = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
     # The eigenvalues of C_1 C_2 are real and not negative, except for rounding.
@@ -113,11 +130,13 @@ def frechet(one: Float64, other: Float64) -> float:
 def kernel_distance(one: Float64, other: Float64) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy of two sets of features with the kernel (x y / F + 1)^3, unbiased.
 
-    The mean over blocks of KERNEL_BLOCK (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4).
+    The sets are shuffled and cut into blocks of KERNEL_BLOCK images, or of all images of a smaller set. The result is
+    the mean over blocks (Binkowski et al., 2018, https://arxiv.org/abs/1801.01401, section 4). Images beyond the last
+    full block are dropped.
 
     one, other: float64 (n, F) and (m, F).
 
-    Returns: the distance, and the standard error over blocks; None with a single block.
+    Returns: the squared distance, perhaps below 0; and the standard error over blocks, None for a single block.
     """
     # The order of images may carry information: MNIST's test images are sorted by writer.
     random = np.random.default_rng(0)
@@ -136,7 +155,8 @@ def near_training(images: Tensor, train: Tensor, test: Tensor) -> float:
     """Share of images whose nearest neighbour, by squared pixel differences, is a training image rather than a test
     image.
 
-    About the share of training images among the real images without memorization, 1 for copies.
+    Without memorization, the result is about the share of training images among the real images. For copies of training
+    images, the result is 1.
 
     images, train, test: uint8 (n, C, H, W).
     """
@@ -165,7 +185,10 @@ def _kernel(one: Float64, other: Float64) -> Float64:
 def sample_images(model: VAE, prior: Mixture, n: int, draws: torch.Generator) -> Iterator[Tensor]:
     """Sample images from a prior: the mean of p(x | z), as the service decodes.
 
-    Returns: batches uint8 (up to BATCH, C, H, W), n images together.
+    n: number of images in all.
+    draws: generator of components and noise.
+
+    Returns: an iterator of batches, uint8 (up to BATCH, C, H, W).
     """
     for begin in range(0, n, BATCH):
         parameters = prior.draw(min(BATCH, n - begin), draws)

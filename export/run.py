@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def of(cls, train: TrainConfig, data: Dataset) -> Self:
-        """The configuration of a training on these images."""
+        """Make the configuration of a training on these images."""
         digest = hashlib.sha256(data.train.tobytes() + data.test.tobytes()).hexdigest()
         return cls(train=train, data_name=data.name, data_sha256=digest, image_shape=data.image_shape)
 
@@ -78,7 +78,11 @@ class RunConfig(BaseModel):
 
 
 class Run:
-    """The files of one run."""
+    """The files of one run.
+
+    folder: folder of the run.
+    checkpoint, prior_file, metrics: paths of files in the folder; each file may be missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,9 +101,9 @@ class Run:
         write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
 
     def resume(self, config: RunConfig) -> None:
-        """Compare the configuration with config.json.
+        """Compare the configuration of the resumed training with config.json. The path of the images may differ.
 
-        Raises: RunError naming a field with another value.
+        Raises: RunError naming a field with another value, or if config.json is missing or damaged.
         """
         before = self.config()
         for name, now in _flat(config).items():
@@ -153,11 +157,16 @@ class Run:
         return data
 
     def save(self, epoch: int, state: Mapping[str, Tensor]) -> None:
-        """Write the state after `epoch` epochs atomically."""
+        """Write the state after `epoch` epochs atomically.
+
+        state: tensors by name, as from `Learner.state`.
+        """
         write_tensors(self.checkpoint, state, epoch=str(epoch))
 
     def restore(self, load: Callable[[dict[str, Tensor]], object]) -> int:
         """Pass the last saved state to `load`.
+
+        load: called with tensors by name; raises one of READ_ERRORS for a state of another network.
 
         Returns: the number of finished epochs; 0 without a checkpoint, then `load` is not called.
 
@@ -179,9 +188,10 @@ class Run:
         return epoch
 
     def trained(self) -> VAE:
-        """The network with the weights of the last epoch, in evaluation mode.
+        """Build the network with the weights of the last epoch, in evaluation mode, on the CPU. With a running average,
+        the averaged weights.
 
-        Raises: RunError before the training has finished.
+        Raises: RunError before the training has finished, or if a file is missing or damaged.
         """
         config = self.config()
         model, evaluated = config.build(), "average" if config.train.average else "model"
@@ -193,13 +203,13 @@ class Run:
         return model.eval()
 
     def save_prior(self, mixture: Mixture) -> None:
-        """Write a fitted mixture; `mixture` reads the file."""
+        """Write a fitted mixture to prior.safetensors; `mixture` reads the file."""
         names = MODELS[self.config().train.kind].parameter_names
         tensors = {"log_weights": mixture.log_weights, **dict(zip(names, mixture.parameters, strict=True))}
         write_tensors(self.prior_file, tensors, checkpoint_sha256=_sha256(self.checkpoint))
 
     def drop_stale_prior(self) -> None:
-        """Remove a fitted prior if `mixture` would refuse the file."""
+        """Remove prior.safetensors if the file is damaged or was fitted to other weights. A usable file stays."""
         try:
             self.mixture()
         except RunError:
@@ -208,9 +218,11 @@ class Run:
     def priors(self, model: VAE) -> dict[str, Mixture]:
         """Priors available for sampling.
 
-        Returns: `standard`, a single distribution, and `mixture` if a mixture was learned or fitted.
+        model: the trained network.
 
-        Raises: RunError.
+        Returns: `standard`, a mixture with a single component, and `mixture` if a mixture was learned or fitted.
+
+        Raises: RunError if the fitted prior is damaged or belongs to other weights.
         """
         learned = model.prior()
         if len(learned.log_weights) > 1:
@@ -220,7 +232,7 @@ class Run:
         return {"standard": learned} | ({} if fitted is None else {"mixture": fitted})
 
     def mixture(self) -> Mixture | None:
-        """The prior fitted to the weights of the last epoch; None without a fitted prior.
+        """Read the prior fitted to the weights of the last epoch; None without a fitted prior.
 
         Raises: RunError if the file is damaged or was fitted to other weights.
         """
@@ -238,7 +250,7 @@ class Run:
         return mixture
 
     def _check(self, mixture: Mixture) -> None:
-        """Raises: ValueError for wrong shapes, dtypes or weights."""
+        """Check a mixture read from a file. Raises: ValueError for wrong shapes, dtypes or weights."""
         latent_shape = self.config().train.latent
         components = (len(mixture.log_weights),)
         for tensor, shape in ((mixture.log_weights, ()), *((each, latent_shape) for each in mixture.parameters)):
@@ -248,18 +260,24 @@ class Run:
             raise ValueError("a component has no weight")
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl.
+
+        line: metrics by name, with the member `epoch`.
+        """
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def drop_metrics_after(self, epoch: int) -> None:
-        """Drop metrics of epochs later than `epoch`: written before a kill, without a checkpoint."""
+        """Drop metrics of epochs later than `epoch`, and damaged lines.
+
+        A killed training may have written metrics of an epoch without a checkpoint.
+        """
         lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
         kept = [line for line in lines if 0 < _epoch_of(line) <= epoch]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def fingerprint(self) -> str:
-        """SHA-256 of weights and fitted prior. Ties an evaluation to the evaluated files."""
+        """SHA-256 of checkpoint and fitted prior, in hexadecimal. Ties an evaluation to the evaluated files."""
         return _sha256(self.checkpoint, *([self.prior_file] if self.prior_file.exists() else []))
 
 

@@ -36,7 +36,7 @@ from reparam.service.pictures import png, sheet
 
 SHEET_ROWS = 64
 EVALUATION_BATCH = 500
-MIN_SHARE = 64  # latents to decode in one share of a batch
+MIN_SHARE = 64  # fewest latents in one share of a batch; a share is a part computed on its own CPU thread
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> Run:
@@ -44,12 +44,13 @@ def train(config: TrainConfig, out: Path, *, resume: bool, sheet_every: int) -> 
 
     config: configuration; device and shares default to the run's own settings, or to settings for this machine.
     out: folder of the run.
-    resume: continue the run in `out`; start the run if the folder has none.
+    resume: continue the run in `out`; if the folder holds no run, start a new run.
     sheet_every: epochs between two contact sheets.
 
     Returns: the finished run.
 
-    Raises: DataError, RunError.
+    Raises: DataError; RunError if the run cannot be started or resumed, if another process works in the folder, or if
+        bound or weights are not finite.
     """
     data, run = load(config.data), Run(out)
     resumes = resume and (out / "config.json").exists()
@@ -95,9 +96,13 @@ def _train(model: VAE, data: Dataset, config: TrainConfig, run: Run, sheet_every
 
 
 def _with_compute_settings(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
-    """The configuration with device and shares filled in.
+    """Fill in device and shares.
 
-    In order of priority: the given values, the values of the resumed run `before`, defaults for this machine.
+    In order of priority: the given values, the values of the resumed run, defaults for this machine.
+
+    before: configuration of the resumed run; None for a new run.
+
+    Raises: RunError for "cuda" without a GPU.
     """
     if before is None:
         device = use_device(config.device)
@@ -110,9 +115,9 @@ def _with_compute_settings(config: TrainConfig, before: TrainConfig | None) -> T
 
 
 def _default_shares(config: TrainConfig, device: torch.device) -> int:
-    """Shares of a batch for this device: at most one per CPU thread, with MIN_SHARE latents each.
+    """Choose the number of shares of a batch: at most as many as CPU threads, with at least MIN_SHARE latents each.
 
-    One share with free bits, because free bits use the mean over a whole batch.
+    The number is 1 on a GPU, and with free bits, because free bits use the mean over a whole batch.
     """
     worth = 1 if config.free_bits or device.type == "cuda" else config.batch_size * config.samples // MIN_SHARE
     return max(1, min(torch.get_num_threads(), worth))
@@ -125,8 +130,8 @@ def train_epoch(learner: Learner, pixels: Tensor, config: TrainConfig, epoch: in
     pixels: uint8 (n, C, H, W).
     epoch: number of the epoch, from 0.
 
-    Returns: metrics: means over all images in nats (`elbo`, `kl`), `temperature` of the last step, `images_per_second`,
-        and `components` in use if the prior is a mixture.
+    Returns: metrics by name: `elbo` and `kl`, means over all images in nats; `temperature` of the last step;
+        `images_per_second`. If the prior is a mixture also `components`, the number of components in use.
     """
     model = learner.model
     if epoch < config.elbo_epochs:
@@ -169,7 +174,7 @@ def _perplexity(log_weights: Tensor) -> float:
 class StepSettings(NamedTuple):
     """Settings of the objective for one step.
 
-    temperature: of relaxed codes; 1 for a Gaussian latent.
+    temperature: temperature of relaxed codes; 1 for a Gaussian latent.
     kl_weight: weight of the KL term, 0 .. 1.
     """
 
@@ -178,9 +183,10 @@ class StepSettings(NamedTuple):
 
 
 def step_settings(config: TrainConfig, step: int, steps_per_epoch: int) -> StepSettings:
-    """The settings of a step.
+    """Compute the settings of a step.
 
-    step: number of the step, counted from the first step of the training.
+    step: number of the step, 0 for the first step of the training.
+    steps_per_epoch: number of steps in an epoch.
     """
     temperature = gumbel_temperature(step, config.tau_start, config.tau_min, config.tau_rate, config.tau_every)
     return StepSettings(
@@ -197,14 +203,15 @@ def share_gradient(
     pixels: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Compute one share of a batch.
+    """Compute the gradient of one share of a batch.
 
-    settings: of the step.
-    image_weight: weight of an image in the batch's mean.
+    settings: settings of the step.
+    image_weight: weight of an image in the batch's mean, 1 / images in the batch.
     pixels: uint8 (n, C, H, W), the images of the share.
+    draws: generator of the share.
 
-    Returns: the share's part of the batch's gradient, as one vector, and the images' likelihood and KL terms (2, n) in
-        nats.
+    Returns: the share's part of the batch's gradient, (P,) as from `flat_gradient`; the sum over shares is the batch's
+        gradient. Then likelihood and KL term of each image, (2, n) in nats.
     """
     terms = _objective(model, as_images(pixels, config.binarize, draws), draws, config, settings)
     loss = terms.loss * (len(pixels) * image_weight)
@@ -241,7 +248,12 @@ def _objective(
 
 @torch.inference_mode()
 def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[str, float]:
-    """One-sample ELBO of the held-out images, at the temperature of the service."""
+    """Estimate the ELBO of the held-out images from one latent each, at the model's default temperature.
+
+    pixels: uint8 (n, C, H, W).
+
+    Returns: `held_out_elbo`, the mean in nats.
+    """
     model.eval()
     draws = generator(config.seed, HELD_OUT, device=pixels.device)
     total = 0.0
@@ -254,7 +266,12 @@ def _held_out_metrics(model: VAE, pixels: Tensor, config: TrainConfig) -> dict[s
 
 @torch.inference_mode()
 def contact_sheet(model: VAE, pixels: Tensor, config: TrainConfig) -> bytes:
-    """A PNG with samples of the prior on the left, and held-out images above their reconstructions on the right."""
+    """Draw samples of the prior on the left, and held-out images above their reconstructions on the right.
+
+    pixels: uint8 (n, C, H, W), the held-out images; the first SHEET_ROWS / 2 are shown.
+
+    Returns: a PNG.
+    """
     model.eval()
     draws = generator(config.seed, SHEET, device=pixels.device)
     images = as_images(pixels[: SHEET_ROWS // 2], config.binarize, draws)

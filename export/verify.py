@@ -58,7 +58,13 @@ def verify(folder: Path) -> list[str]:
 
 
 def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: float) -> None:
-    """Check the outputs of a large batch, and that smaller batches give the same rows."""
+    """Check the outputs of a large batch, and that smaller batches give the same rows.
+
+    feeds: inputs of the large batch, by name.
+    temperature: temperature of all rows, for messages.
+
+    Raises: GateError.
+    """
     latents = artifact.contract.family.latents
     whole = run_sampler(artifact, feeds, f"on {len(feeds['noise'])} rows")
     where = f"at temperature {temperature:g}"
@@ -73,7 +79,12 @@ def _check_batches(artifact: Artifact, feeds: dict[str, Float32], temperature: f
 
 
 def _formula(contract: Contract, feeds: dict[str, Float32]) -> Float64:
-    """The latents for these inputs, computed in float64."""
+    """Compute the latents for these inputs in float64.
+
+    feeds: inputs of the sampler by name, float32 (n, ...).
+
+    Returns: float64 (n, *latent_shape).
+    """
     inputs = {name: array.astype(np.float64) for name, array in feeds.items()}
     temperature = inputs["temperature"].reshape(-1, *[1] * len(contract.latent_shape))
     return _FORMULAS[contract.kind](inputs, temperature)
@@ -96,7 +107,10 @@ _FORMULAS = {"gaussian": _gaussian, "gumbel": _gumbel}
 
 
 def _check_reference(artifact: Artifact) -> None:
-    """Compare the reference rows with the values stored by the publication."""
+    """Compare the reference rows with the values stored by the publication.
+
+    Raises: GateError.
+    """
     contract = artifact.contract
     feeds = contract.feeds(reference_words(contract.latent_shape), contract.default_temperature)
     found = run_sampler(artifact, feeds, "on the reference rows")
@@ -110,7 +124,11 @@ def _check_reference(artifact: Artifact) -> None:
 
 
 def _check_encoder(folder: Path, contract: Contract) -> None:
-    """Check names and shapes of the encoder, and that every batch size gives the same rows."""
+    """Check names and shapes of the encoder, and that every batch size gives the same rows.
+
+    Raises: ArtifactError if encoder.onnx cannot be opened, or has other inputs or outputs. GateError if the encoder
+        fails, returns another shape, or returns other rows in another batch size.
+    """
     session = open_encoder(folder)
     names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
     if names != (["images"], list(contract.family.parameters)):

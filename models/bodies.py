@@ -83,7 +83,10 @@ def set_initial_bias(decoder: nn.Sequential, mean: Tensor) -> None:
 
 
 def to_float16(decoder: nn.Module) -> nn.Sequential:
-    """Round a decoder's weights to float16, in place. Inputs and outputs of the result are float32."""
+    """Round a decoder's weights to float16, in place.
+
+    Returns: the decoder between two casts, so that inputs and outputs stay float32.
+    """
     return nn.Sequential(_Cast(torch.float16), decoder.half(), _Cast(torch.float32))
 
 
@@ -159,6 +162,8 @@ class _OneChannelConvTranspose2d(nn.ConvTranspose2d):
 def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequential:
     """Draw the initial weights (He et al., 2015, https://arxiv.org/abs/1502.01852), scaled by the activation's gain.
 
+    Biases begin at 0.
+
     The scale of activations stays constant through the layers. PyTorch's default shrinks activations layer by layer,
     and deep bodies then never learn to use the latent.
     """
@@ -177,9 +182,9 @@ def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequentia
 
 
 def _pyramid(config: VAEConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Channels, and image sizes (height, width), of each level from the image to the top.
+    """Channels, and image sizes (height, width), of each level from the image to the latent.
 
-    Each size is half of the size below, rounded up.
+    Each size is half of the size before, rounded up.
     """
     sizes = [config.image_shape[1:]]
     for _ in config.width:

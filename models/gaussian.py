@@ -12,7 +12,7 @@ from reparam.models.bodies import VAEConfig, decoder, encoder
 from reparam.models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # mu, log_var: each (n, *latent_shape)
-MIN_VARIANCE = 1e-4  # floor for components near few latents
+MIN_VARIANCE = 1e-4  # floor of each variance, because a component with few latents would shrink to a point
 
 
 class GaussianVAE(nn.Module):
@@ -21,6 +21,8 @@ class GaussianVAE(nn.Module):
     p(z): N(0, I), or a learned mixture of Gaussians.
     q(z | x): N(mu(x), exp(log_var(x))), diagonal.
     p(x | z): independent Bernoulli pixels.
+
+    config: architecture of encoder, decoder and prior.
     """
 
     kind: ClassVar[Literal["gaussian"]] = "gaussian"
@@ -46,17 +48,17 @@ class GaussianVAE(nn.Module):
     def learn_prior(self, gradients: Sequence[Tensor], rate: float) -> None:
         """Update a learned mixture by one step of online expectation maximization (Cappe and Moulines, 2009).
 
-        The step is the natural gradient (Amari, 1998), as in GumbelVAE.learn_prior. g are gradients of the loss by the
-        logits of the weights pi_c, the means mu_c and the log variances log s_c; a_c = rate / pi_c:
+        The step is the natural gradient (Amari, 1998), as in GumbelVAE.learn_prior. Component c has the weight
+        pi_c = softmax(prior_weights)_c, the mean mu_c and the variance s_c. g_pi, g_mu and g_log_s are the gradients of
+        the loss by prior_weights, prior_mu and prior_log_var. With a_c = rate / pi_c:
 
             pi_c <- pi_c - rate * g_pi,   d_c = -a_c * s_c * g_mu,   mu_c <- mu_c + d_c,
             s_c  <- s_c * (1 - 2 * a_c * g_log_s) - d_c^2.
 
         Mean and variance of a component become running moments of the latents, weighted by the component's
-        responsibility.
+        responsibility. A weight is at least MIN_WEIGHT, a variance at least MIN_VARIANCE.
 
-        gradients: by prior_weights (C,), prior_mu and prior_log_var, each (C, *latent_shape). Empty for N(0, I): no
-            update.
+        gradients: g_pi (C,), g_mu and g_log_s, each (C, *latent_shape). Empty for N(0, I): no update.
         rate: weight of this batch in the running moments, divided by the weight of the KL term.
         """
         if not gradients:
@@ -72,29 +74,29 @@ class GaussianVAE(nn.Module):
 
     @torch.no_grad()
     def set_prior(self, prior: Mixture) -> None:
-        """Replace p(z) by a mixture with the same number of components."""
+        """Replace p(z) by a mixture with the same number of components and the same latent_shape."""
         self.prior_weights.copy_(prior.log_weights)
         mu, log_var = prior.parameters
         self.prior_mu.copy_(mu)
         self.prior_log_var.copy_(log_var)
 
     def encode(self, images: Tensor) -> Parameters:
-        """Parameters mu and log_var of q(z | x).
+        """Compute the parameters of q(z | x).
 
         images: (n, C, H, W), float32 in [0, 1].
 
-        Returns: two tensors (n, *latent_shape).
+        Returns: mu and log_var, each (n, *latent_shape).
         """
         mu, log_var = self.encoder(images).unflatten(1, (2, *self.config.latent_shape)).unbind(1)
         return mu, log_var
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixel logits (n, C, H, W) of latents (n, *latent_shape)."""
+        """Compute pixel logits: latents (n, *latent_shape) -> (n, C, H, W)."""
         return self.decoder(latents)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     @staticmethod
     def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Standard normal draws, float32, on the generator's device."""
+        """Draw standard normal numbers of this shape, float32, on the generator's device."""
         return torch.randn(shape, generator=generator, device=generator.device)
 
     @staticmethod
@@ -114,19 +116,25 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """Log density log N(latents; mu, exp(log_var)) in nats, (n,)."""
+        """Log density log N(latents; mu, exp(log_var)).
+
+        latents: (n, *latent_shape).
+        parameters: mu and log_var, each (n, *latent_shape).
+
+        Returns: (n,), in nats.
+        """
         mu, log_var = parameters
         density = -0.5 * (log(2 * pi) + log_var + (latents - mu) ** 2 / log_var.exp())
         return density.flatten(1).sum(1)
 
     @staticmethod
     def pairwise_log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """Log density of each latent under each of C parameters, in nats.
+        """Log density of each latent under each of C Gaussians.
 
         latents: (n, *latent_shape).
-        parameters: each (C, *latent_shape).
+        parameters: mu and log_var of the C Gaussians, each (C, *latent_shape).
 
-        Returns: (n, C).
+        Returns: (n, C), in nats.
         """
         z, mu, log_var = (tensor.flatten(1).double() for tensor in (latents, *parameters))  # squares cancel below
         precision = (-log_var).exp()
@@ -135,8 +143,12 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) of each variable, (n, D), in nats (Kingma and Welling, 2014, appendix B, for any two
-        Gaussians).
+        """KL(posterior || prior) of each variable (Kingma and Welling, 2014, appendix B, for any two Gaussians).
+
+        posterior: mu and log_var, each (n, *latent_shape).
+        prior: mu and log_var, each (n, *latent_shape), or (1, *latent_shape) for all rows.
+
+        Returns: (n, D), in nats, with D the number of elements of a latent.
         """
         (mu, log_var), (prior_mu, prior_log_var) = posterior, prior
         squares = (log_var.exp() + (mu - prior_mu) ** 2) / prior_log_var.exp()
@@ -144,7 +156,13 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL from each posterior to each of C parameters: (n, *latent_shape), (C, *latent_shape) -> (n, C), in nats."""
+        """KL(posterior || prior) of each posterior and each of C priors, summed over variables.
+
+        posterior: mu and log_var, each (n, *latent_shape).
+        prior: mu and log_var of the C priors, each (C, *latent_shape).
+
+        Returns: (n, C), in nats.
+        """
         mu, log_var = posterior
         entropy = 0.5 * (log(2 * pi) + 1 + log_var).flatten(1).sum(1, keepdim=True)
         spread = 0.5 * log_var.exp().flatten(1) @ (-prior[1]).exp().flatten(1).T
@@ -152,7 +170,7 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def nearest(mixture: Mixture) -> Parameters:
-        """The diagonal Gaussian g with the least KL(mixture || g): the mixture's mean and variances.
+        """The diagonal Gaussian g with the smallest KL(mixture || g): the mixture's mean and variances.
 
         Returns: mu and log_var, each (*latent_shape).
         """
@@ -162,10 +180,10 @@ class GaussianVAE(nn.Module):
 
     @staticmethod
     def most_likely(latents: Tensor, weights: Tensor) -> Parameters:
-        """Maximum likelihood parameters for weighted latents.
+        """Maximum likelihood parameters of C Gaussians for weighted latents. A variance is at least MIN_VARIANCE.
 
         latents: (n, *latent_shape).
-        weights: (n, C), at least 0.
+        weights: (n, C), at least 0: weight of each latent for each Gaussian.
 
         Returns: mu and log_var, each (C, *latent_shape).
         """

@@ -13,9 +13,9 @@ from reparam.models.bodies import VAEConfig, decoder, encoder
 from reparam.models.mixture import Mixture, learn_weights
 
 Parameters = tuple[Tensor, ...]  # logits: (n, D, K)
-MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # below, codes are one-hot
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # at lower temperatures codes are one-hot
 SIMD_WIDTH = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # float32 numbers in a CPU vector
-MIN_PROBABILITY = 1e-5  # floor for a category of a learned prior
+MIN_PROBABILITY = 1e-5  # floor of a category's probability in a learned prior
 
 
 class GumbelVAE(nn.Module):
@@ -24,6 +24,10 @@ class GumbelVAE(nn.Module):
     p(z): independent categories with learned logits, or a learned mixture of such distributions.
     q(z | x): softmax(logits(x)) for each variable.
     p(x | z): independent Bernoulli pixels.
+
+    config: architecture of encoder, decoder and prior; latent_shape is (D, K).
+
+    Raises: ValueError for another latent_shape.
     """
 
     kind: ClassVar[Literal["gumbel"]] = "gumbel"
@@ -49,20 +53,23 @@ class GumbelVAE(nn.Module):
     def learn_prior(self, gradients: Sequence[Tensor], rate: float) -> None:
         """Update the prior's probabilities by the natural gradient (Amari, 1998).
 
-        g are the gradients of the loss by the logits of the weights pi_c and of the probabilities p_c:
+        The parameters are logits: component c has the weight pi_c = softmax(prior_weights)_c, and the probabilities
+        p_c = softmax(prior_logits_c) over the categories. The update is made on weights and probabilities, and stored
+        as logarithms. g_pi and g_logits are the gradients of the loss by prior_weights and prior_logits:
 
-            pi_c <- pi_c - rate * g_pi,   p_c <- p_c - rate / pi_c * g_logits.
+            pi_c <- max(pi_c - rate * g_pi, MIN_WEIGHT),
+            p_c  <- max(p_c - rate / pi_c * g_logits, MIN_PROBABILITY).
 
         The gradient of the KL term by the logits is p(z) minus the mean of q(z | x) over the batch. So p(z) becomes a
-        running mean of q(z | x), where the KL term is least. With VIMCO, p(z) becomes the mean of the
+        running mean of q(z | x), where the KL term has its minimum. With VIMCO, p(z) becomes the mean of the
         importance-weighted codes. In a mixture, each component averages the images in its responsibility: online
         expectation maximization (Cappe and Moulines, 2009). A variable below its free bits has no gradient and keeps
         its prior.
 
-        Adam's step sizes are too small here: p(z) then lags behind an encoder that permutes categories, and the
-        variable is lost.
+        Adam's step sizes are too small here. An encoder may permute the categories of a variable, and p(z) then
+        follows too slowly. The KL term drives such a variable to carry no information.
 
-        gradients: by prior_weights (C,) and prior_logits (C, D, K).
+        gradients: g_pi (C,) and g_logits (C, D, K).
         rate: weight of this batch in the running mean, divided by the weight of the KL term.
         """
         weights_grad, logits_grad = gradients
@@ -72,25 +79,27 @@ class GumbelVAE(nn.Module):
 
     @torch.no_grad()
     def set_prior(self, prior: Mixture) -> None:
-        """Replace p(z) by a mixture with the same number of components."""
+        """Replace p(z) by a mixture with the same number of components and the same latent_shape."""
         self.prior_weights.copy_(prior.log_weights)
         (logits,) = prior.parameters
         self.prior_logits.copy_(logits)
 
     def encode(self, images: Tensor) -> Parameters:
-        """Logits of q(z | x), (n, D, K), in a tuple.
+        """Compute the parameters of q(z | x).
 
         images: (n, C, H, W), float32 in [0, 1].
+
+        Returns: logits (n, D, K), in a tuple.
         """
         return (self.encoder(images).unflatten(1, self.config.latent_shape),)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixel logits (n, C, H, W) of codes (n, D, K), one-hot or relaxed."""
+        """Compute pixel logits: codes (n, D, K), one-hot or relaxed -> (n, C, H, W)."""
         return self.decoder(latents)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     @staticmethod
     def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Standard Gumbel draws, float32, on the generator's device.
+        """Draw standard Gumbel numbers of this shape, float32, on the generator's device.
 
         The formula -log(-log(1 - u)) runs in float64, where a small u keeps all digits.
         """
@@ -121,36 +130,58 @@ class GumbelVAE(nn.Module):
 
     @staticmethod
     def log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """Log probability of one-hot codes in nats, (n,)."""
+        """Log probability of one-hot codes.
+
+        latents: one-hot codes (n, D, K).
+        parameters: logits (n, D, K), in a tuple.
+
+        Returns: (n,), in nats.
+        """
         (logits,) = parameters
         return (latents * _over_categories(torch.log_softmax, logits)).flatten(1).sum(1)
 
     @staticmethod
     def pairwise_log_prob(latents: Tensor, parameters: Parameters) -> Tensor:
-        """Log probability of each code under each of C parameters: (n, D, K), (C, D, K) -> (n, C), in nats."""
+        """Log probability of each code under each of C distributions.
+
+        latents: codes (n, D, K), one-hot. For probabilities instead of codes, the result is the mean over their draws.
+        parameters: logits of the C distributions, (C, D, K), in a tuple.
+
+        Returns: (n, C), in nats.
+        """
         (logits,) = parameters
         return latents.flatten(1) @ _over_categories(torch.log_softmax, logits).flatten(1).T
 
     @staticmethod
     def kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL(posterior || prior) of each variable, (n, D), in nats, between the categories rather than their
-        relaxations.
+        """KL(posterior || prior) of each variable, between the categories rather than their relaxations.
 
         Uses log-softmax instead of log(p + eps), so rare categories stay exact.
+
+        posterior: logits (n, D, K), in a tuple.
+        prior: logits (n, D, K), or (1, D, K) for all rows, in a tuple.
+
+        Returns: (n, D), in nats.
         """
         log_q, log_p = (_over_categories(torch.log_softmax, logits) for logits in (posterior[0], prior[0]))
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     @staticmethod
     def pairwise_kl(posterior: Parameters, prior: Parameters) -> Tensor:
-        """KL from each posterior to each of C parameters: (n, D, K), (C, D, K) -> (n, C), in nats."""
+        """KL(posterior || prior) of each posterior and each of C priors, summed over variables.
+
+        posterior: logits (n, D, K), in a tuple.
+        prior: logits of the C priors, (C, D, K), in a tuple.
+
+        Returns: (n, C), in nats.
+        """
         log_q = _over_categories(torch.log_softmax, posterior[0])
         q = log_q.exp()
         return (q * log_q).flatten(1).sum(1, keepdim=True) - GumbelVAE.pairwise_log_prob(q, prior)
 
     @staticmethod
     def nearest(mixture: Mixture) -> Parameters:
-        """The independent variables g with the least KL(mixture || g): the mixture's probability of each category.
+        """The independent variables g with the smallest KL(mixture || g): the mixture's probability of each category.
 
         Returns: logits (D, K), in a tuple.
         """
@@ -164,7 +195,7 @@ class GumbelVAE(nn.Module):
         The added count (Krichevsky and Trofimov, 1981) keeps every category possible.
 
         latents: one-hot codes (n, D, K).
-        weights: (n, C), at least 0.
+        weights: (n, C), at least 0: weight of each code for each of C distributions.
 
         Returns: normalized logits (C, D, K), in a tuple.
         """
@@ -184,7 +215,7 @@ def _one_hot(scores: Tensor) -> Tensor:
 def _over_categories(function: Callable[[Tensor, int], Tensor], logits: Tensor) -> Tensor:
     """Apply softmax or log_softmax over the last axis.
 
-    On a CPU, rows shorter than a vector take three to nine times as long as columns: transpose these.
+    On a CPU, rows shorter than SIMD_WIDTH take three to nine times as long as columns, so short rows are transposed.
     """
     if logits.shape[-1] >= SIMD_WIDTH or logits.is_cuda or torch.compiler.is_exporting():
         return function(logits, -1)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-MIN_WEIGHT = 1e-6  # floor for the weight of a component
+MIN_WEIGHT = 1e-6  # floor of a component's weight in a learned prior
 
 
 class Family(Protocol):
@@ -20,7 +20,7 @@ class Family(Protocol):
 class Mixture(NamedTuple):
     """p(z) = sum_c weight_c p(z; parameters_c).
 
-    log_weights: (C,).
+    log_weights: (C,), logarithms of weights that sum to 1.
     parameters: one tensor (C, *latent_shape) for each parameter of the family.
     """
 
@@ -28,7 +28,7 @@ class Mixture(NamedTuple):
     parameters: tuple[Tensor, ...]
 
     def to(self, device: torch.device) -> "Mixture":
-        """A copy on the device."""
+        """Copy the mixture to the device."""
         return Mixture(self.log_weights.to(device), tuple(parameter.to(device) for parameter in self.parameters))
 
     def log_joint(self, family: Family, latents: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Mixture(NamedTuple):
         The bound is -log sum_c weight_c exp(-KL(posterior || p_c)) (Hershey and Olsen, 2007). An ELBO with this KL term
         is still a lower bound on log p(x).
 
-        posterior: each (n, *latent_shape).
+        posterior: parameters of q(z | x), as from `encode`, each (n, *latent_shape).
 
         Returns: (n,), in nats.
         """
@@ -56,6 +56,9 @@ class Mixture(NamedTuple):
     def draw(self, rows: int, draws: torch.Generator) -> tuple[Tensor, ...]:
         """Draw a component for each row.
 
+        rows: number of rows.
+        draws: generator of the choices.
+
         Returns: the components' parameters, each (rows, *latent_shape).
         """
         components = torch.multinomial(self.log_weights.exp(), rows, replacement=True, generator=draws)
@@ -64,10 +67,11 @@ class Mixture(NamedTuple):
 
 @torch.no_grad()
 def learn_weights(logits: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """Update the weights of a mixture: weights <- weights - rate * gradient, in place.
+    """Update the weights of a mixture: weights <- max(weights - rate * gradient, MIN_WEIGHT).
 
-    logits: (C,), softmax gives the weights.
+    logits: (C,); softmax gives the weights. Replaced in place by the logarithms of the new weights.
     gradient: (C,), gradient of the loss by the logits.
+    rate: step size.
 
     Returns: the new weights, (C,).
     """

@@ -1,7 +1,8 @@
-"""The logic of each call, without input and output.
+"""The logic of each call, such as `Client.sample`, without input and output.
 
-A flow is a generator. The flow yields steps: Send, Read, Sleep, and Emit with a result for the caller. After each step
-the client sends the outcome into the flow. Client and AsyncClient carry out the same flows.
+Each call is written once as a generator, called a flow here. A flow yields steps: Send, Read, Sleep, and Emit with a
+result for the caller. Client and AsyncClient carry out each step, with and without `await`, and send the outcome into
+the generator. If no response arrives, the client throws a ReparamError into the generator instead.
 """
 
 import secrets
@@ -57,12 +58,13 @@ Flow = Generator[Send | Read | Sleep | Emit[T], Any, None]
 
 
 class Calls:
-    """The flows of one client.
+    """Makes the flow of each call, with the settings of one client.
 
     base_url: address of the service.
     api_key: key of the service; None for no key.
     timeout: seconds for a whole call; None waits for ever.
     max_retries: number of attempts after the first.
+    server: makes the HTTP requests.
 
     Raises: ValueError, TypeError for impossible settings.
     """
@@ -77,26 +79,31 @@ class Calls:
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:
-        """Make the flow of `Client.sample`: one result."""
+        """Make the flow of `Client.sample`, which emits one result. The flow raises ReparamError."""
         media_type, read = (NPY, read_npy) if len(request.outputs) == 1 else (NPZ, read_npz)
         exchange = self._exchange(lambda remaining: self.server.sample(request, media_type, remaining), media_type)
         yield Emit(read(*(yield from exchange), request))
 
     def models(self) -> Flow[list[Model]]:
-        """Make the flow of `Client.models`: one result."""
+        """Make the flow of `Client.models`, which emits one result. The flow raises ReparamError."""
         yield Emit(read_models(*(yield from self._exchange(self.server.models, JSON))))
 
     def model(self, name: str, version: int | None) -> Flow[Model]:
-        """Make the flow of `Client.model`: one result. Raises: ValueError, TypeError."""
+        """Make the flow of `Client.model`, which emits one result.
+
+        The flow raises ReparamError, and ValueError or TypeError for impossible arguments.
+        """
         if not _checks.string("name", name) or name in (".", ".."):
             raise ValueError(f"name must be the name of a model, got {name!r}")
         yield Emit((yield from self._model(name, None if version is None else _checks.integer("version", version))))
 
     def stream(self, request: SampleRequest, progress: bool | None) -> Flow[Samples]:
-        """Make the flow of `Client.iter_samples`: batches of rows.
+        """Make the flow of `Client.iter_samples`, which emits batches of rows.
 
-        Each time the connection breaks, the flow requests the missing rows.
+        Each time the connection breaks, the flow requests the missing rows. The flow raises ReparamError when
+        max_retries attempts in succession bring no row, or a retry cannot help.
 
+        request: the request for all rows; one output.
         progress: show a progress bar; None for a bar only on a terminal.
         """
         failures = latent_dims = 0
@@ -122,7 +129,12 @@ class Calls:
                     request = replace(request, latent_dims=latent_dims).after(rows.received)
 
     def _receive(self, rows: RowReader, bar: Progress) -> Flow[Samples]:
-        """Make one attempt of a stream. Raises: ReparamError if the stream breaks before the last row."""
+        """Make one attempt of a stream, and emit each batch.
+
+        rows: reader of this attempt.
+
+        Raises: ReparamError if the stream breaks before the last row.
+        """
         # A stream may take hours, so the timeout limits each wait, not the whole stream.
         rows.response = yield Send(self.server.sample(rows.request, NPY, lambda: self.timeout))
         if not usable(rows.response, NPY):
@@ -144,9 +156,12 @@ class Calls:
     ) -> Steps[tuple[httpx.Response, bytearray]]:
         """Send a request and read the whole response. Retry while a retry can help and time remains.
 
-        build: makes the request for the remaining time.
+        build: makes the request of an attempt. The argument is a function that returns the remaining seconds.
+        media_type: media type that the response must have.
 
         Returns: the response and the body.
+
+        Raises: ReparamError, the error of the last attempt.
         """
         remaining = _countdown(self.timeout)
         failures = 0
@@ -172,6 +187,7 @@ class Calls:
     def _pause(self, error: ReparamError, failures: int, remaining: float | None) -> float:
         """Choose the wait before the next attempt.
 
+        error: error of the last attempt.
         failures: number of failures before this error.
         remaining: seconds until the deadline; None for no deadline.
 
@@ -196,7 +212,11 @@ def _emit_batches(rows: RowReader, chunk: bytes, bar: Progress) -> Flow[Samples]
 
 
 def _countdown(seconds: float | None) -> Remaining:
-    """Start a countdown. Returns: a function for the remaining seconds; None without a deadline."""
+    """Start a countdown.
+
+    Returns: a function that returns the remaining seconds, below 0 after the deadline. Without a deadline the function
+        returns None.
+    """
     if seconds is None:
         return lambda: None
     end = time.monotonic() + seconds

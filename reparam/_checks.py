@@ -71,7 +71,7 @@ def seed(name: str, value: SupportsIndex) -> int:
 
 
 def start(name: str, value: SupportsIndex) -> int:
-    """Check a first row. Raises: TypeError, ValueError below 0."""
+    """Check the number of a first row. Raises: TypeError, ValueError below 0."""
     first = integer(name, value)
     if first < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")

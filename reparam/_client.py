@@ -1,4 +1,6 @@
-"""The two clients. Both carry out the same flows, with and without `await`."""
+"""The two clients, Client and AsyncClient. Each call is a generator of `_calls`, which yields steps such as sending a
+request. Client carries out the steps, AsyncClient awaits the same steps.
+"""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -23,7 +25,8 @@ class Client:
     base_url: address of the service.
     api_key: key of the service, sent as `Authorization: Bearer`.
     timeout: seconds for a whole call, including retries; None waits for ever.
-    max_retries: number of attempts after the first, upon a connection error, 429, 502 or 503.
+    max_retries: number of attempts after the first, upon a connection error, 429, 502 or 503. A stream also retries
+        after a timeout.
     transport: a transport of the HTTP library in use, for TLS settings, a proxy, a Unix socket or an application in
         this process. The library is httpx2 if installed, else httpx.
 
@@ -96,6 +99,7 @@ class Client:
     def model(self, name: str, version: int | None = None) -> Model:
         """Describe a model.
 
+        name: name of the model.
         version: version of the model. Default: the latest.
 
         Raises: NotFound with the models or versions of the service; any other ReparamError; ValueError, TypeError for

@@ -99,7 +99,7 @@ class ServerError(StatusError):
 
 
 class Unavailable(StatusError):
-    """503: the service is starting or draining, and retries did not help."""
+    """503: the service is starting, draining, without a model or without memory, and retries did not help."""
 
 
 class DeadlineExceeded(StatusError):
@@ -131,7 +131,7 @@ RETRIED = {429, 502, 503}
 
 
 def worth_retrying(error: ReparamError) -> bool:
-    """Check whether the same request may succeed later."""
+    """Return True if the same request may succeed later: for no or an incomplete response, and a status in RETRIED."""
     return error.status in RETRIED if isinstance(error, StatusError) else True
 
 
@@ -158,7 +158,12 @@ def timed_out(request: httpx.Request, timeout: float | None) -> TimedOut:
 
 
 def status_error(response: httpx.Response, body: bytes | bytearray) -> StatusError:
-    """Make the error for a response whose status is not 2xx."""
+    """Make the error for a response whose status is not 2xx.
+
+    body: the whole body of the response.
+
+    Returns: an error of the class for the status.
+    """
     problem = _problem(response, body)
     request_id = response.headers.get("X-Request-ID") or str(problem.get("instance", "")).removeprefix("urn:request:")
     cls = CLASSES.get(response.status_code, StatusError)
@@ -168,7 +173,7 @@ def status_error(response: httpx.Response, body: bytes | bytearray) -> StatusErr
 def unexpected_response(response: httpx.Response, problem: str) -> StatusError:
     """Make the error for a response with status 2xx and unusable content.
 
-    problem: the fault of the response, as the end of a sentence about the address.
+    problem: the fault of the response, as the end of a sentence whose subject is the address.
     """
     detail = f"{_shown(response.request)} {problem}; is base_url that of a Reparam service?"
     return StatusError(

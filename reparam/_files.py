@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 def check_place(path: Path) -> None:
-    """Check that the folder exists, and that `path` is not a folder. Raises: OSError."""
+    """Check that the folder of `path` exists, and that `path` is not a folder. Raises: OSError."""
     if not path.parent.is_dir():
         raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
     if path.is_dir():
@@ -18,9 +18,11 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file under a temporary name, for writing. At the end the file replaces `path`.
+    """Open a new file under a temporary name. At the end of the block the file replaces `path`.
 
     After an error the new file is removed, and `path` stays as before.
+
+    Yields: the file, open for writing bytes.
 
     Raises: OSError.
     """

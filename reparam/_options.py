@@ -20,7 +20,7 @@ class SampleOptions(TypedDict, total=False):
     prior: distribution of rows without parameters. "standard" is the same distribution for every row. "mixture" draws
         one of several distributions for each row. Default: "mixture" if the model has a mixture.
     seed: 0 .. 2**64 - 1. Default: a fresh seed, drawn by the client.
-    start: number of the first row of the seed. Default: 0.
+    start: number of the first row. A seed defines an endless sequence of rows, counted from 0. Default: 0.
     mu, log_var: parameters of a Gaussian model, in place of `prior`: (*latent_shape) for all rows, or
         (n, *latent_shape). Default: the standard prior. The service accepts bodies of up to 8 MiB. For more parameters,
         make several calls, each with a `start` of its own.
@@ -48,6 +48,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 def checked(options: Mapping[str, Any], others: tuple[str, ...]) -> dict[str, Any]:
     """Check the options of a call.
 
+    options: options by name.
     others: names of the other arguments of the call, for the message.
 
     Returns: the options other than None, in plain types; arrays as float64.
@@ -61,12 +62,15 @@ def checked(options: Mapping[str, Any], others: tuple[str, ...]) -> dict[str, An
 
 
 def parameters(options: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
-    """Select the arrays among checked options: mu and log_var, or logits."""
+    """Select the arrays among checked options: mu and log_var, or logits, by name."""
     return {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
 
 
 def latent_dims(n: int, options: Mapping[str, Any]) -> int:
     """Guess the number of dimensions of a latent from the parameters of n rows.
+
+    n: number of rows.
+    options: checked options.
 
     The number decides whether a parameter is shared by all rows or has a row each. The guess is wrong only for shared
     parameters whose first dimension happens to be n, and only if no other parameter has more dimensions. The service
@@ -88,8 +92,11 @@ def latent_dims(n: int, options: Mapping[str, Any]) -> int:
 def of_rows(options: Mapping[str, Any], rows: slice, latent_dims: int) -> dict[str, Any]:
     """Select the options of some rows. Parameters with a row each are sliced, shared parameters stay whole.
 
+    options: checked options.
     rows: slice of the rows.
     latent_dims: number of dimensions of a latent.
+
+    Returns: all options by name, with the sliced parameters.
     """
     each = {name: array[rows] for name, array in parameters(options).items() if array.ndim > latent_dims}
     return {**options, **each}

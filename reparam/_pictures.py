@@ -10,7 +10,7 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 
 GAP = 2  # pixels between two images of a sheet
-PAPER = 96  # grey of the gaps
+PAPER = 96  # grey level of the gaps
 PNG_COLOUR = {1: 0, 3: 2}  # channels to PNG's colour types: grey, RGB
 
 
@@ -38,6 +38,8 @@ def png(picture: Pixels) -> bytes:
     """Encode a picture as PNG (RFC 2083).
 
     picture: uint8 (C, height, width), C 1 or 3.
+
+    Returns: the bytes of the PNG file.
 
     Raises: ValueError for another number of channels.
     """

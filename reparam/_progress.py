@@ -34,7 +34,10 @@ class Progress:
             sys.stderr.flush()
 
     def line(self, seconds: float) -> str:
-        """Write the bar as text, after this number of seconds."""
+        """Write the bar as text.
+
+        seconds: time since the start.
+        """
         rate = self.done / max(seconds, 1e-9)
         minutes, left = divmod(round((self.total - self.done) / max(rate, 1e-9)), 60)
         share = self.done / self.total

@@ -57,9 +57,12 @@ def sample_request(
 ) -> SampleRequest:
     """Check the arguments of a call as far as possible without the service, and make the request.
 
+    n: number of rows.
+    outputs: name of one output, or names.
+    options: options of the call; without a seed, the client draws a seed.
     others: names of the arguments besides the options, for messages.
 
-    Raises: ValueError, TypeError.
+    Raises: ValueError for a wrong value, TypeError for a wrong type or an unknown option.
     """
     rows = check.count("n", n)
     # The client draws the seed, so that a retry gives the same rows. Every JSON reader keeps integers of 53 bits exact.
@@ -75,7 +78,7 @@ def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Server:
-    """Makes the HTTP requests to a service.
+    """Makes the HTTP requests to a service. `remaining` is a function that returns the seconds until the deadline.
 
     base_url: address of the service.
     api_key: key of the service; None for no key.
@@ -102,7 +105,7 @@ class Server:
             self.headers["Authorization"] = f"Bearer {key}"
 
     def sample(self, request: SampleRequest, media_type: str, remaining: Remaining) -> httpx.Request:
-        """Make POST /sample."""
+        """Make POST /sample. `media_type` is the media type of the response."""
         return self._request("POST", "/sample", media_type, remaining, request.content())
 
     def models(self, remaining: Remaining) -> httpx.Request:
@@ -132,6 +135,8 @@ class Timeouts(Mapping[str, float | None]):
     """Timeouts of one request, in the form of httpx: phase to seconds.
 
     Each look-up returns the remaining time, so all phases together keep one deadline.
+
+    remaining: returns the seconds until the deadline; None for no deadline.
     """
 
     def __init__(self, remaining: Remaining) -> None:

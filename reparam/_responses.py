@@ -28,7 +28,13 @@ UNREADABLE = (BadZipFile, EOFError, KeyError, RuntimeError, TokenError, TypeErro
 
 
 def check(response: httpx.Response, body: bytes | bytearray, media_type: str) -> None:
-    """Check status and media type of a response. Raises: StatusError."""
+    """Check status and media type of a response.
+
+    body: the whole body, for the error.
+    media_type: media type that the response must have.
+
+    Raises: StatusError.
+    """
     if not response.is_success:
         raise status_error(response, body)
     if not usable(response, media_type):
@@ -36,7 +42,7 @@ def check(response: httpx.Response, body: bytes | bytearray, media_type: str) ->
 
 
 def usable(response: httpx.Response, media_type: str) -> bool:
-    """Check that a response has a status 2xx and this media type."""
+    """Return True if a response has a status 2xx and this media type."""
     return response.is_success and media_type_of(response) == media_type
 
 
@@ -62,9 +68,11 @@ def read_npz(response: httpx.Response, body: bytearray, request: SampleRequest) 
 
 
 def read_models(response: httpx.Response, body: bytearray) -> list[Model]:
-    """Read the response of /models. Raises: StatusError.
+    """Read the response of /models.
 
     Returns: the default model, then the other models by name.
+
+    Raises: StatusError.
     """
     with _readable(response):
         listed = json.loads(body)
@@ -102,7 +110,7 @@ class RowReader:
         return self.request.n - self.received
 
     def pinned(self) -> SampleRequest:
-        """Make the request for the same version as in the response, even if another version becomes the latest."""
+        """Make the request for the version of this response, so that all rows come from one version."""
         headers = self.response.headers
         return self.request.pinned(headers["Model-Name"], int(headers["Model-Version"]))
 
@@ -174,7 +182,7 @@ def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], n: int
 
 
 def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: SampleRequest, first: int = 0) -> Samples:
-    """Make the Samples of a response.
+    """Make the Samples of a response from arrays and headers.
 
     arrays: output arrays by name, (rows, ...).
     first: position of the first row in the request.

@@ -33,7 +33,7 @@ class Samples:
     codes: float32 (n, variables, categories), one-hot or relaxed; Gumbel models.
     indices: int32 (n, variables), the category of each variable; Gumbel models.
     model, version: the model that made the rows.
-    seed, start: origin of the noise.
+    seed, start: seed of the noise, and number of the first row.
     noise_version: version of the function from seed and row to noise.
     options: temperature, hard, prior and parameters, if given in the call.
 
@@ -102,6 +102,8 @@ class Samples:
     @staticmethod
     def concatenate(parts: Iterable["Samples"]) -> "Samples":
         """Join consecutive parts, such as the batches of `iter_samples`.
+
+        parts: Samples in order of rows; at least one.
 
         Returns: Samples as from a single call.
 
@@ -188,7 +190,10 @@ def _joined(parts: list[Samples]) -> Samples:
 
 
 def _mismatch(before: Samples, part: Samples) -> str:
-    """Return why a single call cannot return both parts in succession; "" if a single call can."""
+    """Compare two parts in succession.
+
+    Returns: why the parts are not consecutive rows of a single call; "" if they can be.
+    """
     each = _of_each_row(before), _of_each_row(part)
     if each[0] != each[1]:
         return f"parameters of each row are {each[0]} and {each[1]}"

@@ -33,6 +33,8 @@ def create_app(
     reports: exchange of reports between the workers of the service; None for a single process.
     operations: operations to serve, each at `POST <path>`.
 
+    Returns: the application. The models load when the application starts.
+
     Raises: DeviceError; pydantic.ValidationError for wrong settings in the environment.
     """
     lifespan = Lifespan(Settings() if settings is None else settings, reports)

@@ -37,7 +37,10 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(members["retry_after"])
 
     def document(self, request_id: str) -> dict[str, Any]:
-        """Make the problem document for the request with this id."""
+        """Make the problem document for the request with this id.
+
+        Returns: `type`, `title`, `status`, `detail`, `instance`, and the members of this problem.
+        """
         return {
             "type": f"/problems/{self.slug}",
             "title": HTTPStatus(self.status).phrase,
@@ -150,7 +153,7 @@ class ClientLeft(Exception):
 
 
 def cut_off() -> Unavailable:
-    """Make the problem of a request still unanswered when the process must end."""
+    """Make the problem of a request that is unanswered at the end of the shutdown."""
     return Unavailable("the service ends before the response is there: ask another replica, or again", retry_after=1)
 
 

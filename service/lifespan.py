@@ -21,7 +21,7 @@ from reparam.service.telemetry.reports import Report, WorkerReports
 
 log = logging.getLogger(__name__)
 
-# States of a process, the worst state first. The state of a service is the worst state of its processes.
+# States of a worker process, the worst state first. The state of a service is the worst state of its workers.
 STATES = ("failed", "draining", "no model", "no default model", "starting", "ready")
 
 
@@ -38,7 +38,7 @@ class Lifespan:
     is_loaded: the models are loaded, and requests are accepted.
     loading: the task that loads the models; None before the start.
 
-    Raises: DeviceError.
+    Raises: DeviceError, as devices.choose.
     """
 
     def __init__(self, settings: Settings, reports: WorkerReports | None = None) -> None:
@@ -61,7 +61,10 @@ class Lifespan:
 
     @contextlib.asynccontextmanager
     async def run(self, _: FastAPI) -> AsyncIterator[None]:
-        """Serve, as FastAPI's lifespan. The models load on a runner thread, so /livez can answer during loading."""
+        """Serve from entry to exit, as FastAPI's lifespan.
+
+        The models load on a runner thread, so /livez can answer during loading. At exit, all unanswered requests fail.
+        """
         settings = self.settings
         load = partial(self.repository.load, settings.artifacts, self.device, settings.max_batch_rows, BATCH_SECONDS)
         self.loading = asyncio.create_task(self._serve(self.engine.start(asyncio.get_running_loop(), load)))
@@ -111,13 +114,13 @@ class Lifespan:
         self.state = "draining"
 
     def stop(self) -> None:
-        """Refuse queued requests and new requests."""
+        """Refuse queued requests and new requests. Rows already running are still answered."""
         self.engine.close("the service is draining: ask another replica, or again")
 
     def check_ready(self) -> None:
         """Check that the models are loaded.
 
-        Raises: Unavailable.
+        Raises: Unavailable during loading, and after a failure.
         """
         if self.is_loaded:
             return

@@ -17,6 +17,8 @@ def png(image: Pixels) -> bytes:
     """Encode an image as a PNG.
 
     image: uint8 (C, H, W), C 1 or 3.
+
+    Returns: the bytes of the PNG file.
     """
     channels_last = image.transpose(1, 2, 0)
     picture = Image.fromarray(np.ascontiguousarray(channels_last[..., 0] if len(image) == 1 else channels_last))

@@ -29,18 +29,18 @@ WEIGHTS_TOLERANCE = 1e-6  # largest difference between the sum of a mixture's we
 
 
 class ArtifactError(Exception):
-    """The file breaks the contract; the message names the file and the fault."""
+    """An artifact breaks the contract. The message names the fault; `load` puts the path of the file in front."""
 
 
 @dataclass(frozen=True)
 class Family:
     """The differences between Gaussian and Gumbel models.
 
-    parameters: names of the distribution's parameters, each with the largest value allowed in a request.
+    parameters: largest value allowed in a request, by name of the distribution's parameter.
     latents: name of the graph's latent output.
     noise: maps random words, uint64 (...), to the noise of the reparameterization, float32 of the same shape.
     outputs: names of the outputs available to requests.
-    flags: request fields of this kind alone, besides the parameters.
+    flags: names of request fields of this kind alone, besides the parameters.
     """
 
     parameters: Mapping[str, float]
@@ -51,7 +51,7 @@ class Family:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Request fields of this kind alone."""
+        """Names of the request fields of this kind alone: parameters and flags."""
         return (*self.parameters, *self.flags)
 
 
@@ -79,7 +79,7 @@ class Contract(BaseModel):
     latent_shape: shape of one row's latent; (variables, categories) for Gumbel.
     image_shape: (channels, height, width).
     prior: the standard prior. Each parameter is nested lists of latent_shape, or one number for every element.
-    mixture: a prior of C components: `weights` (C), and each parameter (C, *latent_shape).
+    mixture: a prior of C components: `weights` (C), and each parameter (C, *latent_shape). None without a mixture.
     precision: precision of the decoder; latents are always float32.
     default_temperature: temperature of requests without `temperature`; at least 0.
     noise_version: version of the noise contract in `noise`.
@@ -113,7 +113,7 @@ class Contract(BaseModel):
 
         metadata: key to JSON. Keys without the prefix `reparam.` are ignored.
 
-        Raises: ArtifactError naming the key.
+        Raises: ArtifactError naming the key, without the path of the file.
         """
         fields: dict[str, Any] = {}
         for key, value in metadata.items():
@@ -153,7 +153,7 @@ class Contract(BaseModel):
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of each output available to requests."""
+        """Shape of one row of each output available to requests, by name."""
         return {name: OUTPUTS[name].row_shape(self.latent_shape, self.image_shape) for name in self.family.outputs}
 
     @property
@@ -166,7 +166,7 @@ class Contract(BaseModel):
 
         Returns: parameters by name, float32 (*latent_shape).
 
-        Raises: ArtifactError.
+        Raises: ArtifactError for wrong names, shapes or numbers; never after `from_metadata`.
         """
         return self._parameter_arrays("prior", self.prior, self.latent_shape)
 
@@ -175,7 +175,7 @@ class Contract(BaseModel):
 
         Returns: weights, float64 (C,), and parameters by name, float32 (C, *latent_shape); C is 0 without a mixture.
 
-        Raises: ArtifactError.
+        Raises: ArtifactError for wrong names, shapes or numbers; never after `from_metadata`.
         """
         if self.mixture is None:
             return np.zeros(0), {name: np.zeros((0, *self.latent_shape), np.float32) for name in self.family.parameters}
@@ -203,12 +203,18 @@ class Contract(BaseModel):
         return arrays
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """List the sampler's inputs in order: name to shape without the batch axis. All inputs are float32."""
+        """List the sampler's inputs in order, all float32.
+
+        Returns: shape without the batch axis, by name.
+        """
         latent_shaped = dict.fromkeys(("noise", *self.family.parameters), self.latent_shape)
         return {**latent_shaped, "temperature": ()}
 
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """List the sampler's outputs in order: name to ONNX type and shape without the batch axis."""
+        """List the sampler's outputs in order.
+
+        Returns: ONNX type and shape without the batch axis, by name.
+        """
         return {
             self.family.latents: ("tensor(float)", self.latent_shape),
             "images": ("tensor(float)", self.image_shape),
@@ -234,7 +240,10 @@ class Contract(BaseModel):
 
 
 def _numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Convert nested lists of JSON to an array. Raises: ValueError."""
+    """Convert nested lists of JSON to an array of a dtype.
+
+    Raises: ValueError for values other than numbers, and for lists of different lengths.
+    """
     array = np.asarray(values)
     if array.dtype.kind not in "iuf":  # a number of more than 64 bits makes an array of objects
         raise ValueError(f"it holds {array.dtype}")

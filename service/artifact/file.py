@@ -56,6 +56,8 @@ class Artifact:
         names: names of outputs; default: all.
 
         Returns: the outputs by name, (n, ...).
+
+        Raises: any error of onnxruntime.
         """
         names = list(names or self.contract.outputs())
         options = ort.RunOptions()
@@ -71,6 +73,8 @@ def load(path: Path, providers: Providers = (CPU,), threads: int = 0) -> Artifac
     path: path of model.onnx.
     providers: providers of onnxruntime, the preferred provider first.
     threads: threads of one run on the CPU; 0 for one per core.
+
+    Returns: the sampler, after two runs of two rows.
 
     Raises: ArtifactError naming the file and the fault.
     """
@@ -97,7 +101,7 @@ def open_session(content: bytes, providers: Providers = (CPU,), threads: int = 0
     providers: providers of onnxruntime, the preferred provider first.
     threads: threads of one run on the CPU; 0 for one per core.
 
-    Raises: ArtifactError.
+    Raises: ArtifactError if onnxruntime cannot open the content; the message does not name the file.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -140,6 +144,8 @@ def _check_run(artifact: Artifact) -> None:
     """Run two rows of the prior twice, and each component of the mixture once.
 
     All outputs must be finite. If the two runs differ, the graph draws noise itself.
+
+    Raises: ArtifactError, and any error of onnxruntime.
     """
     contract = artifact.contract
     feeds = contract.feeds(noise.words(0, 0, 2, contract.latent_shape), contract.default_temperature)

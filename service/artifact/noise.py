@@ -43,7 +43,7 @@ class Source:
         seed: 0 .. 2**64 - 1.
         start, n: first row and number of rows.
         blocks: blocks of four words per row; row r begins at counter r * blocks.
-        stream: 0 .. 2**64 - 1.
+        stream: 0 .. 2**64 - 1; each stream of a seed has other words.
 
         Returns: uint64 (n * 4 * blocks,).
         """
@@ -59,6 +59,7 @@ def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = L
     """Draw the random words of rows start .. start + n - 1, without the unused words of each row's last block.
 
     seed, stream: 0 .. 2**64 - 1.
+    start, n: first row and number of rows.
     shape: shape of one row.
 
     Returns: uint64 (n, *shape).

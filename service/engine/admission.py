@@ -15,6 +15,7 @@ class Admission:
 
     max_queue_rows: limit on queued rows.
     max_reserved_bytes: limit on the bytes of bodies and responses.
+    metrics: counts refused requests.
     reserved_bytes: bytes reserved now.
     incoming_bytes: the part of `reserved_bytes` for bodies not yet read to their end.
     seconds_per_row: moving average of a row's time in seconds, divided by the number of runners.
@@ -29,13 +30,14 @@ class Admission:
         self._metrics = metrics
 
     def admit(self, job: Job, waiting: int, rows: int, size: int) -> None:
-        """Reserve rows and bytes for a job whose body has been read.
+        """Check both limits for a job whose body has been read, and reserve bytes. Rows are only checked.
 
-        waiting: rows in the queue now.
-        rows: rows of the job to queue.
-        size: bytes of the response, and of the body unless `admit_body` has reserved the body.
+        waiting: number of rows in the queue now.
+        rows: number of the job's rows that the caller will queue now.
+        size: bytes to reserve: the largest part of the response in memory at a time, and the body unless `admit_body`
+            has reserved the body.
 
-        Raises: QueueFull.
+        Raises: QueueFull; then nothing is reserved.
         """
         body = job.reserved_bytes
         self._reserve(job, waiting, rows, size)
@@ -47,10 +49,10 @@ class Admission:
         Incomplete bodies may reserve half of all bytes. So clients who never complete their bodies leave room for other
         requests.
 
-        waiting: rows in the queue now, for the estimate in the problem.
+        waiting: number of rows in the queue now, for the estimate of Retry-After.
         size: bytes of the part.
 
-        Raises: QueueFull.
+        Raises: QueueFull; then nothing is reserved.
         """
         limit = self.max_reserved_bytes // 2
         if self.incoming_bytes > job.reserved_bytes and self.incoming_bytes + size > limit:

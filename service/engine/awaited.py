@@ -35,9 +35,9 @@ class AwaitedJob(Job):
         return self.rows_left == 0 and not self.results
 
     async def pieces(self) -> list[Arrays]:
-        """Wait for new results, at least one, and let further rows run in their place.
+        """Wait for at least one new result, and let as many further rows run. Not for a job that `is_exhausted`.
 
-        Returns: the results in order of rows, each by output name, (rows, ...).
+        Returns: the new results in order of rows, each by output name, (rows, ...).
 
         Raises: the job's error.
         """
@@ -79,7 +79,11 @@ class AwaitedJob(Job):
             self._watcher.cancel()
 
     def on_change(self) -> None:
-        """Wake the task; cancel the task while it still reads the body."""
+        """Wake the task in `pieces` after a new result or an error.
+
+        A job that still reads its body can change only by an error, such as a passed deadline. Then the task waits for
+        the client, so the task is cancelled.
+        """
         if not self.has_started and self._task is not None:
             self._task.cancel()
         elif self._waiter is not None and not self._waiter.done():
@@ -91,7 +95,7 @@ class AwaitedJob(Job):
             self.watch()
 
     def start(self, work: Work) -> None:
-        """Begin to compute the work. Watch the client if reading the body took long."""
+        """Record the work, as in Job. Watch the client if reading the body took until the second visit by Deadlines."""
         super().start(work)
         if self.ticks >= 2:
             self.watch()

@@ -11,7 +11,7 @@ from math import inf
 from reparam.service.engine.job import Job
 
 GRACE = 0.1  # seconds between two visits of all jobs
-SHORT = 2 * GRACE  # seconds; jobs with a shorter timeout get a timer at once
+SHORT = 2 * GRACE  # seconds; a job with a shorter timeout gets a timer of its own at once
 
 
 class Deadlines:

@@ -40,6 +40,9 @@ class Engine:
     runners: number of runner threads.
     max_queue_rows: limit on queued rows.
     max_reserved_bytes: limit on the bytes of bodies and responses.
+    metrics: counts refused requests, passed deadlines and runs without memory.
+    recorder: notes batches.
+    admission: the limits, and the bytes reserved now.
     jobs: jobs that have joined and not left.
     loop, deadlines: set by `start`.
     """
@@ -91,9 +94,9 @@ class Engine:
         return self._queue.waiting
 
     def join(self, job: Job) -> None:
-        """Begin a request. The caller must call `leave` at the end of the request.
+        """Begin a request, and watch its deadline. The caller must call `leave` at the end of the request.
 
-        Raises: Unavailable.
+        Raises: Unavailable after `close`.
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
@@ -110,12 +113,13 @@ class Engine:
         self.admission.admit_body(job, self._queue.waiting, size)
 
     def submit(self, job: Job, work: Work, size: int, first: int) -> None:
-        """Compute the work of a job that has joined.
+        """Queue the first rows of a job that has joined. A few rows of the only job in the engine run at once instead.
 
-        size: bytes to reserve for the response, and for the body unless `reserve_body` has reserved the body.
+        size: bytes to reserve: the largest part of the response in memory at a time, and the body unless
+            `reserve_body` has reserved the body.
         first: number of rows that may run now; `grant` lets more rows run.
 
-        Raises: Unavailable; QueueFull with the seconds until the queued rows should be done.
+        Raises: Unavailable after `close`; QueueFull with the seconds until the queued rows should be done.
         """
         if self._closed:
             raise Unavailable(self._closed, retry_after=1)
@@ -134,7 +138,7 @@ class Engine:
         return WINDOW * graph.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
-        """Let `rows` more rows of the job run."""
+        """Let `rows` more rows of the job run. After `close` the job fails instead."""
         if self._closed:
             self.fail(job, Unavailable(self._closed, retry_after=1))
         elif job.ticket is not None:
@@ -175,7 +179,7 @@ class Engine:
         )
 
     def failure(self, hang_timeout: float) -> str | None:
-        """Return the reason for a restart: a dead runner, or a hanging batch; None if all is well.
+        """Return the reason for a restart, in words: a dead runner, or a hanging batch; None if all is well.
 
         hang_timeout: seconds from the start of a batch until the batch counts as hanging.
         """
@@ -188,7 +192,7 @@ class Engine:
         return None
 
     def oldest_wait(self) -> float:
-        """Return the waiting time of the oldest row in the queue, in seconds."""
+        """Return the waiting time of the oldest row in the queue, in seconds; 0 for an empty queue."""
         waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
         since = min((job.waiting_since for job in waiting), default=None)
         return 0.0 if since is None else time.perf_counter() - since
@@ -246,14 +250,14 @@ class Engine:
             len(self.jobs) == 1
             and graph.steady
             and 0 < rows <= self._queue.limits[graph] // LONE_PART
-            and job.timer is None  # a job with a timer is slow or has a short timeout
+            and job.timer is None  # a timer means two visits by Deadlines, or a timeout below SHORT
             and self._queue.free == len(self._runners)
         )
 
     def _take_lone(self) -> bool:
         """Run the queued rows on this thread if the rows belong to a lone job.
 
-        Returns: whether rows ran.
+        Returns: True if rows ran.
         """
         if len(self.jobs) != 1:
             return False
@@ -282,7 +286,7 @@ class Engine:
         """Hand the results of a batch to the jobs.
 
         results: result or problem of each piece.
-        started, ended: on time.perf_counter.
+        started, ended: start and end of the batch, on time.perf_counter.
         """
         seconds, admission = ended - started, self.admission
         latest = seconds / batch.rows / len(self._runners)
@@ -327,6 +331,6 @@ class Engine:
             self._thread_call(self.loop.call_later, RECOVERY, self.serve, graph)
 
     def _thread_call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call the function on the event loop."""
+        """Call the function on the event loop's thread. Does nothing after the loop has ended."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(function, *arguments)

@@ -27,7 +27,7 @@ class Job(ABC):
     reserved_bytes: bytes reserved for body and response.
     results: results not yet taken by the client, in order of rows, each by output name.
     rows_left: number of rows not yet computed in order.
-    queue_seconds, infer_seconds: waiting time and running time, summed over the job's pieces.
+    queue_seconds, infer_seconds: waiting time and running time, summed over the parts of the job in batches.
     waiting_since: start of the current wait, on time.perf_counter.
     error: the error that failed the job.
     """
@@ -58,7 +58,7 @@ class Job(ABC):
         """Watch the client for a disconnect. Called once, at the second visit by Deadlines."""
 
     def start(self, work: Work) -> None:
-        """Begin to compute the work of a request that has been read."""
+        """Record the work of a request that has been read. The rows wait from now on; the engine queues the rows."""
         self.has_started = True
         self.work = work
         self.rows_left = work.n
@@ -75,9 +75,9 @@ class Job(ABC):
         return "queue" if in_batches == self.work.n - self.rows_left else "infer"
 
     def add_times(self, started: float, ended: float) -> None:
-        """Add the waiting time and the running time of a piece.
+        """Add the waiting time and the running time of the job's rows in one batch.
 
-        started, ended: of the batch, on time.perf_counter.
+        started, ended: start and end of the batch, on time.perf_counter.
         """
         self.queue_seconds += max(0.0, started - self.waiting_since)
         self.infer_seconds += ended - started
@@ -88,7 +88,7 @@ class Job(ABC):
 
         result: outputs by name, (hi - lo, ...).
 
-        Returns: whether `done` has grown. A result stays out of `done` while earlier rows are missing.
+        Returns: True if `results` has grown. A result stays out of `results` while earlier rows are missing.
         """
         if lo != self._end:
             self._early[lo] = hi, result

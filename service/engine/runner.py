@@ -20,7 +20,7 @@ Result = Arrays | Problem
 
 
 class Runner:
-    """Computes batches on one replica of each graph, a batch at a time.
+    """Computes batches on one replica of each graph, a batch at a time. A replica is a copy of the graph's buffers.
 
     number: index of this runner's replica of each graph.
     on_out_of_memory: called with the graph and the number of rows when the device has no memory for a run.
@@ -56,6 +56,8 @@ class Runner:
     def run(self, shares: Sequence[Share]) -> tuple[list[Result], float, float]:
         """Compute a batch of rows of one graph.
 
+        shares: rows of works, each as (work, lo, hi).
+
         Returns: the result or problem of each share; start and end of the batch, on time.perf_counter.
 
         Raises: an error of onnxruntime if the GPU has become unusable for this process.
@@ -68,6 +70,7 @@ class Runner:
     def isolate(self, shares: Sequence[Share], error: Exception) -> list[Result]:
         """Compute a failed batch again in halves, so that only the rows at fault fail.
 
+        shares: rows of the failed batch, each as (work, lo, hi).
         error: error of the failed batch.
 
         Returns: the result or problem of each share.

@@ -22,7 +22,8 @@ class Ticket(Generic[Owner]):
     """Rows 0 .. rows - 1 of one request. The rows go into batches in order.
 
     owner: the request.
-    graph: key of the graph. Only rows of one graph share a batch.
+    graph: key of the graph. Only rows of one graph run in one batch.
+    rows: number of rows in all; `drop` reduces the number to `taken`.
     granted: number of rows that may run; grows as the client takes results.
     taken: number of rows already in a batch.
     deficit: number of rows left of the request's turn.
@@ -44,7 +45,10 @@ class Ticket(Generic[Owner]):
 
 
 class Piece(NamedTuple, Generic[Owner]):
-    """Rows lo .. hi - 1 of a request, in a batch."""
+    """Rows lo .. hi - 1 of a request, in a batch.
+
+    owner: the request.
+    """
 
     owner: Owner
     lo: int
@@ -59,6 +63,8 @@ Closed = Literal["full", "drained", "shared", "fresh"]
 class Batch(NamedTuple, Generic[Owner]):
     """Rows of one graph, to run together.
 
+    graph: key of the graph, as in Ticket.
+    pieces: rows of each request in the batch.
     rows: number of rows in all pieces.
     closed: why the batch took no more rows.
     """

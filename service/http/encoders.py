@@ -24,7 +24,7 @@ MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "applicatio
 
 
 def check_accept(accept: bytes) -> str:
-    """Decode the header `Accept`.
+    """Decode the header `Accept` to text.
 
     Raises: NotAcceptable for a header longer than MAX_ACCEPT bytes.
     """
@@ -40,9 +40,12 @@ def check_accept(accept: bytes) -> str:
 def negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
     """Choose the media type preferred by the header `Accept`; JSON without preference.
 
+    accept: the header `Accept`; "" for no preference.
     outputs: arrays of the response. PNG can carry images alone, npy a single output.
 
-    Raises: NotAcceptable.
+    Returns: an entry of MEDIA_TYPES.
+
+    Raises: NotAcceptable if the header allows no media type, or none that can carry the outputs.
     """
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
@@ -99,6 +102,8 @@ class HeaderBlock:
     def write(self, work: Work, media_type: str, size: int, queue: float, infer: float, encode: float) -> bytes:
         """Write Content-Length, Content-Type, Server-Timing and the facts of the rows.
 
+        work: the rows of the response.
+        media_type: media type of the response.
         size: bytes of the body.
         queue, infer, encode: seconds in each stage.
 
@@ -134,13 +139,18 @@ def _npy_header(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[b
 
 
 def buffers(pieces: Sequence[Arrays]) -> list[memoryview]:
-    """List the bytes of results with one output, in the order of a .npy file, without a copy."""
+    """List the bytes of results with one output, in the order of a .npy file, without a copy.
+
+    pieces: results in order of rows, one array (rows, ...) each.
+    """
     return [array.reshape(-1).view(np.uint8).data for piece in pieces for array in piece.values()]
 
 
 def encode(work: Work, media_type: str, pieces: Sequence[Arrays]) -> tuple[bytes, float]:
     """Encode the body of a response.
 
+    work: the rows of the response.
+    media_type: an entry of MEDIA_TYPES that can carry the outputs.
     pieces: results of all rows in order, each by output name, (rows, ...).
 
     Returns: the body, and the time of encoding in seconds.

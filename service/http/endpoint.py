@@ -46,7 +46,7 @@ class Head(NamedTuple):
 
     timeout: seconds for the whole request.
     accept: the header `Accept`.
-    content_length: bytes of the body; 0 without the header `Content-Length`.
+    content_length: bytes of the body; 0 without the header `Content-Length`, or if the header is not a number.
     """
 
     timeout: float
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     work: the rows of the response.
     media_type: media type of the response.
     size: largest number of raw bytes of the response in memory at a time.
-    first: number of rows that may run before the client reads.
+    first: number of rows that may run before the client has read a part of the response.
     is_small: the response is encoded at once on the event loop, after all rows are computed.
     """
 
@@ -90,7 +90,10 @@ class Endpoint:
         self._validate = operation.adapter.validator.validate_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request, as an ASGI application. Raises: Problem, ClientLeft."""
+        """Answer one HTTP request, as an ASGI application.
+
+        Raises: Problem; ClientLeft after a disconnect.
+        """
         headers = by_name(scope["headers"])
         self.lifespan.check_ready()
         head = self.read_head(headers)
@@ -114,7 +117,7 @@ class Endpoint:
             self.engine.leave(job)
 
     def read_head(self, headers: HeaderMap) -> Head:
-        """Check the headers. The result depends on the headers alone, so callers may cache it.
+        """Check the headers. The result depends on the headers alone, so callers may cache the result.
 
         Raises: InvalidRequest, NotAcceptable, UnsupportedMediaType.
         """
@@ -125,9 +128,9 @@ class Endpoint:
     def read(self, body: bytes) -> Work:
         """Parse the body and resolve the request. An empty body means an empty JSON object.
 
-        Returns: the work of the request.
+        Returns: the rows to compute.
 
-        Raises: InvalidRequest, UnknownModel, TooLarge, Unavailable.
+        Raises: InvalidRequest; UnknownModel; TooLarge for too many rows; Unavailable if no model is served.
         """
         try:
             request = self._validate(body or b"{}")
@@ -138,7 +141,7 @@ class Endpoint:
     def plan(self, head: Head, work: Work) -> Plan:
         """Choose the media type and the form of the response.
 
-        Raises: NotAcceptable, TooLarge.
+        Raises: NotAcceptable; TooLarge for a response that is not npy and exceeds the setting max_buffered_bytes.
         """
         media_type = negotiate(head.accept, work.outputs)
         row, limit = _row_bytes(work.graph, work.outputs), self.settings.max_buffered_bytes
@@ -157,10 +160,10 @@ class Endpoint:
         return Plan(work, media_type, size, min(n, window), is_small=False)
 
     def header_block(self, job: Job, media_type: str, size: int, encode_seconds: float) -> bytes:
-        """Write the headers of the response as lines.
+        """Write the headers of the response as lines, and note the time of encoding for the metrics.
 
         size: bytes of the body.
-        encode_seconds: time of encoding.
+        encode_seconds: time of encoding, in seconds.
         """
         self._recorder.encodings.append((media_type, encode_seconds))
         return self._headers.write(job.work, media_type, size, job.queue_seconds, job.infer_seconds, encode_seconds)
@@ -206,7 +209,7 @@ class Endpoint:
                     body, seconds = await asyncio.to_thread(encode, plan.work, plan.media_type, pieces)
             except TimeoutError:
                 raise self.engine.deadline_exceeded("encode", job.timeout) from None
-            if job.error is not None:  # the client disconnected during encoding, or the process must end
+            if job.error is not None:  # during encoding the client disconnected, or the shutdown failed all jobs
                 raise job.error
         lines = self.header_block(job, plan.media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})

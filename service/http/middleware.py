@@ -86,15 +86,20 @@ class RequestMiddleware:
 
 
 def client_request_id(headers: HeaderMap) -> bytes | None:
-    """Return the client's request id; None if the id is missing, longer than 128 bytes, or not printable ASCII."""
+    """Return the client's request id.
+
+    Returns: None if the id is missing, longer than 128 bytes, or not printable ASCII without blanks.
+    """
     request_id = headers.get(b"x-request-id")
     return request_id if request_id is not None and _REQUEST_ID.fullmatch(request_id) else None
 
 
 def check_key(api_key: str | None, path: str, headers: HeaderMap) -> None:
-    """Check the API key of a request. Paths in OPEN_PATHS need no key.
+    """Check the API key of a request. Paths that begin with an entry of OPEN_PATHS need no key.
 
-    Raises: Unauthorized.
+    api_key: key required of clients; None for no key.
+
+    Raises: Unauthorized for a missing or wrong key.
     """
     if api_key is None or path.startswith(OPEN_PATHS):
         return
@@ -108,6 +113,8 @@ def check_key(api_key: str | None, path: str, headers: HeaderMap) -> None:
 
 def problem_response(error: Exception, request_id: bytes) -> tuple[int, Headers, bytes]:
     """Make a problem document (RFC 9457), and log the traceback of an unexpected error.
+
+    error: a Problem, or an unexpected error, which becomes the problem `internal`.
 
     Returns: status, headers and body of the response.
     """
@@ -125,9 +132,9 @@ def problem_response(error: Exception, request_id: bytes) -> tuple[int, Headers,
 
 
 async def refuse_by_router(request: Request, error: Exception) -> Response:
-    """Raise the problem of a request that the router refuses.
+    """Raise the problem of a request that the router refuses; FastAPI's handler of HTTPException.
 
-    Raises: MethodNotAllowed, UnknownPath.
+    Raises: MethodNotAllowed for another method of a known path; UnknownPath.
     """
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:

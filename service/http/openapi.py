@@ -103,7 +103,10 @@ def _ref(model: type[BaseModel]) -> Arguments:
 
 
 def _components(*models: type[BaseModel]) -> Arguments:
-    """Make the schemas of models that FastAPI does not see."""
+    """Make the schemas of models that FastAPI does not see.
+
+    Returns: JSON schemas by name of the model.
+    """
     _, schemas = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -144,6 +147,7 @@ def add_operations(schema: Arguments, operations: Sequence[Operation], with_key:
     """Add the operations to the application's OpenAPI schema.
 
     schema: the schema made by FastAPI; changed in place.
+    operations: the operations to describe.
     with_key: the service requires an API key.
     """
     schema["paths"] |= {operation.path: {"post": _described(operation)} for operation in operations}

@@ -81,7 +81,11 @@ def add_problems(app: FastAPI) -> None:
 
 
 def _get(app: FastAPI, path: str, **described: Any) -> Callable[[Handler], Handler]:
-    """Make a decorator for a route of GET and HEAD. A server must support both methods (RFC 9110, section 9.1)."""
+    """Make a decorator for a route of GET and HEAD. A server must support both methods (RFC 9110, section 9.1).
+
+    path: path of the route.
+    described: the description for OpenAPI, as arguments of `app.get`.
+    """
 
     def add(handler: Handler) -> Handler:
         app.head(path, include_in_schema=False)(handler)

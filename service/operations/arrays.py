@@ -21,7 +21,7 @@ def parameter(name: str, values: list[Any], n: int, contract: Contract) -> npt.N
 
     Returns: float32 of the shape of `values`.
 
-    Raises: InvalidRequest.
+    Raises: InvalidRequest for another shape, for values other than numbers, and for numbers out of range.
     """
     shape = contract.latent_shape
     shapes = (shape, (n, *shape))
@@ -54,7 +54,10 @@ def _depth(values: Any) -> int:
 
 @cache
 def _nested(depth: int, largest: float) -> TypeAdapter[Any]:
-    """Make a validator of numbers in `depth` nested lists."""
+    """Make a validator of numbers in `depth` nested lists.
+
+    largest: largest number allowed; the smallest number is -FLOAT32_MAX.
+    """
     adapter: Any = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-FLOAT32_MAX, le=largest)]
     for _ in range(depth):
         adapter = Annotated[list[adapter], Field(fail_fast=True)]

@@ -20,7 +20,10 @@ def explain(body: bytes, request: type[BaseModel]) -> InvalidRequest:
     The body is parsed again here, without its unknown fields. Otherwise pydantic would list a fault for each unknown
     field, perhaps a million.
 
+    body: the invalid body.
     request: model of the body.
+
+    Returns: the problem, with `errors` by field unless the body is no JSON object.
     """
     try:
         fields = from_json(body)
@@ -46,7 +49,7 @@ def faults_of(refusal: ValidationError) -> list[Fault]:
 
 
 def invalid(faults: list[Fault]) -> InvalidRequest:
-    """Make the problem of these faults. The problem names at most MAX_FAULTS faults."""
+    """Make the problem of these faults. The member `errors` lists at most MAX_FAULTS of the faults."""
     pointed = [
         {"pointer": "".join(f"/{_pointed(part)}" for part in location), "detail": f"{message}, got {_short(value)}"}
         for location, message, value in faults[:MAX_FAULTS]

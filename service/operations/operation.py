@@ -56,7 +56,7 @@ class Operation:
     summary, description: for OpenAPI.
     request: model of the JSON body, for validation and OpenAPI.
     response: model of the JSON response, for OpenAPI.
-    resolve: maps a request, the repository, and the limit on a request's rows to the work. Raises: Problem.
+    resolve: maps a request, the repository, and the limit on a request's rows to the rows to compute. Raises: Problem.
     facts: names of the facts in `Work.facts`, in the order of the JSON response.
     """
 

@@ -143,11 +143,12 @@ class SampleRows:
 
 
 def resolve(request: SampleRequest, repository: Repository, max_rows: int) -> SampleRows:
-    """Turn a request into work.
+    """Turn a request into the rows to compute, with defaults filled in and a fresh seed if the request has no seed.
 
     max_rows: largest number of rows in one request.
 
-    Raises: UnknownModel, InvalidRequest, TooLarge, Unavailable.
+    Raises: Unavailable if no model is served; UnknownModel; InvalidRequest for fields that do not fit the model;
+        TooLarge for more rows than max_rows.
     """
     name = request.model, request.version
     model = repository.found.get(name) or repository.find(*name)
@@ -240,7 +241,12 @@ def _check_kind(request: SampleRequest, model: Model) -> None:
 
 
 def _prior(request: SampleRequest, model: Model, parameters: Mapping[str, Float32]) -> Prior:
-    """Choose the prior. Raises: InvalidRequest."""
+    """Choose the prior of rows without parameters.
+
+    parameters: parameters in the request, by name.
+
+    Raises: InvalidRequest for a prior that the model lacks, and for a mixture together with parameters.
+    """
     has = model.contract.priors
     if request.prior is None:
         return "standard" if parameters else has[0]

@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve. A worker also watches the parent process."""
+        """Start to serve. A worker also watches the parent process, the supervisor of all workers."""
         await super().startup(sockets)
         self._tuning = asyncio.create_task(self._tune_garbage_collector())
         parent = parent_process()

@@ -54,11 +54,14 @@ def run(settings: Settings, count: int) -> int:
 
 
 def _supervise(settings: Settings, count: int) -> int:
-    """Run workers until all have ended. If a worker ends by itself, the other workers drain and end too.
+    """Run worker processes until all have ended. If a worker ends by itself, the other workers drain and end too.
 
-    So the supervisor of the service notices a dead worker, because the whole service ends.
+    So a dead worker ends the whole service, and a process manager such as systemd or Kubernetes restarts the service.
 
-    Returns: the exit status.
+    settings: settings of the service. Each worker gets an equal part of the limits on rows and bytes.
+    count: number of workers.
+
+    Returns: the exit status; 1 if a worker failed or had to be killed.
     """
     with _signals() as inbox:
         shared = {
@@ -82,10 +85,11 @@ def _supervise(settings: Settings, count: int) -> int:
 def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> int:
     """Wait for the end of all workers, and pass signals on to the workers.
 
+    workers: the running processes; removed from the list when ended.
     inbox: receives a byte for each signal.
     grace: seconds from the first signal until workers are killed.
 
-    Returns: the exit status.
+    Returns: the exit status; 1 if a worker failed or had to be killed.
     """
     stopping = failed = False
     deadline = inf
@@ -121,7 +125,7 @@ def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> i
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Make a socket that receives a byte for each SIGTERM and SIGINT."""
+    """Make a socket that receives a byte for each SIGTERM and SIGINT. Yields: the socket."""
     inbox, outbox = socket.socketpair()
     with inbox, outbox:
         outbox.setblocking(False)
@@ -147,16 +151,25 @@ def _work(settings: Settings, reports: WorkerReports) -> None:
 
 
 def _listener(settings: Settings, shared: bool = False) -> socket.socket:
-    """Listen at the service's port. Raises: OSError.
+    """Listen at the service's port.
 
-    shared: share the port with the other workers.
+    shared: let the other workers listen at the same port (SO_REUSEPORT).
+
+    Returns: the listening socket.
+
+    Raises: OSError.
     """
     host, port = settings.host, settings.port
     return socket.create_server((host, port), family=_family(host), backlog=BACKLOG, reuse_port=shared)
 
 
 def _reserved(settings: Settings) -> socket.socket:
-    """Reserve a port that the workers can share, and that no other service uses. Raises: OSError."""
+    """Reserve a port for all workers. Fails if another service uses the port.
+
+    Returns: a bound socket that does not listen.
+
+    Raises: OSError.
+    """
     with _listener(settings) as probe:  # fails if another service uses the port
         address = probe.getsockname()
     reserved = socket.socket(_family(settings.host))

@@ -19,6 +19,7 @@ def bind_in_place(session: ort.InferenceSession, inputs: Arrays, outputs: Arrays
     """Bind the first rows of the buffers to the session.
 
     inputs, outputs: buffers by name, (max_rows, ...).
+    rows: number of rows in each run.
 
     Returns: the function that runs these rows, and the outputs by name, (rows, ...).
     """
@@ -37,7 +38,8 @@ def bind_apart(session: ort.InferenceSession, inputs: Arrays, outputs: Arrays, r
     The summed output stays on the device, and only its sums are copied back. The uint8 pixels carry the same images in
     a quarter of the bytes.
 
-    inputs, outputs: buffers by name, (max_rows, ...).
+    inputs, outputs: buffers by name, (max_rows, ...). Only dtype and row shape of the outputs are used.
+    rows: number of rows in each run.
     summed: name of an output, float32 (n, C, H, W).
 
     Returns: the function that copies inputs to the device, runs the graph and copies outputs back; and the outputs by
@@ -82,7 +84,12 @@ def check_device(session: ort.InferenceSession) -> None:
 def _bind(
     session: ort.InferenceSession, inputs: Values, outputs: Values, rows: int
 ) -> tuple[ort.IOBinding, Callable[[], None]]:
-    """Bind inputs and outputs to the session. Returns: the binding, and the function that runs the session with it."""
+    """Bind inputs and outputs to the session.
+
+    rows: number of rows; onnxruntime keeps a CUDA graph for each number.
+
+    Returns: the binding, and the function that runs the session with the binding.
+    """
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(rows))
     binding = session.io_binding()

@@ -28,10 +28,11 @@ class DeviceError(Exception):
 class Device:
     """A device, and the division of the device between processes and threads.
 
+    name: "cpu" or "cuda".
     attempts: lists of providers. A model runs with the first list that works for the model.
     reason: why this device was chosen, for the log.
     runners: number of runner threads per worker, and so of batches at a time; 1 on a GPU.
-    threads: number of CPU cores per run.
+    threads: number of CPU threads per run; 0 for one per core.
     workers: number of serving processes.
     """
 
@@ -45,9 +46,9 @@ class Device:
 
 @lru_cache(1)
 def device_of(settings: Settings) -> Device:
-    """Choose the device. The choice is cached, because a test of CUDA takes a second.
+    """Choose the device as `choose` does. The choice is cached, because a test of CUDA takes a second.
 
-    Raises: DeviceError.
+    Raises: DeviceError, as `choose`.
     """
     return choose(settings)
 
@@ -85,6 +86,8 @@ def cuda_attempts(settings: Settings) -> tuple[tuple[Any, ...], ...]:
     """List the providers to try, with and then without CUDA graphs.
 
     A model cannot be captured as a CUDA graph if a part of the model runs on the CPU.
+
+    Returns: lists of providers, as in `Device.attempts`.
     """
     options = {**CUDA_OPTIONS, "use_tf32": str(int(settings.tf32))}
     captured, plain = ((CUDA, {**options, "enable_cuda_graph": "1"}), CPU), ((CUDA, options), CPU)

@@ -20,9 +20,10 @@ from reparam.service.runtime.devices import CUDA
 
 log = logging.getLogger(__name__)
 
-# Limits on the bytes of one graph's inputs and outputs: a share of the memory of a GPU, a share of the caches of a CPU.
+# Limits in bytes on the input and output buffers of one graph: 256 MiB on a GPU, and 4 MiB on a CPU, where the
+# buffers should stay in the caches. The limits bound the number of rows in a batch.
 MAX_BYTES_ON_GPU, MAX_BYTES = 2**28, 2**22
-TIMED_RUNS = 5  # timed runs of a batch size until the batch size counts as too slow
+TIMED_RUNS = 5  # number of timed runs; a batch size is too slow if every run exceeds the time limit
 _TYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 # Messages of onnxruntime's arenas, CUDA, CUDA's libraries and the CPU. onnxruntime has no exception type for a lack of
 # memory.
@@ -118,7 +119,8 @@ class BoundGraph:
     inputs: called with the input arrays, (max_rows, ...) each; returns the Inputs that fill the arrays.
     checked: names of outputs checked for NaN and infinity. If these outputs are finite, so are all outputs of the row.
     summed: name of an output, float32 (n, C, H, W). With `apart`, only the sum of each row is copied from the device.
-    max_rows: largest number of rows in a batch. Reduced to a power of two if the buffers would be too large.
+    max_rows: largest number of rows in a batch. Reduced to a power of two if the buffers would exceed MAX_BYTES, or
+        MAX_BYTES_ON_GPU.
     apart: the buffers have a copy on the device, and a run has the next power of two of rows, because few sizes mean
         few CUDA graphs. Otherwise the session reads and writes the buffers in place, with exactly the rows requested.
         Default: True on CUDA.
@@ -155,7 +157,7 @@ class BoundGraph:
     def compute(self, shares: Sequence[Share]) -> list[Arrays | Problem]:
         """Compute a batch of at most max_rows rows.
 
-        shares: rows of one or more works.
+        shares: rows of works, each as (work, lo, hi); all works are of this graph.
 
         Returns: for each share the requested outputs by name, new arrays (hi - lo, ...), or the problem of the share.
 
@@ -253,7 +255,10 @@ class BoundGraph:
         return all(np.isfinite(outputs[name][rows]).all() for name in self.checked)
 
     def _blame(self, shares: Sequence[Share]) -> list[Problem]:
-        """Find out why rows are not finite. If the rows are finite with defaults, the client's values are to blame."""
+        """Find out why rows are not finite. If the rows are finite with defaults, the client's values are to blame.
+
+        Returns: the problem of each share.
+        """
         outputs = self._run_shares([(work.with_defaults(), lo, hi) for work, lo, hi in shares])
         problems: list[Problem] = []
         end = 0
@@ -278,5 +283,5 @@ class BoundGraph:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Check whether an error of onnxruntime means that the device had no memory for a run."""
+    """Return True if an error of onnxruntime means that the device had no memory for a run."""
     return any(sign in str(error) for sign in _OUT_OF_MEMORY)

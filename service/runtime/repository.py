@@ -58,7 +58,7 @@ class Repository:
         name: name in the request; None for the default model.
         version: version in the request; None for the latest version.
 
-        Raises: UnknownModel, Unavailable.
+        Raises: Unavailable if no model is served, UnknownModel for another name or version.
         """
         found = self.found.get((name, version))
         if found is None:
@@ -96,7 +96,11 @@ class Repository:
 
     @property
     def state(self) -> str:
-        """The state: "ready", "no model" or "no default model"; entries of lifespan.STATES."""
+        """The repository's state after `load`, an entry of lifespan.STATES.
+
+        "no model" if no model is served at all; "no default model" if the model named by `default` is not served; else
+        "ready".
+        """
         if not self.models:
             return "no model"
         return "ready" if self.default_name() in self.models else "no default model"
@@ -168,10 +172,11 @@ def open_model(name: str, version: int, path: Path, device: Device, max_rows: in
 
     name, version: name and version of the model.
     path: path of model.onnx.
+    device: device of the model.
     max_rows: largest number of rows in a batch.
     seconds: approximate time of a batch; slower models get smaller batches.
 
-    Raises: ArtifactError, DeviceError, and any error of onnxruntime.
+    Raises: ArtifactError; DeviceError if the model makes the GPU unusable for this process; any error of onnxruntime.
     """
     *others, last = device.attempts
     for providers in others:

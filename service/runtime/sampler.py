@@ -14,6 +14,7 @@ STANDARD_COMPONENT = -1  # index of the standard prior: the last row of each tab
 def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -> BoundGraph:
     """Bind the graph of a sampler.
 
+    artifact: the loaded file.
     max_rows, apart: as in BoundGraph.
     """
     contract = artifact.contract
@@ -32,7 +33,8 @@ def bind_sampler(artifact: Artifact, max_rows: int, apart: bool | None = None) -
 class SamplerInputs:
     """The inputs of a sampler's graph, filled by works.
 
-    `draw` stores random words of one work. `finish` turns the words of a whole batch into noise at once.
+    For each work, `draw` stores random words, and `give` notes parameters from the request. Then `finish` turns the
+    words of the whole batch into noise at once, and writes the parameters.
 
     arrays: noise and parameters, float32 (max_rows, *latent_shape); temperature, float32 (max_rows,).
     """
@@ -49,7 +51,8 @@ class SamplerInputs:
         self._words = np.zeros(max_rows * self._words_per_row, np.uint64)
         self._temperature = arrays["temperature"]
         self._prior = contract.prior_arrays()
-        self._rows_of_prior = 0  # number of leading rows whose parameter arrays hold the standard prior
+        # Without a mixture: rows 0 .. _rows_of_prior - 1 of the parameter arrays hold the standard prior already.
+        self._rows_of_prior = 0
         weights, components = contract.mixture_arrays()
         self._cumulative_weights = weights.cumsum()
         self._has_mixture = len(weights) > 0
@@ -61,7 +64,10 @@ class SamplerInputs:
     def draw(self, at: int, n: int, seed: int, start: int, temperature: float, prior: Prior) -> None:
         """Set input rows at .. at + n - 1 to rows start .. start + n - 1 of a seed.
 
+        at: first input row.
+        n: number of rows.
         seed: 0 .. 2**64 - 1.
+        start: first row of the seed.
         temperature: temperature of these rows.
         prior: distribution of the rows' parameters; "mixture" only if the model has a mixture.
         """
@@ -78,6 +84,7 @@ class SamplerInputs:
     def give(self, name: str, at: int, n: int, values: npt.NDArray[np.float32]) -> None:
         """Set a parameter of input rows at .. at + n - 1, in place of the prior.
 
+        name: name of the parameter.
         values: float32 (n, *latent_shape), or (*latent_shape) for all n rows.
         """
         self._given.append((name, slice(at, at + n), values))

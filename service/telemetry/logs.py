@@ -13,7 +13,7 @@ from reparam.service.settings import Settings
 
 
 def log_config(settings: Settings) -> dict[str, Any]:
-    """Make the configuration of `logging`: structured lines on stderr, for the service, uvicorn and warnings.
+    """Make the configuration of `logging`: lines on stderr, in the format of the settings, for all loggers.
 
     Returns: the argument of logging.config.dictConfig.
     """

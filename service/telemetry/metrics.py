@@ -96,7 +96,7 @@ class Metrics:
             self.duration.labels(route).observe(*times)
 
     def count_batches(self, batches: Iterable[CountedBatch]) -> None:
-        """Count batches."""
+        """Count batches, in the metrics rows, batches, batch_rows, infer and queue."""
         grouped: defaultdict[tuple[tuple[str, str], str], list[CountedBatch]] = defaultdict(list)
         for batch in batches:
             grouped[batch.labels, batch.closed].append(batch)
@@ -109,7 +109,10 @@ class Metrics:
             self.queue.labels(*labels).observe(*chain.from_iterable(batch.waits for batch in together))
 
     def families(self) -> list[Family]:
-        """Collect all metrics, without the `_created` samples of prometheus_client."""
+        """Collect all metrics, without the `_created` samples of prometheus_client.
+
+        Returns: families as plain values, which other workers receive as JSON.
+        """
         return [
             (family.name, family.documentation, family.type, [
                 (sample.name, sample.labels, sample.value)
@@ -128,7 +131,10 @@ def text(workers: Iterable[list[Family]]) -> bytes:
 
 
 class Sum:
-    """A Prometheus collector for the sum of the metrics of several workers; for MAXIMA, the maximum."""
+    """A Prometheus collector for the sum of the metrics of several workers; for MAXIMA, the maximum.
+
+    workers: the families of each worker.
+    """
 
     def __init__(self, workers: Iterable[list[Family]]) -> None:
         self._metrics: dict[str, Metric] = {}
@@ -195,6 +201,9 @@ class Series:
             self._sum += value
 
     def read(self) -> tuple[list[tuple[str, float]], float]:
-        """Return the cumulative count up to each edge, and the sum of all observations."""
+        """Return the cumulative counts and the sum of all observations.
+
+        Returns: each edge as text, with the number of observations up to the edge, and "+Inf" last; then the sum.
+        """
         edges = [*(str(float(edge)) for edge in self._edges), "+Inf"]
         return list(zip(edges, accumulate(self._counts), strict=True)), self._sum

@@ -34,7 +34,7 @@ class RequestNote(NamedTuple):
 
 
 class BatchNote(NamedTuple):
-    """A finished batch; fields as in metrics.Batch."""
+    """A finished batch; fields as in metrics.CountedBatch."""
 
     labels: tuple[str, str]
     rows: int
@@ -65,6 +65,7 @@ class Recorder:
     def request(self, method: str, path: str, route: str, status: int, request_id: bytes, started: float) -> None:
         """Note a finished request.
 
+        path: path in the request.
         route: the path as declared by the application, or "other".
         started: start of the request, on time.perf_counter.
         """
@@ -75,7 +76,7 @@ class Recorder:
             self._flush_soon()
 
     def batch(self, labels: tuple[str, str], rows: int, closed: str, seconds: float, waits: Sequence[float]) -> None:
-        """Note a finished batch; arguments as in metrics.Batch."""
+        """Note a finished batch; arguments as in metrics.CountedBatch."""
         self._batches.append(BatchNote(labels, rows, closed, seconds, waits))
         if self._timer is None:
             self._flush_soon()

@@ -59,7 +59,10 @@ class WorkerReports:
         self._server.close()
 
     async def ask(self) -> list[Report]:
-        """Return the reports of the other workers. Concurrent calls share one round of requests."""
+        """Return the reports of the other workers, in order of their numbers.
+
+        Concurrent calls share a round of requests. A worker that does not answer within TIMEOUT has the state "failed".
+        """
         if self._asking is None or self._asking.done():
             self._asking = asyncio.gather(*map(self._ask, self._others))
         return await asyncio.shield(self._asking)

@@ -108,7 +108,13 @@ class Protocol(HttpToolsProtocol):
             self._grace = self.loop.call_later(GRACE, self._take_asgi_path)
 
     def _repeat(self, seen: SeenHead, data: bytes) -> bool:
-        """Begin a fast request with the same head as the request before. Returns: whether the fast path took it."""
+        """Begin a fast request with the same head as the request before.
+
+        seen: the head of the request before.
+        data: bytes of the whole request.
+
+        Returns: True if the fast path took the request.
+        """
         if self.flow.write_paused:
             return False
         self._idle_since = inf
@@ -272,7 +278,10 @@ class Protocol(HttpToolsProtocol):
             self._keep_alive = self.loop.call_later(min(left, self.timeout_keep_alive), self._close_if_idle)
 
     def _begin_fast(self, path: FastPath, head: FastHead, body: bytes, keep_alive: bool) -> bool:
-        """Hand a complete request to the fast path. Returns: whether the fast path took the request."""
+        """Hand a complete request to the fast path.
+
+        Returns: True if the fast path took the request.
+        """
         request = path.begin(head, body, keep_alive, self._reply)
         if request is None:
             return False

@@ -1,4 +1,8 @@
-"""A replacement for the `send` of uvicorn's request cycle, with head and body in one piece if possible."""
+"""A replacement for the `send` of uvicorn's request cycle.
+
+The head is written together with the first part of the body. So Cork, the transport of the connection, joins both into
+one system call.
+"""
 
 from typing import Any
 
@@ -14,6 +18,7 @@ CLOSE = b"connection: close\r\n"
 def whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
     """Write a status line, the headers, and the empty line at the end of the head.
 
+    status: HTTP status.
     headers: headers as lines.
     keep_alive: the connection stays open; otherwise `Connection: close` is added.
     """

@@ -1,6 +1,7 @@
 """`reparam serve` as one process: its log, its memory, and how it ends."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -69,7 +70,7 @@ def test_a_second_signal_hurries_and_the_log_can_be_text(repository: Path) -> No
 
 def test_sigterm_lets_requests_in_flight_end_and_exits_0(repository: Path) -> None:
     """A stream whose client reads late, and a request whose body is whole only when the port is closed."""
-    drain = {"REPARAM_DRAIN_DELAY": "3", "REPARAM_DRAIN_TIMEOUT": "300"}
+    drain = {"REPARAM_DRAIN_DELAY": "6", "REPARAM_DRAIN_TIMEOUT": "300"}
     with (
         process(repository, **ALONE, **drain) as service,
         connect(service, receive_buffer=4096) as stream,
@@ -79,8 +80,9 @@ def test_sigterm_lets_requests_in_flight_end_and_exits_0(repository: Path) -> No
         late.sendall(request({})[:-1])
         service.await_in_flight(2)
         service.popen.send_signal(signal.SIGTERM)
-        wait_until(lambda: service.get("/readyz").status_code == 503)
-        assert service.get("/readyz").json()["status"] == "draining"
+        states = (service.get("/readyz") for _ in itertools.count())
+        unready = next(response for response in states if response.status_code == 503)
+        assert unready.json()["status"] == "draining"
         wait_until(lambda: is_closed(service))
         late.sendall(request({})[-1:])
         assert read_response(late)[0] == 200

@@ -82,6 +82,9 @@ class Inputs(Protocol):
 
     arrays: Arrays
 
+    def begin(self) -> None:
+        """Begin a batch, and forget rows of a batch that has failed."""
+
     def finish(self, n: int) -> None:
         """Complete the first n rows after all works have written their rows."""
 
@@ -244,6 +247,7 @@ class BoundGraph:
 
     def _run_shares(self, shares: Sequence[Share]) -> Arrays:
         inputs = self.inputs
+        inputs.begin()
         at = 0
         for work, lo, hi in shares:
             work.fill(inputs, lo, hi, at)

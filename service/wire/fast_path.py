@@ -82,7 +82,7 @@ class FastPath:
                 self.lifespan.check_ready()
             plan = self.endpoint.plan(head, self.endpoint.read(body))
             if not plan.is_small:
-                self.recorder.in_flight -= 1
+                self.recorder.hand_over()
                 return None
             request.media_type = plan.media_type
             self.engine.join(request)
@@ -109,7 +109,7 @@ class FastRequest(Job):
         self._path = path
         self._request_id = request_id
         self._reply = reply
-        path.recorder.in_flight += 1
+        path.recorder.begin()
 
     @property
     def message_event(self) -> "FastRequest":

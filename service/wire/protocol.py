@@ -186,7 +186,7 @@ class Protocol(HttpToolsProtocol):
 
     def _send_refusal(self, error: Exception) -> None:
         recorder = self._lifespan.recorder
-        recorder.in_flight += 1
+        recorder.begin()
         request_id = next(recorder.request_ids)
         status, headers, body = problem_response(error, request_id)
         head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])

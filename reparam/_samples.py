@@ -66,7 +66,7 @@ class Samples:
 
     @property
     def request(self) -> dict[str, Any]:
-        """Keyword arguments of `Client.sample` for the same rows.
+        """Keyword arguments of `Client.sample` for the same rows, by name.
 
         The arguments include the version, so the model's defaults, such as the temperature, stay the same.
         """

@@ -1,4 +1,4 @@
-"""Artifacts that break: real ones, operated upon."""
+"""Broken artifacts: real ones with changed graphs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 # Temperatures at which the `trouble` model misbehaves.
 NAN, FAILS, SLOW = 3.0, 11.0, 20.0  # above SLOW: (temperature - SLOW) * 3 to 10 ms on one core
-POISON = 666.0  # a row with this mu fails as well
+POISON = 666.0  # a batch with this mu fails as well
 WILD = 5.0  # a row with noise above this is NaN at any temperature
 GREEDY, MODEST = 7.0, 4  # at GREEDY more than MODEST rows together need more memory than any machine has
 
@@ -24,8 +24,11 @@ def operate(source: Path, target: Path, surgery: Callable[[onnx.ModelProto], obj
 
 
 def make_trouble(source: Path, target: Path) -> Path:
-    """A sampler whose row is NaN at temperature NAN or noise above WILD, that raises at FAILS, wants all memory at
-    GREEDY and is slow above SLOW."""
+    """Write a sampler that misbehaves at some temperatures.
+
+    A row is NaN at temperature NAN, and with noise above WILD. A batch fails at FAILS, needs all memory at
+    GREEDY, and is slow above SLOW.
+    """
 
     def surgery(model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -72,7 +75,7 @@ def set_metadata(key: str, value: str | None) -> Callable[[onnx.ModelProto], Non
 
 
 def keep_weights_in(location: str) -> Callable[[onnx.ModelProto], None]:
-    """Let the first weight be read from another file."""
+    """Make the first weight refer to another file."""
 
     def surgery(model: onnx.ModelProto) -> None:
         weight = model.graph.initializer[0]
@@ -84,7 +87,7 @@ def keep_weights_in(location: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def fix_batch(rows: int) -> Callable[[onnx.ModelProto], None]:
-    """Let every input announce a batch of this many rows."""
+    """Make every input declare a batch of this many rows."""
 
     def surgery(model: onnx.ModelProto) -> None:
         for value in model.graph.input:
@@ -94,7 +97,7 @@ def fix_batch(rows: int) -> Callable[[onnx.ModelProto], None]:
 
 
 def fix_batch_inside(model: onnx.ModelProto) -> None:
-    """Let the graph add two rows to its rows somewhere, though it announces any batch."""
+    """Make a node in the graph need two rows, although the inputs declare any batch."""
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name == "temperature":
@@ -114,7 +117,7 @@ def fix_batch_inside(model: onnx.ModelProto) -> None:
 
 
 def draw_noise(model: onnx.ModelProto) -> None:
-    """Let the graph add noise of its own to the noise it is given."""
+    """Make the graph add noise of its own to its input."""
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name == "noise":
@@ -124,7 +127,7 @@ def draw_noise(model: onnx.ModelProto) -> None:
 
 
 def flip_a_bit_of_pixels(model: onnx.ModelProto) -> None:
-    """Let pixels be others than the images are."""
+    """Make pixels differ from the images."""
     for node in model.graph.node:
         for index, name in enumerate(node.output):
             if name == "pixels":
@@ -167,7 +170,7 @@ def _constants() -> list[onnx.TensorProto]:
 
 
 def _nan_nodes() -> list[onnx.NodeProto]:
-    """0 / (temperature - NAN), for each row."""
+    """Compute 0 / (temperature - NAN) for each row."""
     return [
         helper.make_node("Sub", ["temperature", "c_nan"], ["from_nan"]),
         helper.make_node("Div", ["c_zero", "from_nan"], ["nan_row"]),
@@ -176,7 +179,7 @@ def _nan_nodes() -> list[onnx.NodeProto]:
 
 
 def _wild_nodes() -> list[onnx.NodeProto]:
-    """0 * sqrt(WILD - noise)."""
+    """Compute 0 * sqrt(WILD - noise)."""
     return [
         helper.make_node("Sub", ["c_wild", "noise"], ["below_wild"]),
         helper.make_node("Sqrt", ["below_wild"], ["root"]),
@@ -185,7 +188,7 @@ def _wild_nodes() -> list[onnx.NodeProto]:
 
 
 def _fail_nodes() -> list[onnx.NodeProto]:
-    """An index out of range if any temperature is FAILS or any mu is POISON."""
+    """Gather an index out of range if any temperature is FAILS or any mu is POISON."""
     return [
         helper.make_node("Equal", ["temperature", "c_fails"], ["is_failing"]),
         helper.make_node("Unsqueeze", ["is_failing", "c_axis"], ["is_failing_row"]),
@@ -198,7 +201,7 @@ def _fail_nodes() -> list[onnx.NodeProto]:
 
 
 def _greedy_nodes() -> list[onnx.NodeProto]:
-    """The sum of 2**44 zeros for each row at GREEDY beyond the first few."""
+    """Sum 2**44 zeros for each row at GREEDY beyond the first MODEST rows."""
     return [
         helper.make_node("Equal", ["temperature", "c_greedy"], ["is_greedy"]),
         helper.make_node("Cast", ["is_greedy"], ["greedy"], to=TensorProto.INT64),
@@ -212,7 +215,7 @@ def _greedy_nodes() -> list[onnx.NodeProto]:
 
 
 def _slow_nodes() -> list[onnx.NodeProto]:
-    """Ten matrix products for each degree above SLOW."""
+    """Multiply a matrix a hundred times for each degree above SLOW."""
     body = helper.make_graph(
         [
             helper.make_node("MatMul", ["matrix_in", "c_matrix"], ["matrix_out"]),

@@ -54,9 +54,9 @@ def test_an_unknown_variable_that_looks_like_a_setting_is_logged(log: list[dict[
 def test_a_second_signal_hurries_and_the_log_can_be_text(repository: Path) -> None:
     settings = {**TWO, "REPARAM_LOG_FORMAT": "text", "REPARAM_DRAIN_DELAY": "3600"}
     with process(repository, **settings) as service, ThreadPoolExecutor(1) as pool:
+        service.post(headers={"X-Request-ID": "mine"})
         pool.submit(service.post, ENDLESS)
         service.await_in_flight(1)
-        service.post(headers={"X-Request-ID": "mine"})
         service.get("/%1b[31m%20status=200")
         service.get("/models", headers={"X-Request-ID": "the-last"})
         log = service.end(signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
@@ -200,11 +200,12 @@ def test_memory_returns_when_clients_disconnect_in_the_middle_of_their_streams(r
 
     limits = {"REPARAM_MAX_HELD_BYTES": str(2**40), "REPARAM_MAX_QUEUE_ROWS": str(2**30)}
     with process(repository, **ALONE, **QUIET, **limits) as service:
-        crowd(service)
-        after_one = resident_bytes([service.popen.pid])
+        for _ in range(2):  # until the allocator has all the memory that it keeps
+            crowd(service)
+        before = resident_bytes([service.popen.pid])
         for _ in range(3):
             crowd(service)
-        assert resident_bytes([service.popen.pid]) < after_one + 50e6
+        assert resident_bytes([service.popen.pid]) < before + 50e6
 
 
 def small_connection(service: Process) -> socket.socket:

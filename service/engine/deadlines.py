@@ -20,7 +20,7 @@ class Deadlines:
     loop: event loop of the jobs.
     jobs: jobs in the engine; the engine adds and removes jobs.
     expire: called on the loop with the job.
-    is_running: the common timer runs. The engine must call `watch` for a new job if the timer does not run, or if the
+    is_running: the common timer runs. While the timer runs, the engine need not call `watch` for a new job, unless the
         job's timeout is below SHORT.
     """
 

@@ -174,7 +174,7 @@ class Endpoint:
         self.lifespan.metrics.cancelled.labels(job.stage).inc()
 
     async def _receive_body(self, job: Job, head: Head, receive: Receive) -> bytes:
-        """Receive the body.
+        """Receive the body, and reserve its bytes piece by piece.
 
         Raises: TooLarge, before the body is read if Content-Length exceeds the limit; QueueFull; ClientLeft.
         """
@@ -226,8 +226,10 @@ class Endpoint:
     async def _stream(self, job: AwaitedJob, send: Send) -> None:
         """Send rows as npy without a copy. A large response is sent while later rows are computed.
 
-        With a slow reader, fewer rows are computed, so memory stays bounded. Errors before the first rows become a
-        problem document; later errors break the connection.
+        With a slow reader, fewer rows are computed, so memory stays bounded.
+
+        Raises: the job's error. Before the first rows, the error becomes a problem document. Later, the error breaks
+            the connection.
         """
         pieces = await job.pieces()
         header, size = npy_header(job.work, pieces[0])

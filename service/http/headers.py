@@ -28,7 +28,7 @@ def to_lines(headers: Headers) -> bytes:
 
 
 def from_lines(lines: bytes) -> Headers:
-    """Split lines, written as `to_lines` writes, into headers."""
+    """Split lines into headers, the reverse of `to_lines`."""
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.splitlines())]
 
 

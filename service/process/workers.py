@@ -138,7 +138,11 @@ def _signals() -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Start processes in this context with SIGINT ignored, so that Ctrl-C in a terminal cannot kill them early."""
+    """Ignore SIGINT while the block runs.
+
+    Processes started in the block also ignore SIGINT, so Ctrl-C in a terminal cannot kill a process before its handlers
+    are set.
+    """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -130,7 +130,7 @@ def service(serve: Callable[..., Running]) -> Running:
 @pytest.fixture
 def engine(serve: Callable[..., Running], request: pytest.FixtureRequest) -> Iterator[Running]:
     """A fresh server with one runner, or `param` runners, that also offers `/hold`. It must be at rest in the end."""
-    service = serve(runners=getattr(request, "param", 1), operations=(*OPERATIONS, HOLD))
+    service = serve(runners=getattr(request, "param", 1), operations=(*OPERATIONS, HOLD), request_timeout=300)
     yield service
     wait_until(lambda: is_at_rest(service))
     assert service.get("/livez").status_code == 200

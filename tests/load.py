@@ -1,4 +1,4 @@
-"""What a service does while a test looks at it: a runner that is kept busy, and clients that sample."""
+"""Load on a service during a test: a runner that is kept busy, and clients that sample."""
 
 import contextlib
 import io

@@ -16,8 +16,13 @@ from tests.conftest import metric, wait_until
 from tests.load import TLS
 
 PATIENCE = 300  # seconds for the end of a process; a healthy process ends within a few
-ALONE = {"REPARAM_WORKERS": "1", "REPARAM_RUNNERS": "1", "REPARAM_DEVICE": "cpu"}
-TWO = {"REPARAM_WORKERS": "2", "REPARAM_RUNNERS": "1", "REPARAM_DEVICE": "cpu"}
+ALONE = {
+    "REPARAM_WORKERS": "1",
+    "REPARAM_RUNNERS": "1",
+    "REPARAM_DEVICE": "cpu",
+    "REPARAM_REQUEST_TIMEOUT": str(PATIENCE),
+}
+TWO = {**ALONE, "REPARAM_WORKERS": "2"}
 QUIET = {"REPARAM_LOG_LEVEL": "warning"}  # for services whose log is not read while they run
 
 
@@ -36,7 +41,7 @@ class Process:
         return httpx.post(f"{self.url}/sample", json=body, timeout=120, verify=TLS, **arguments)
 
     def await_in_flight(self, requests: int) -> None:
-        """Wait until so many requests are being answered, besides the one that asks."""
+        """Wait until so many requests are being answered, besides the request for the metric."""
         wait_until(lambda: metric(self.url, "requests_in_flight") == requests + 1)
 
     def end(self, *signals: int) -> str:

@@ -1,7 +1,6 @@
 """Connections that wait: idle ones, slow heads, and clients that read slowly or not at all.
 
-A connection that must last does so whatever the machine does meanwhile. Limits that a healthy connection must stay
-below are at least a second.
+Sleeps are minimum times for connections that must last. Limits for connections that must not end are at least a second.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The engine through a real server: rows and counters are right in every batch, whatever else runs."""
+"""The engine through a real server: rows and counters are right in every batch, beside any other requests."""
 
 import asyncio
 import io

@@ -18,7 +18,7 @@ from tests.raw import connect, read_response, request
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(serve: Callable[..., Running]) -> None:
-    service = serve(max_queue_rows=4, max_batch_rows=1, runners=1, operations=(*OPERATIONS, HOLD))
+    service = serve(max_queue_rows=4, max_batch_rows=1, runners=1, operations=(*OPERATIONS, HOLD), request_timeout=300)
     engine = service.lifespan.engine
     with ThreadPoolExecutor(2) as pool, occupied(service):
         waiting = [pool.submit(service.post, {"n": 3})]
@@ -34,7 +34,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(serve: Callable[..., Runn
 
 
 def test_retry_after_grows_with_the_measured_time_of_rows(serve: Callable[..., Running]) -> None:
-    service = serve(max_queue_rows=100, runners=1, operations=(*OPERATIONS, HOLD))
+    service = serve(max_queue_rows=100, runners=1, operations=(*OPERATIONS, HOLD), request_timeout=300)
     with ThreadPoolExecutor(1) as pool:
         with gate() as held:
             slow = pool.submit(service.post, held.body, path="/hold")

@@ -1,4 +1,4 @@
-"""Failures of models, runners and the service itself: who is told what, and that others are not affected."""
+"""Failures of models, runners and the service itself: their problems, and other requests, which are not affected."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

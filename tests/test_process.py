@@ -137,7 +137,7 @@ def test_a_log_without_a_reader_fails_no_request(repository: Path) -> None:
 
 
 def test_requests_are_refused_while_the_models_are_loaded(repository: Path, tmp_path: Path) -> None:
-    """Also while the service drains."""
+    """Before the drain and during the drain."""
     link_versions(repository, tmp_path)
     with process(tmp_path, until="starting", **ALONE, REPARAM_DRAIN_DELAY="3600") as service:
         before = service.post({})

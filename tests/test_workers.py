@@ -26,7 +26,7 @@ DRAIN = {"REPARAM_DRAIN_DELAY": "0", "REPARAM_DRAIN_TIMEOUT": "3"}
 
 @pytest.fixture(scope="module")
 def shared(repository: Path) -> Iterator[Process]:
-    """A service that all tests leave as they find it."""
+    """A service that no test changes for the next test."""
     with process(repository, **TWO, **DRAIN, **QUIET) as service:
         yield service
 
@@ -54,7 +54,7 @@ def test_both_workers_return_the_same_rows_and_each_reports_for_both(shared: Pro
     responses = [shared.post({"n": 3, "seed": 7}, headers=NPY) for _ in range(30)]
     assert len({response.content for response in responses}) == 1
     assert len({worker_of(response.headers["x-request-id"]) for response in responses}) == len(workers(shared)) == 2
-    for _ in range(10):  # each time either worker may be asked
+    for _ in range(10):  # either worker may take the connection
         wait_until(lambda: metric(shared.url, "requests_total", **count) == before + 30)
         assert metric(shared.url, "noise_version_info", noise_version="1") == 1
         assert metric(shared.url, "request_duration_seconds_bucket", le="+Inf", path="/sample") == before + 30
@@ -92,7 +92,7 @@ def test_many_probes_at_a_time_find_no_fault(shared: Process) -> None:
 
 
 @pytest.mark.parametrize("count", ["1", "2"])
-def test_a_port_that_others_have_is_refused(shared: Process, count: str) -> None:
+def test_a_port_of_another_process_is_refused(shared: Process, count: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         ports = shared.url.rpartition(":")[2], str(other.getsockname()[1])
         for port in ports:
@@ -149,7 +149,7 @@ def test_workers_end_with_their_parent(own: Process) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether the process runs. A zombie does not: in a container nobody may ever reap it."""
+    """Tell whether the process runs. A zombie does not run, though in a container it may stay forever."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
 """Deadlines of requests, at no cost to fast requests.
 
 Starting a timer for each request would take longer than most samples. So one timer visits all jobs every GRACE seconds.
-Only a job present at two visits gets its own timer.
+A job present at two visits gets its own timer. A job with a timeout below SHORT gets its own timer at once.
 """
 
 import asyncio

@@ -138,7 +138,7 @@ class Engine:
         return WINDOW * graph.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
-        """Let `rows` more rows of the job run. After `close` the job fails instead."""
+        """Let `rows` more rows of the job run. If the engine is closed, the job fails instead."""
         if self._closed:
             self.fail(job, Unavailable(self._closed, retry_after=1))
             return

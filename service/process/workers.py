@@ -83,11 +83,14 @@ def _supervise(settings: Settings, count: int) -> int:
 
 
 def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> int:
-    """Wait for the end of all workers, and pass signals on to the workers.
+    """Wait for the end of all workers.
+
+    The first signal, or the first worker that ends by itself, stops all workers by SIGTERM. A further signal stops the
+    workers at once by SIGINT.
 
     workers: the running processes; removed from the list when ended.
-    inbox: receives a byte for each signal.
-    grace: seconds from the first signal until workers are killed.
+    inbox: receives a byte for each signal to this process.
+    grace: seconds from the first SIGTERM until the remaining workers are killed.
 
     Returns: the exit status; 1 if a worker failed or had to be killed.
     """

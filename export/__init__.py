@@ -17,7 +17,7 @@ __all__ = ["Network", "publish"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the public names on first use (PEP 562)."""
+    """Import a public name on first use (PEP 562). Raises: AttributeError for another name."""
     if name == "Network":
         from reparam.export.network import Network
 

@@ -61,7 +61,7 @@ class Train(TrainConfig):
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        return self  # checked in cli_cmd, together with the fields of the recipe
+        return self  # no check yet: fields may come from the recipe, so cli_cmd checks the complete TrainConfig
 
     def cli_cmd(self) -> None:
         fields = (recipe(self.recipe) if self.recipe else {}) | self._begun()

@@ -94,8 +94,8 @@ class TrainConfig(BaseModel):
     def equal_prior_epochs(self) -> int:
         """First epochs in which all components of a mixture stay equal.
 
-        If components differ from the first step on, the first component to resemble the images takes all images, and
-        most components never get an image.
+        If components differ from the first step on, the first component to resemble the images takes all images. Most
+        other components then never get an image.
         """
         return max(1, self.kl_warm_up)
 

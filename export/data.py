@@ -120,7 +120,7 @@ def _content(path: Path) -> bytes:
 
 
 def _idx_labels(path: Path) -> Labels:
-    """Read an IDX file of labels: magic 0x00000801, a big-endian size, then bytes."""
+    """Read an IDX file of labels: magic 0x00000801, a big-endian size, then bytes. Raises: DataError."""
     content = _content(path)
     header = np.frombuffer(content[:8].ljust(8), ">u4")
     if header[0] != 0x801 or len(content) != 8 + header[1]:
@@ -132,6 +132,10 @@ def _idx(path: Path) -> Pixels:
     """Read an IDX file of images: magic 0x00000803, three big-endian sizes, then bytes.
 
     Source: http://yann.lecun.com/exdb/mnist
+
+    Returns: uint8 (n, 1, H, W).
+
+    Raises: DataError.
     """
     content = _content(path)
     header = np.frombuffer(content[:16].ljust(16), ">u4")
@@ -150,7 +154,12 @@ def _amat_folder(folder: Path) -> Dataset:
 
 
 def _amat(path: Path) -> Pixels:
-    """Read (n, 784) zeros and ones: MATLAB 5 with a matrix X, or lines of text."""
+    """Read (n, 784) zeros and ones: MATLAB 5 with a matrix X, or lines of text.
+
+    Returns: uint8 (n, 1, 28, 28), 0 or 255.
+
+    Raises: DataError.
+    """
     try:
         with path.open("rb") as file:
             is_matlab = file.read(10) == b"MATLAB 5.0"

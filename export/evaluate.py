@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Estimate bounds on log p(x) of the held-out images, with Gumbel codes one-hot.
 
-    The result is written to evaluation.json in the run's folder, unless an evaluation of the same weights with more
-    latents is there. The same arguments give the same numbers on the same device, also after an interruption. An
+    The result is written to evaluation.json in the run's folder. An evaluation of the same weights with more latents
+    in all is not replaced. The same arguments give the same numbers on the same device, also after an interruption. An
     interrupted evaluation resumes. On a CPU each core evaluates other images.
 
     samples: m, latents of each image in the importance-weighted bound.

@@ -14,7 +14,7 @@ from reparam.models import MODELS, VAE, Mixture
 
 ROWS = (2, 3)  # batch sizes of the trial runs
 CHANNELS = (1, 3)
-ROUNDING = 1e-4  # images may exceed [0, 1] by this much; `decode` clamps images
+ROUNDING = 1e-4  # the decoder's raw images may exceed [0, 1] by this much; `decode` then clamps the images
 
 Part = nn.Module | Callable[[Tensor], Any]
 

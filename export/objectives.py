@@ -148,12 +148,12 @@ def negative_vimco(
     """Negative importance-weighted bound for one-hot codes, with an unbiased gradient and no relaxation.
 
     The encoder follows the score function; the baseline of each sample comes from the other samples (VIMCO; Mnih and
-    Rezende, 2016, equations 9 and 10). With L = log 1/k sum_i w_i, and L_i equal to L except that w_i is replaced by
-    the geometric mean of the other weights, the gradient is
+    Rezende, 2016, equations 9 and 10). L is log 1/k sum_i w_i. In L_i, the geometric mean of the other weights replaces
+    w_i. The gradient is
 
         sum_i (L - L_i)  d log q(z_i | x) / d phi  +  sum_i w_i / sum_j w_j  d log w_i / d phi.
 
-    Arguments as in `negative_iwae`.
+    Arguments and result as in `negative_iwae`.
     """
     posterior = model.encode(images)
     latents = _draw(model, tuple(parameter.detach() for parameter in posterior), samples, 0.0, draws)

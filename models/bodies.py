@@ -27,7 +27,8 @@ class VAEConfig:
     dense: hidden layer sizes between the convolutions and the latent.
     activation: function after each layer except the last.
     decoder_width: hidden layer sizes of an MLP's decoder; None: same as width.
-    prior_components: mixture components of the prior. From 2 on the mixture is learned.
+    prior_components: mixture components of the prior. A mixture of 2 or more components is learned. A single component
+        is N(0, I) for a Gaussian latent, and learned for a Gumbel latent.
 
     Raises: ValueError for sizes or combinations that no network has.
     """

@@ -79,17 +79,17 @@ class Calls:
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:
-        """Make the flow of `Client.sample`, which emits one result. The flow raises ReparamError."""
+        """Make the flow of `Client.sample`. The flow emits one Samples, or raises ReparamError."""
         media_type, read = (NPY, read_npy) if len(request.outputs) == 1 else (NPZ, read_npz)
         exchange = self._exchange(lambda remaining: self.server.sample(request, media_type, remaining), media_type)
         yield Emit(read(*(yield from exchange), request))
 
     def models(self) -> Flow[list[Model]]:
-        """Make the flow of `Client.models`, which emits one result. The flow raises ReparamError."""
+        """Make the flow of `Client.models`. The flow emits one list of Model, or raises ReparamError."""
         yield Emit(read_models(*(yield from self._exchange(self.server.models, JSON))))
 
     def model(self, name: str, version: int | None) -> Flow[Model]:
-        """Make the flow of `Client.model`, which emits one result.
+        """Make the flow of `Client.model`. The flow emits one Model.
 
         The flow raises ReparamError, and ValueError or TypeError for impossible arguments.
         """

@@ -115,7 +115,13 @@ def _sample(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _stream(client: Client, path: Path, n: int, output: str, options: dict[str, Any]) -> Samples:
-    """Write a .npy file while the rows arrive. Returns: the last batch."""
+    """Write a .npy file while the rows arrive.
+
+    output: name of the output to write.
+    options: options of `Client.iter_samples`.
+
+    Returns: the last batch, for model, version and seed.
+    """
     with replacing(path) as file:
         for batch in client.iter_samples(n, output=output, **options):
             rows = batch.outputs[output]

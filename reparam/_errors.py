@@ -184,7 +184,10 @@ def unexpected_response(response: httpx.Response, problem: str) -> StatusError:
 
 
 def _problem(response: httpx.Response, body: bytes | bytearray) -> dict[str, Any]:
-    """Return the problem document of a response; a new document if the response, as from a proxy, has no document."""
+    """Return the problem document of a response.
+
+    A response without a document, as from a proxy, gets a new document with `type`, `title`, `status` and `detail`.
+    """
     media_type = media_type_of(response)
     if media_type == "application/problem+json":
         try:

@@ -72,9 +72,9 @@ def latent_dims(n: int, options: Mapping[str, Any]) -> int:
     n: number of rows.
     options: checked options.
 
-    The number decides whether a parameter is shared by all rows or has a row each. The guess is wrong only for shared
-    parameters whose first dimension happens to be n, and only if no other parameter has more dimensions. The service
-    refuses slices of such parameters, because the shape of a slice does not fit.
+    The number decides whether a parameter is shared by all rows or has a row each. The guess can be wrong only if every
+    parameter is shared, and the first dimension of each happens to be n. The service refuses slices of such parameters,
+    because the shape of a slice does not fit.
 
     Returns: the number of dimensions; 0 without parameters.
     """

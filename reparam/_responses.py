@@ -144,7 +144,10 @@ class RowReader:
         return True
 
     def _take(self, rows: int) -> Samples:
-        """Return the next rows. The buffer becomes the memory of the rows; an incomplete row moves to a new buffer."""
+        """Return the next rows. The buffer becomes the memory of the rows; an incomplete row moves to a new buffer.
+
+        Raises: ValueError for more rows than requested.
+        """
         if rows > self.missing:
             raise ValueError("more rows than the header says")
         end = rows * self._row_bytes
@@ -207,7 +210,10 @@ def _samples(response: httpx.Response, arrays: Mapping[str, Array], request: Sam
 
 @contextmanager
 def _readable(response: httpx.Response) -> Iterator[None]:
-    """Turn errors of parsing a response into StatusError."""
+    """Turn errors of parsing a response into StatusError.
+
+    Raises: StatusError instead of an error in UNREADABLE.
+    """
     try:
         yield
     except UNREADABLE as error:

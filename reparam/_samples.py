@@ -66,7 +66,7 @@ class Samples:
 
     @property
     def request(self) -> dict[str, Any]:
-        """Keyword arguments of `Client.sample` for the same rows.
+        """Keyword arguments of `Client.sample` for the same rows, by name.
 
         The arguments include the version, so the model's defaults, such as the temperature, stay the same.
         """
@@ -247,7 +247,12 @@ def _write_png(samples: Samples, file: BinaryIO) -> None:
 
 SUFFIXES: dict[str, Callable[[Samples, BinaryIO], None]] = {".npy": _write_npy, ".npz": _write_npz, ".png": _write_png}
 
-ORIGIN = ("model", "version", "seed", "start")  # options stated in every response
+ORIGIN = (
+    "model",
+    "version",
+    "seed",
+    "start",
+)  # options whose values every response states in headers; attributes of Samples
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "images": np.dtype("u1"),

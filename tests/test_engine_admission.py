@@ -63,7 +63,6 @@ def test_a_client_that_reads_slowly_holds_back_the_computing(engine: Running) ->
         """Wait until the only job waits for its client. Returns the rows computed so far."""
         (job,) = lifespan.engine.jobs
         ticket = job.ticket
-        assert ticket is not None
         wait_until(lambda: 0 < ticket.taken == ticket.granted and not lifespan.engine.busy)
         return ticket.taken
 

@@ -92,6 +92,13 @@ def test_stock_uvicorn_gives_the_same_responses(uvicorn: str, expected: dict[str
             assert responses(client, uvicorn) == expected
 
 
+def test_a_body_that_the_server_drops_is_refused(uvicorn: str) -> None:
+    """Stock uvicorn drops the body of a request for an upgrade, which some clients send by default."""
+    headers = {"Connection": "Upgrade", "Upgrade": "h2c"}
+    response = httpx.post(f"{uvicorn}/sample", json={"seed": 1}, headers=headers, timeout=60)
+    assert (response.status_code, response.json()["type"]) == (400, "/problems/malformed-request")
+
+
 def test_starlettes_test_client_gives_the_same_responses(repository: Path, expected: dict[str, Any]) -> None:
     app = create_app(Settings(artifacts=repository, default_model="tiny-gaussian", device="cpu"))
     with TestClient(app) as client:

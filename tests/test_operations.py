@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -96,6 +96,33 @@ def array(response: httpx.Response) -> npt.NDArray[Any]:
     assert response.status_code == 200, response.text
     loaded: npt.NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
     return loaded
+
+
+class Broken(Means):
+    """Writes its rows, and then fails."""
+
+    def fill(self, inputs: SamplerInputs, lo: int, hi: int, at: int) -> None:
+        super().fill(inputs, lo, hi, at)
+        raise MemoryError("no memory for the words")
+
+
+BROKEN = replace(
+    MEANS,
+    path="/broken",
+    resolve=lambda request, repository, rows: Broken(**vars_of(MEANS.resolve(request, repository, rows))),
+)
+
+
+def vars_of(means: Any) -> dict[str, Any]:
+    return {"graph": means.graph, "mu": means.mu}
+
+
+def test_rows_of_a_batch_that_failed_stay_out_of_the_next(serve: Callable[..., Running]) -> None:
+    service = serve(operations=(*OPERATIONS, BROKEN), runners=1)
+    body, headers = {"seed": 1, "n": 4}, {"Accept": "application/x-npy"}
+    expected = service.post(body, headers=headers).content
+    assert post(service, MU, path="/broken").status_code == 500
+    assert service.post(body, headers=headers).content == expected
 
 
 MU = [[0.5, -1.0, 2.0], [0.0, 0.25, -0.5]]

@@ -128,6 +128,16 @@ def test_requests_that_are_read_or_encoded_when_the_drain_ends_are_refused(repos
     assert set(refused) <= {"/problems/unavailable"}
 
 
+def test_a_log_without_a_reader_fails_no_request(repository: Path) -> None:
+    with process(repository, REPARAM_WORKERS="1") as service:
+        assert service.popen.stderr is not None
+        service.popen.stderr.close()
+        for _ in range(2):
+            assert service.post({}).status_code == 200
+            for path in ("/metrics", "/livez", "/readyz"):  # each writes the log before its response
+                assert service.get(path).status_code == 200
+
+
 def test_requests_are_refused_while_the_models_are_loaded(repository: Path, tmp_path: Path) -> None:
     """Before the drain and during the drain."""
     link_versions(repository, tmp_path)

@@ -10,12 +10,14 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Names of all recipes, sorted."""
+    """List the names of all recipes, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Fields set by a recipe.
+    """Read a recipe.
+
+    Returns: the values set by the recipe, by field of TrainConfig.
 
     Raises: RunError for an unknown name.
     """

@@ -110,10 +110,10 @@ def normal(words: Words) -> Float32:
 
 
 def gumbel(words: Words) -> Float32:
-    """Map words to standard Gumbel draws, -log(-log(1 - u)) computed in float64.
+    """Map words to standard Gumbel draws: -log(-log(1 - u)) in float64, where u is the uniform draw of a word.
 
-    Large draws come from small u, where log1p is exact. So no epsilon is needed. With g a draw, argmax(logits + g)
-    selects even a category of probability 1e-15 at the right rate.
+    The largest draws come from the smallest u. There log1p is exact, so log(0) needs no guard such as an added epsilon.
+    With g a draw, argmax(logits + g) selects even a category of probability 1e-15 at the right rate.
 
     words: uint64, any shape.
 

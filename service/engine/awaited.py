@@ -48,7 +48,7 @@ class AwaitedJob(Job):
             raise self.error
         pieces, self.results = self.results, []
         ticket = self.ticket
-        if ticket is not None and ticket.granted < ticket.rows:
+        if ticket.granted < ticket.rows:
             self._rows_read += sum(len(next(iter(piece.values()))) for piece in pieces)
             if not ticket.waiting:
                 self.waiting_since = time.perf_counter()

@@ -1,7 +1,7 @@
 """Deadlines of requests, at no cost to fast requests.
 
 Starting a timer for each request would take longer than most samples. So one timer visits all jobs every GRACE seconds.
-Only a job present at two visits gets its own timer.
+A job present at two visits gets its own timer. A job with a timeout below SHORT gets its own timer at once.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ class Deadlines:
     loop: event loop of the jobs.
     jobs: jobs in the engine; the engine adds and removes jobs.
     expire: called on the loop with the job.
-    is_running: the common timer runs. The engine must call `watch` for a new job if the timer does not run, or if the
+    is_running: the common timer runs. While the timer runs, the engine need not call `watch` for a new job, unless the
         job's timeout is below SHORT.
     """
 

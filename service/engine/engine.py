@@ -18,7 +18,7 @@ from reparam.service.engine.deadlines import SHORT, Deadlines
 from reparam.service.engine.job import Job
 from reparam.service.engine.queue import Queue
 from reparam.service.engine.runner import Result, Runner
-from reparam.service.engine.scheduler import Batch, Closed, Piece, Ticket
+from reparam.service.engine.scheduler import Batch, Closed, Piece
 from reparam.service.errors import DeadlineExceeded, Problem, Unavailable, cut_off
 from reparam.service.runtime.graphs import Graph, Work
 from reparam.service.telemetry.metrics import Metrics
@@ -128,9 +128,9 @@ class Engine:
         if self._arrives_singly and first == work.n and self._is_lone(job, first):
             self._arrives_singly = False  # until `_end_turn`, if this loop iteration brings no other request
             self.loop.call_soon(self._end_turn)
+            job.ticket.granted = job.ticket.taken = first
             self._run_lone(job, 0, first, "drained")
         else:
-            job.ticket = Ticket(job, work.graph, work.n)
             self.grant(job, first)
 
     def window(self, graph: Graph) -> int:
@@ -138,19 +138,19 @@ class Engine:
         return WINDOW * graph.batch_rows
 
     def grant(self, job: Job, rows: int) -> None:
-        """Let `rows` more rows of the job run. After `close` the job fails instead."""
+        """Let `rows` more rows of the job run. If the engine is closed, the job fails instead."""
         if self._closed:
             self.fail(job, Unavailable(self._closed, retry_after=1))
-        elif job.ticket is not None:
-            self._queue.grant(job.ticket, rows)
-            if not self._turns and self._queue.is_shut():
-                self._gather(0)
+            return
+        self._queue.grant(job.ticket, rows)
+        if not self._turns and self._queue.is_shut():
+            self._gather(0)
 
     def fail(self, job: Job, error: Exception) -> None:
         """Compute no more rows of the job, and set `job.error`. Does nothing if the job has failed or left."""
         if job.error is None and job.is_open:
             job.error = error
-            self._withdraw(job)
+            self._queue.drop(job.ticket)
             job.on_change()
 
     def leave(self, job: Job) -> None:
@@ -159,8 +159,8 @@ class Engine:
         job.results.clear()
         if job.timer is not None:
             job.timer.cancel()
-        if job.ticket is not None and job.ticket.taken < job.ticket.rows:
-            self._withdraw(job)
+        if job.ticket.taken < job.ticket.rows:
+            self._queue.drop(job.ticket)
         self.jobs.discard(job)
         self.admission.release(job)
 
@@ -193,8 +193,7 @@ class Engine:
 
     def oldest_wait(self) -> float:
         """Return the waiting time of the oldest row in the queue, in seconds; 0 for an empty queue."""
-        waiting = (job for job in self.jobs if job.ticket is not None and job.ticket.waiting)
-        since = min((job.waiting_since for job in waiting), default=None)
+        since = min((job.waiting_since for job in self.jobs if job.ticket.waiting), default=None)
         return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, reason: str) -> None:
@@ -204,7 +203,7 @@ class Engine:
         """
         self._closed = reason
         for job in list(self.jobs):
-            if job.ticket is not None and job.ticket.waiting:
+            if job.ticket.waiting:
                 self.fail(job, Unavailable(reason, retry_after=1))
         self._queue.close()
 
@@ -217,10 +216,6 @@ class Engine:
         """Fail a job at its deadline, unless all rows are computed and only the client is slow."""
         if job.stage != "send":
             self.fail(job, self.deadline_exceeded(job.stage, job.timeout))
-
-    def _withdraw(self, job: Job) -> None:
-        if job.ticket is not None:
-            self._queue.drop(job.ticket)
 
     # Starting a batch. Simultaneous requests share a batch, so the batch starts after the loop has read all ready
     # sockets.
@@ -249,9 +244,9 @@ class Engine:
         return (
             len(self.jobs) == 1
             and graph.steady
-            and 0 < rows <= self._queue.limits[graph] // LONE_PART
+            and rows <= self._queue.limits[graph] // LONE_PART
             and job.timer is None  # a timer means two visits by Deadlines, or a timeout below SHORT
-            and self._queue.free == len(self._runners)
+            and self._queue.free == len(self._runners)  # read without the lock: no other job has rows to take
         )
 
     def _take_lone(self) -> bool:
@@ -262,9 +257,8 @@ class Engine:
         if len(self.jobs) != 1:
             return False
         (job,) = self.jobs
-        if job.ticket is None:
-            return False
-        batch = self._queue.take() if self._is_lone(job, job.ticket.waiting) else None
+        rows = job.ticket.waiting
+        batch = self._queue.take() if rows and self._is_lone(job, rows) else None
         if batch is None:
             return False
         ((_, lo, hi),) = batch.pieces

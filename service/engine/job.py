@@ -4,7 +4,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from reparam.service.artifact.contract import Arrays
 from reparam.service.engine.scheduler import Ticket
@@ -21,7 +21,7 @@ class Job(ABC):
     timer: fires at the deadline; None until Deadlines starts the timer.
     ticks: number of visits by Deadlines; the second visit starts the timer.
     work: the rows to compute; set by `start`.
-    ticket: the job's rows in the scheduler; None before `submit`, and if the rows ran at once on the event loop.
+    ticket: the job's rows in the queue; empty until `start`.
     is_open: the job has not left the engine.
     has_started: the request has been read, and `work` is set.
     reserved_bytes: bytes reserved for body and response.
@@ -33,7 +33,7 @@ class Job(ABC):
     """
 
     work: Work
-    ticket: Ticket["Job"] | None = None
+    ticket: Ticket[Any] = Ticket(None, None, 0)
     timer: asyncio.TimerHandle | None = None
     deadline = inf
     ticks = 0
@@ -61,6 +61,7 @@ class Job(ABC):
         """Record the work of a request that has been read. The rows wait from now on; the engine queues the rows."""
         self.has_started = True
         self.work = work
+        self.ticket = Ticket(self, work.graph, work.n)
         self.rows_left = work.n
         self.waiting_since = time.perf_counter()
 
@@ -71,8 +72,7 @@ class Job(ABC):
             return "body"
         if not self.rows_left:
             return "send"
-        in_batches = self.ticket.taken if self.ticket is not None else 0
-        return "queue" if in_batches == self.work.n - self.rows_left else "infer"
+        return "queue" if self.ticket.taken == self.work.n - self.rows_left else "infer"
 
     def add_times(self, started: float, ended: float) -> None:
         """Add the waiting time and the running time of the job's rows in one batch.

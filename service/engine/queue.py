@@ -40,9 +40,11 @@ class Queue(Scheduler[Owner]):
             super().set_limit(graph, rows)
 
     def shrink(self, graph: object, rows: int) -> int:
-        """Limit batches of the graph to half of `rows`, at least 1 row. A smaller limit stays.
+        """Lower the batch limit of a graph after a batch ran out of memory.
 
-        Returns: the limit before.
+        rows: rows in the failed batch. The new limit is half of them, at least 1, and never above the present limit.
+
+        Returns: the limit before the call.
         """
         with self._lock:
             before = self.limits[graph]

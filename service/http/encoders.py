@@ -23,30 +23,21 @@ MAX_ACCEPT = 1000  # bytes; longer `Accept` headers are refused
 MEDIA_TYPES = JSON, PNG, NPY, NPZ = "application/json", "image/png", "application/x-npy", "application/x-npz"
 
 
-def check_accept(accept: bytes) -> str:
-    """Decode the header `Accept` to text.
+@lru_cache(256)
+def negotiate(header: bytes, outputs: tuple[Output, ...]) -> str:
+    """Choose the media type of a response.
 
-    Raises: NotAcceptable for a header longer than MAX_ACCEPT bytes.
+    header: the header `Accept`, at most MAX_ACCEPT bytes. Without a preference JSON is chosen.
+    outputs: arrays of the response.
+
+    Raises: NotAcceptable.
     """
-    if len(accept) > MAX_ACCEPT:
+    if len(header) > MAX_ACCEPT:
         raise NotAcceptable(
-            f"`Accept` has {len(accept)} bytes, at most {MAX_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
+            f"`Accept` has {len(header)} bytes, at most {MAX_ACCEPT} are read: name one of {', '.join(MEDIA_TYPES)}",
             available=list(MEDIA_TYPES),
         )
-    return accept.decode("latin-1")
-
-
-@lru_cache(256)
-def negotiate(accept: str, outputs: tuple[Output, ...]) -> str:
-    """Choose the media type preferred by the header `Accept`; JSON without preference.
-
-    accept: the header `Accept`; "" for no preference.
-    outputs: arrays of the response. PNG can carry images alone, npy a single output.
-
-    Returns: an entry of MEDIA_TYPES.
-
-    Raises: NotAcceptable if the header allows no media type, or none that can carry the outputs.
-    """
+    accept = header.decode("latin-1")
     able = [media_type for media_type, can_carry in _CARRIES.items() if can_carry(outputs)]
     best = _best(able, accept)
     if best:
@@ -77,7 +68,7 @@ def _best(media_types: Sequence[str], accept: str) -> str:
         return ""
 
 
-_FORMATS = {int: b"%d", float: b"%a"}  # formats of facts in headers, by type
+_FORMATS = {int: b"%d", float: b"%a", bool: b"%a"}  # formats of facts in headers, by type
 
 
 class HeaderBlock:

@@ -17,13 +17,12 @@ from starlette.types import Receive, Scope, Send
 from reparam.service.artifact.outputs import Output
 from reparam.service.engine.awaited import AwaitedJob
 from reparam.service.engine.job import Job
-from reparam.service.errors import ClientLeft, InvalidRequest, TooLarge, UnsupportedMediaType, clipped
+from reparam.service.errors import ClientLeft, InvalidRequest, MalformedRequest, TooLarge, UnsupportedMediaType, clipped
 from reparam.service.http.encoders import (
     MEDIA_TYPES,
     NPY,
     HeaderBlock,
     buffers,
-    check_accept,
     encode,
     negotiate,
     npy_header,
@@ -50,7 +49,7 @@ class Head(NamedTuple):
     """
 
     timeout: float
-    accept: str
+    accept: bytes
     content_length: int
 
 
@@ -87,6 +86,8 @@ class Endpoint:
         self._small = dict.fromkeys(MEDIA_TYPES, min(LARGE_RESPONSE, self.settings.max_buffered_bytes))
         self._small[NPY] = LARGE_MESSAGE
         self._headers = HeaderBlock(operation)
+        for media_type in MEDIA_TYPES:
+            lifespan.metrics.encode.labels(media_type)  # every series exists from the start
         self._validate = operation.adapter.validator.validate_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +124,7 @@ class Endpoint:
         """
         _check_content_type(headers)
         timeout = _timeout(headers, self.settings.request_timeout)
-        return Head(timeout, check_accept(headers.get(b"accept", b"*/*")), content_length(headers))
+        return Head(timeout, headers.get(b"accept", b"*/*"), content_length(headers))
 
     def read(self, body: bytes) -> Work:
         """Parse the body and resolve the request. An empty body means an empty JSON object.
@@ -173,7 +174,7 @@ class Endpoint:
         self.lifespan.metrics.cancelled.labels(job.stage).inc()
 
     async def _receive_body(self, job: Job, head: Head, receive: Receive) -> bytes:
-        """Receive the body.
+        """Receive the body, and reserve its bytes piece by piece.
 
         Raises: TooLarge, before the body is read if Content-Length exceeds the limit; QueueFull; ClientLeft.
         """
@@ -189,9 +190,14 @@ class Endpoint:
             if len(body) + len(piece) > limit:
                 raise _body_too_large(limit, len(body) + len(piece))
             self.engine.reserve_body(job, len(piece))
-            if not more and not body:
+            if not more and not body and len(piece) >= head.content_length:
                 return bytes(piece)  # most bodies come in one piece
             body += piece
+            if not more and len(body) < head.content_length:  # a server dropped the body, as uvicorn does for upgrades
+                raise MalformedRequest(
+                    f"{len(body)} bytes of the body came, Content-Length says {head.content_length}: send all, and ask "
+                    "for no upgrade"
+                )
             if not more:
                 return bytes(body)
 
@@ -214,14 +220,16 @@ class Endpoint:
         lines = self.header_block(job, plan.media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        # Returns when the client has read most of the body. Until then the body's bytes stay reserved.
+        # This send waits until little of the body is left in the write buffer. Until then its bytes stay reserved.
         await send({"type": "http.response.body"})
 
     async def _stream(self, job: AwaitedJob, send: Send) -> None:
         """Send rows as npy without a copy. A large response is sent while later rows are computed.
 
-        With a slow reader, fewer rows are computed, so memory stays bounded. Errors before the first rows become a
-        problem document; later errors break the connection.
+        With a slow reader, fewer rows are computed, so memory stays bounded.
+
+        Raises: the job's error. Before the first rows, the error becomes a problem document. Later, the error breaks
+            the connection.
         """
         pieces = await job.pieces()
         header, size = npy_header(job.work, pieces[0])

@@ -1,6 +1,7 @@
 """HTTP headers in three forms: the list of ASGI, the lines sent to the client, and a map for look-ups by name."""
 
 Headers = list[tuple[bytes, bytes]]  # name and value, as in ASGI; names in lower case
+MAX_DIGITS = 20  # of a length that are read; int() refuses thousands of digits
 HeaderMap = dict[bytes, bytes]  # name to value, of a request; names in lower case
 
 
@@ -27,11 +28,11 @@ def to_lines(headers: Headers) -> bytes:
 
 
 def from_lines(lines: bytes) -> Headers:
-    """Split lines, written as `to_lines` writes, into headers."""
+    """Split lines into headers, the reverse of `to_lines`."""
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.splitlines())]
 
 
 def content_length(headers: HeaderMap) -> int:
     """Read Content-Length in bytes; 0 if the header is missing or not a number."""
     length = headers.get(b"content-length", b"")
-    return int(length) if length.isdigit() else 0
+    return int(length.lstrip(b"0")[:MAX_DIGITS] or b"0") if length.isdigit() else 0

@@ -65,7 +65,7 @@ class RequestMiddleware:
                 message["headers"].append((b"x-request-id", request_id))
             return send(message)
 
-        self._recorder.in_flight += 1
+        self._recorder.begin()
         try:
             check_key(self._api_key, scope["path"], headers)
             await self.app(scope, receive, send_with_id)

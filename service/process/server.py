@@ -29,6 +29,7 @@ def serve(settings: Settings, listener: socket.socket, reports: WorkerReports | 
     """
     server = Server(create_app(settings, reports), settings)
     server.run([listener])
+    server.reparam.recorder.flush()  # requests that ended after the lifespan
     if server.reparam.engine.busy:
         # A run cannot be interrupted, and the interpreter would wait for the run.
         logging.shutdown()

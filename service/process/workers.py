@@ -83,11 +83,14 @@ def _supervise(settings: Settings, count: int) -> int:
 
 
 def _watch(workers: list[SpawnProcess], inbox: socket.socket, grace: float) -> int:
-    """Wait for the end of all workers, and pass signals on to the workers.
+    """Wait for the end of all workers.
+
+    The first signal, or the first worker that ends by itself, stops all workers by SIGTERM. A further signal stops the
+    workers at once by SIGINT.
 
     workers: the running processes; removed from the list when ended.
-    inbox: receives a byte for each signal.
-    grace: seconds from the first signal until workers are killed.
+    inbox: receives a byte for each signal to this process.
+    grace: seconds from the first SIGTERM until the remaining workers are killed.
 
     Returns: the exit status; 1 if a worker failed or had to be killed.
     """
@@ -138,7 +141,11 @@ def _signals() -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Start processes in this context with SIGINT ignored, so that Ctrl-C in a terminal cannot kill them early."""
+    """Ignore SIGINT while the block runs.
+
+    Processes started in the block also ignore SIGINT, so Ctrl-C in a terminal cannot kill a process before its handlers
+    are set.
+    """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, handler)

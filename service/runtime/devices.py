@@ -122,8 +122,8 @@ def _missing_for_cuda() -> str | None:
 def cuda_fault() -> str | None:
     """Test CUDA by a convolution.
 
-    Opening a session is no test. onnxruntime falls back to the CPU if a CUDA library cannot be loaded, and loads cuDNN
-    and the kernels for this GPU only when needed.
+    Opening a session is no test. If a CUDA library cannot be loaded, onnxruntime falls back to the CPU. cuDNN and the
+    kernels for this GPU are loaded only when needed.
 
     Returns: why CUDA does not compute; None if CUDA works.
     """

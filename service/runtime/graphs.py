@@ -53,7 +53,10 @@ class Work(Protocol):
     def outputs(self) -> tuple[Output, ...]: ...
 
     def fill(self, inputs: Any, lo: int, hi: int, at: int) -> None:
-        """Write rows lo .. hi - 1 of the work into the graph's inputs, starting at input row `at`."""
+        """Write rows lo .. hi - 1 of the work into the graph's inputs, starting at input row `at`.
+
+        inputs: the inputs of one replica, made by the `inputs` of its BoundGraph.
+        """
 
     def facts(self) -> dict[str, Any]:
         """Return the values that describe the rows in a response, by name in the table FACTS."""
@@ -81,6 +84,9 @@ class Inputs(Protocol):
     """
 
     arrays: Arrays
+
+    def begin(self) -> None:
+        """Begin a batch, and forget rows of a batch that has failed."""
 
     def finish(self, n: int) -> None:
         """Complete the first n rows after all works have written their rows."""
@@ -121,7 +127,7 @@ class BoundGraph:
     summed: name of an output, float32 (n, C, H, W). With `apart`, only the sum of each row is copied from the device.
     max_rows: largest number of rows in a batch. Reduced to a power of two if the buffers would exceed MAX_BYTES, or
         MAX_BYTES_ON_GPU.
-    apart: the buffers have a copy on the device, and a run has the next power of two of rows, because few sizes mean
+    apart: the buffers have a copy on the device. A run then has the next power of two of rows, because few sizes mean
         few CUDA graphs. Otherwise the session reads and writes the buffers in place, with exactly the rows requested.
         Default: True on CUDA.
     arrays: input arrays by name, float32 (max_rows, ...).
@@ -211,8 +217,8 @@ class BoundGraph:
     def warm_up(self, seconds: float) -> int:
         """Run every power of two of rows, so that no request waits for memory or for the capture of a CUDA graph.
 
-        Larger sizes are skipped once a size is too slow. A size is too slow if all of TIMED_RUNS runs are too slow,
-        because other programs on the machine can slow down some of the runs.
+        Larger sizes are skipped once a size is too slow. A size is too slow if all of TIMED_RUNS runs are too slow. A
+        single slow run is no proof, because other programs on the machine can slow down some runs.
 
         seconds: time limit of one batch.
 
@@ -244,6 +250,7 @@ class BoundGraph:
 
     def _run_shares(self, shares: Sequence[Share]) -> Arrays:
         inputs = self.inputs
+        inputs.begin()
         at = 0
         for work, lo, hi in shares:
             work.fill(inputs, lo, hi, at)

@@ -61,6 +61,10 @@ class SamplerInputs:
         self._standard: list[slice] = []  # rows with the standard prior, in a model with a mixture
         self._given: list[tuple[str, slice, npt.NDArray[np.float32]]] = []
 
+    def begin(self) -> None:
+        self._standard.clear()
+        self._given.clear()
+
     def draw(self, at: int, n: int, seed: int, start: int, temperature: float, prior: Prior) -> None:
         """Set input rows at .. at + n - 1 to rows start .. start + n - 1 of a seed.
 
@@ -97,19 +101,15 @@ class SamplerInputs:
             for name, array in self._prior.items():
                 self.arrays[name][self._rows_of_prior : n] = array
             self._rows_of_prior = n
-        if self._given:
-            for name, rows, values in self._given:
-                self.arrays[name][rows] = values
-                self._rows_of_prior = min(self._rows_of_prior, rows.start)
-            self._given.clear()
+        for name, rows, values in self._given:
+            self._rows_of_prior = min(self._rows_of_prior, rows.start)
+            self.arrays[name][rows] = values
         words = self._words[: n * self._words_per_row].reshape(n, -1)[:, : self._elements]
         self.arrays["noise"][:n] = self._noise(words).reshape(n, *self._contract.latent_shape)
 
     def _fill_components(self, n: int) -> None:
         components = noise.component(self._component_words[:n], self._cumulative_weights)
-        if self._standard:
-            for rows in self._standard:
-                components[rows] = STANDARD_COMPONENT
-            self._standard.clear()
+        for rows in self._standard:
+            components[rows] = STANDARD_COMPONENT
         for name, table in self._tables.items():
             np.take(table, components, 0, out=self.arrays[name][:n], mode="wrap")

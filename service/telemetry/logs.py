@@ -1,11 +1,12 @@
 """Log lines: JSON for machines, or text for people with REPARAM_LOG_FORMAT=text."""
 
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -60,26 +61,23 @@ PIPE_BUF = 4096  # largest atomic write to a pipe on Linux, in bytes; other syst
 MAX_PATH = 512  # characters; longer paths are cut, because clients choose the path
 
 
-class Entry(Protocol):
-    """A request to log.
+class RequestNote(NamedTuple):
+    """A finished request.
 
     ended: end of the response, in seconds since the epoch.
+    path: path in the request.
+    route: the path as declared by the application, such as /models/{name}.
     request_id: printable ASCII.
     seconds: time from the start of the request to the end of the response.
     """
 
-    @property
-    def ended(self) -> float: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def status(self) -> int: ...
-    @property
-    def request_id(self) -> bytes: ...
-    @property
-    def seconds(self) -> float: ...
+    ended: float
+    method: str
+    path: str
+    route: str
+    status: int
+    request_id: bytes
+    seconds: float
 
 
 class AccessLog:
@@ -96,7 +94,7 @@ class AccessLog:
         self.enabled = logging.getLogger(self.LOGGER).isEnabledFor(logging.INFO)
         self._line = _json_line if format == "json" else _text_line
 
-    def write(self, entries: Iterable[Entry]) -> None:
+    def write(self, entries: Iterable[RequestNote]) -> None:
         """Write the lines in pieces of at most PIPE_BUF bytes, because other workers write to the same pipe."""
         if not self.enabled:
             return
@@ -111,11 +109,12 @@ class AccessLog:
 
 
 def _write(lines: bytes) -> None:
-    sys.stderr.buffer.write(lines)
-    sys.stderr.buffer.flush()
+    with contextlib.suppress(OSError):  # a log that cannot be written must not fail requests
+        sys.stderr.buffer.write(lines)
+        sys.stderr.buffer.flush()
 
 
-def _json_line(entry: Entry) -> bytes:
+def _json_line(entry: RequestNote) -> bytes:
     line = {
         "time": _time(entry.ended),
         "level": "INFO",
@@ -130,7 +129,7 @@ def _json_line(entry: Entry) -> bytes:
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _text_line(entry: Entry) -> bytes:
+def _text_line(entry: RequestNote) -> bytes:
     return (
         f"{_time(entry.ended)} INFO    request method={entry.method} path={_plain(entry.path[:MAX_PATH])} "
         f"status={entry.status} request_id={_plain(entry.request_id.decode())} seconds={round(entry.seconds, 6)}\n"

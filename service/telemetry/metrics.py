@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain
-from typing import Protocol
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -20,8 +20,8 @@ MAXIMA = {
 Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]  # name, help, type; samples: name, labels, value
 
 
-class CountedBatch(Protocol):
-    """A batch to count.
+class BatchNote(NamedTuple):
+    """A finished batch.
 
     labels: model and version.
     rows: number of rows.
@@ -30,16 +30,11 @@ class CountedBatch(Protocol):
     waits: seconds each piece waited in the queue.
     """
 
-    @property
-    def labels(self) -> tuple[str, str]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def closed(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def waits(self) -> Sequence[float]: ...
+    labels: tuple[str, str]
+    rows: int
+    closed: str
+    seconds: float
+    waits: Sequence[float]
 
 
 class Metrics:
@@ -95,9 +90,9 @@ class Metrics:
             self.requests.labels(route, str(status)).inc(len(times))
             self.duration.labels(route).observe(*times)
 
-    def count_batches(self, batches: Iterable[CountedBatch]) -> None:
+    def count_batches(self, batches: Iterable[BatchNote]) -> None:
         """Count batches, in the metrics rows, batches, batch_rows, infer and queue."""
-        grouped: defaultdict[tuple[tuple[str, str], str], list[CountedBatch]] = defaultdict(list)
+        grouped: defaultdict[tuple[tuple[str, str], str], list[BatchNote]] = defaultdict(list)
         for batch in batches:
             grouped[batch.labels, batch.closed].append(batch)
         for (labels, closed), together in grouped.items():

@@ -9,44 +9,18 @@ import itertools
 import secrets
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from reparam.service.telemetry.logs import AccessLog
-from reparam.service.telemetry.metrics import Metrics
+from reparam.service.telemetry.logs import AccessLog, RequestNote
+from reparam.service.telemetry.metrics import BatchNote, Metrics
 
 DELAY = 0.1  # seconds from the first note until all notes are counted and logged
-MAX_NOTES = 256  # number of noted requests that triggers counting and logging at once
-
-
-class RequestNote(NamedTuple):
-    """A finished request; fields as in logs.Entry.
-
-    route: the path as declared by the application, such as /models/{name}.
-    """
-
-    ended: float
-    method: str
-    path: str
-    route: str
-    status: int
-    request_id: bytes
-    seconds: float
-
-
-class BatchNote(NamedTuple):
-    """A finished batch; fields as in metrics.CountedBatch."""
-
-    labels: tuple[str, str]
-    rows: int
-    closed: str
-    seconds: float
-    waits: Sequence[float]
+MAX_NOTES = 256  # number of noted requests after which all notes are counted and logged without delay
 
 
 class Recorder:
     """Notes requests, batches and encodings, for the metrics and the access log.
 
-    in_flight: number of unfinished requests. Callers add 1 for each new request; `request` subtracts 1.
+    in_flight: number of unfinished requests.
     request_ids: iterator of fresh ids, bytes, unique among all processes.
     encodings: media type and seconds of each encoded response. Callers append here.
     """
@@ -62,6 +36,14 @@ class Recorder:
         self._timer: asyncio.TimerHandle | None = None
         metrics.in_flight.set_function(lambda: self.in_flight)
 
+    def begin(self) -> None:
+        """Count a request as in flight, until `request` or `hand_over`."""
+        self.in_flight += 1
+
+    def hand_over(self) -> None:
+        """Take back `begin`, because another part of the service begins the same request."""
+        self.in_flight -= 1
+
     def request(self, method: str, path: str, route: str, status: int, request_id: bytes, started: float) -> None:
         """Note a finished request.
 
@@ -72,14 +54,16 @@ class Recorder:
         self.in_flight -= 1
         seconds = time.perf_counter() - started
         self._requests.append((time.time(), method, path, route, status, request_id, seconds))
-        if self._timer is None or len(self._requests) >= MAX_NOTES:
-            self._flush_soon()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DELAY, self.flush)
+        elif len(self._requests) == MAX_NOTES:
+            asyncio.get_running_loop().call_soon(self.flush)  # not here, on the path of a request
 
     def batch(self, labels: tuple[str, str], rows: int, closed: str, seconds: float, waits: Sequence[float]) -> None:
-        """Note a finished batch; arguments as in metrics.CountedBatch."""
+        """Note a finished batch; arguments as in metrics.BatchNote."""
         self._batches.append(BatchNote(labels, rows, closed, seconds, waits))
         if self._timer is None:
-            self._flush_soon()
+            self._timer = asyncio.get_running_loop().call_later(DELAY, self.flush)
 
     def flush(self) -> None:
         """Count and log all notes."""
@@ -95,10 +79,3 @@ class Recorder:
             self._metrics.encode.labels(media_type).observe(seconds)
         self.encodings.clear()
         self._access_log.write(requests)
-
-    def _flush_soon(self) -> None:
-        """Flush at once if there are many notes, otherwise after DELAY."""
-        if len(self._requests) >= MAX_NOTES:
-            self.flush()
-        else:
-            self._timer = asyncio.get_running_loop().call_later(DELAY, self.flush)

@@ -2,8 +2,9 @@
 
 Most requests take the fast path. Callbacks of the event loop answer such requests: rows are submitted when the body is
 complete, and the response is written when the rows are computed. A task, a coroutine and ASGI messages would take
-longer than all other steps. The steps are methods of Endpoint, so both paths give the same responses. The time of a
-request begins when the body is complete, at most GRACE after the head.
+longer than all other steps of a request. The steps are methods of Endpoint, so both paths give the same responses. The
+timeout of a request counts from the complete body. A body that is not complete GRACE seconds after the head takes the
+ASGI path.
 """
 
 import logging
@@ -82,7 +83,7 @@ class FastPath:
                 self.lifespan.check_ready()
             plan = self.endpoint.plan(head, self.endpoint.read(body))
             if not plan.is_small:
-                self.recorder.in_flight -= 1
+                self.recorder.hand_over()
                 return None
             request.media_type = plan.media_type
             self.engine.join(request)
@@ -109,7 +110,7 @@ class FastRequest(Job):
         self._path = path
         self._request_id = request_id
         self._reply = reply
-        path.recorder.in_flight += 1
+        path.recorder.begin()
 
     @property
     def message_event(self) -> "FastRequest":
@@ -122,7 +123,7 @@ class FastRequest(Job):
             self._path.engine.fail(self, ClientLeft())
 
     def on_wait(self) -> None:
-        """Do nothing, because the protocol notices a disconnect."""
+        """Do nothing. The protocol tells a fast request of a disconnect; other jobs watch the client here."""
 
     def on_change(self) -> None:
         """Send the response once all rows are computed, or the problem document of the error."""

@@ -6,8 +6,8 @@ twice. Here a response is written in one piece, and requests for operations take
 Stricter: heads are limited in size and time. Pipelined input, malformed or not, is handled after the response to the
 request before.
 
-A head is a request line and headers. An operation's request takes uvicorn's way, the ASGI path, if the request is not
-complete in time or too large for the fast path.
+A head is a request line and headers. The ASGI path is uvicorn's own way of serving a request. An operation's request
+takes the ASGI path if the request is not complete in time, or too large for the fast path.
 """
 
 import asyncio
@@ -186,7 +186,7 @@ class Protocol(HttpToolsProtocol):
 
     def _send_refusal(self, error: Exception) -> None:
         recorder = self._lifespan.recorder
-        recorder.in_flight += 1
+        recorder.begin()
         request_id = next(recorder.request_ids)
         status, headers, body = problem_response(error, request_id)
         head = to_lines([*self.server_state.default_headers, *headers, (b"x-request-id", request_id)])

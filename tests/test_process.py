@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -94,6 +95,7 @@ def test_sigterm_lets_requests_in_flight_end_and_exits_0(repository: Path) -> No
 
 def is_closed(service: Process) -> bool:
     """Tell whether the port takes no connections."""
+    time.sleep(0.1)  # few requests, because the log, which is not read, must fit the pipe
     try:
         service.get("/livez")
     except httpx.ConnectError:

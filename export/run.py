@@ -107,7 +107,7 @@ class Run:
         """
         before = self.config()
         for name, now in _flat(config).items():
-            # The path of the images may differ: data_sha256 identifies them.
+            # The path may differ from the recorded path, because data_sha256 identifies the images.
             if name != "data" and _flat(before)[name] != now:
                 raise RunError(f"{self.folder} was started with {name}={_flat(before)[name]!r}, not {now!r}")
 

@@ -173,7 +173,9 @@ def _initialized(network: nn.Sequential, activation: Activation) -> nn.Sequentia
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity=activation)
         elif isinstance(layer, nn.ConvTranspose2d):
-            inputs = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)  # terms in each output
+            inputs = (
+                layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)
+            )  # products summed for each output value, on average
             nn.init.normal_(layer.weight, std=gain / sqrt(inputs))
         else:
             continue

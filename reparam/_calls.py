@@ -79,7 +79,7 @@ class Calls:
         self.max_retries = max_retries
 
     def sample(self, request: SampleRequest) -> Flow[Samples]:
-        """Make the flow of `Client.sample`. The flow emits one Samples, or raises ReparamError."""
+        """Make the flow of `Client.sample`: a generator of its steps. It emits one Samples, or raises ReparamError."""
         media_type, read = (NPY, read_npy) if len(request.outputs) == 1 else (NPZ, read_npz)
         exchange = self._exchange(lambda remaining: self.server.sample(request, media_type, remaining), media_type)
         yield Emit(read(*(yield from exchange), request))

@@ -252,7 +252,7 @@ ORIGIN = (
     "version",
     "seed",
     "start",
-)  # options whose values every response states in headers; attributes of Samples
+)  # options that every response states in headers, so Samples has these as attributes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "images": np.dtype("u1"),

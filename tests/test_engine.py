@@ -1,6 +1,7 @@
 """The engine through a real server: rows and counters are right in every batch, beside any other requests."""
 
 import asyncio
+import gc
 import io
 import random
 import signal
@@ -19,7 +20,7 @@ from reparam.service.artifact.file import load
 from tests.conftest import TINY, Running, metric, wait_until
 from tests.graphs import FAILS, NAN, SLOW
 from tests.load import NPY, bystanders, occupied, rows_of
-from tests.raw import HEAD_END, connect, read_response, request
+from tests.raw import HEAD_END, connect, next_response, read_response, request
 
 
 def test_a_model_that_fails_returns_nan_or_is_slow_does_not_affect_others(engine: Running) -> None:
@@ -43,6 +44,21 @@ def test_a_row_that_fails_in_a_full_batch_fails_alone(engine: Running) -> None:
         responses = [future.result() for future in futures]
     assert [response.status_code for response in responses] == [500 if t == FAILS else 200 for t in temperatures]
     assert len({response.json()["images"][0] for response in responses if response.status_code == 200}) == 1
+
+
+def test_a_request_leaves_no_garbage_to_collect(engine: Running) -> None:
+    """Garbage is collected while all requests wait, for tens of milliseconds."""
+    count, message = 200, request({"seed": 1})
+    with connect(engine) as connection, connection.makefile("rb") as stream:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(count):
+                connection.sendall(message)
+                assert next_response(stream)[0] == 200
+            assert gc.collect() < count
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("engine", [1, 2], indirect=True)

@@ -56,7 +56,9 @@ class Source:
 
 
 def words(seed: int, start: int, n: int, shape: tuple[int, ...], stream: int = LATENT_STREAM) -> Words:
-    """Draw the random words of rows start .. start + n - 1, without the unused words of each row's last block.
+    """Draw the random words of rows start .. start + n - 1 of a seed.
+
+    Each row uses whole blocks of four words. The surplus words of its last block are dropped.
 
     seed, stream: 0 .. 2**64 - 1.
     start, n: first row and number of rows.
@@ -112,8 +114,9 @@ def normal(words: Words) -> Float32:
 def gumbel(words: Words) -> Float32:
     """Map words to standard Gumbel draws: -log(-log(1 - u)) in float64, where u is the uniform draw of a word.
 
-    The largest draws come from the smallest u. There log1p is exact, so log(0) needs no guard such as an added epsilon.
-    With g a draw, argmax(logits + g) selects even a category of probability 1e-15 at the right rate.
+    The largest draws come from the smallest u. log1p keeps all digits of a small u, and u is at least 2**-65. So the
+    outer log never gets 0, and no epsilon is needed. With g a draw, argmax(logits + g) selects even a category of
+    probability 1e-15 at the right rate.
 
     words: uint64, any shape.
 

@@ -1,7 +1,7 @@
-"""Deadlines of requests, at no cost to fast requests.
+"""Deadlines of requests, at almost no cost to requests that end soon.
 
-Starting a timer for each request would take longer than most samples. So one timer visits all jobs every GRACE seconds.
-A job present at two visits gets its own timer. A job with a timeout below SHORT gets its own timer at once.
+Starting a timer for each request would be costly beside a small request. So one timer visits all jobs every GRACE
+seconds. A job present at two visits gets its own timer. A job with a timeout below SHORT gets its own timer at once.
 """
 
 import asyncio

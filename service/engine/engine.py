@@ -161,6 +161,7 @@ class Engine:
             job.timer.cancel()
         if job.ticket.taken < job.ticket.rows:
             self._queue.drop(job.ticket)
+        job.ticket = Job.ticket  # a job and its ticket refer to each other; garbage collection would stop all requests
         self.jobs.discard(job)
         self.admission.release(job)
 

@@ -220,7 +220,7 @@ class Endpoint:
         lines = self.header_block(job, plan.media_type, len(body), seconds)
         await send({"type": "http.response.start", "status": 200, "headers": from_lines(lines)})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        # This send waits until little of the body is left in the write buffer. Until then its bytes stay reserved.
+        # This send waits until the write buffer holds little of the body. Until then its bytes stay reserved.
         await send({"type": "http.response.body"})
 
     async def _stream(self, job: AwaitedJob, send: Send) -> None:

@@ -49,7 +49,7 @@ def faults_of(refusal: ValidationError) -> list[Fault]:
 
 
 def invalid(faults: list[Fault]) -> InvalidRequest:
-    """Make the problem of these faults. The member `errors` lists at most MAX_FAULTS of the faults."""
+    """Make the problem document for these faults. The member `errors` lists at most MAX_FAULTS of the faults."""
     pointed = [
         {"pointer": "".join(f"/{_pointed(part)}" for part in location), "detail": f"{message}, got {_short(value)}"}
         for location, message, value in faults[:MAX_FAULTS]

@@ -1,4 +1,4 @@
-"""The device: the onnxruntime provider of the models, with the numbers of workers, runners and threads."""
+"""The choice of the device: the onnxruntime provider that runs the models, and how many workers, runners, threads."""
 
 import ctypes
 import os

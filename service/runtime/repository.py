@@ -33,7 +33,7 @@ class Model:
 
     @property
     def contract(self) -> Contract:
-        """The contract of the artifact."""
+        """The artifact's Contract: kind, shapes, priors."""
         return self.artifact.contract
 
 

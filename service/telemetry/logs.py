@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import orjson
 
@@ -61,23 +61,10 @@ PIPE_BUF = 4096  # largest atomic write to a pipe on Linux, in bytes; other syst
 MAX_PATH = 512  # characters; longer paths are cut, because clients choose the path
 
 
-class RequestNote(NamedTuple):
-    """A finished request.
-
-    ended: end of the response, in seconds since the epoch.
-    path: path in the request.
-    route: the path as declared by the application, such as /models/{name}.
-    request_id: printable ASCII.
-    seconds: time from the start of the request to the end of the response.
-    """
-
-    ended: float
-    method: str
-    path: str
-    route: str
-    status: int
-    request_id: bytes
-    seconds: float
+# A finished request: end of the response in seconds since the epoch, method, path in the request, route (the path as
+# declared by the application), status, request id in printable ASCII, and seconds from the start of the request to the
+# end of the response. A plain tuple, because one is made for each request.
+RequestNote = tuple[float, str, str, str, int, bytes, float]
 
 
 class AccessLog:
@@ -114,25 +101,27 @@ def _write(lines: bytes) -> None:
         sys.stderr.buffer.flush()
 
 
-def _json_line(entry: RequestNote) -> bytes:
+def _json_line(note: RequestNote) -> bytes:
+    ended, method, path, _, status, request_id, seconds = note
     line = {
-        "time": _time(entry.ended),
+        "time": _time(ended),
         "level": "INFO",
         "logger": AccessLog.LOGGER,
         "message": "request",
-        "method": entry.method,
-        "path": entry.path[:MAX_PATH],
-        "status": entry.status,
-        "request_id": entry.request_id.decode(),
-        "seconds": round(entry.seconds, 6),
+        "method": method,
+        "path": path[:MAX_PATH],
+        "status": status,
+        "request_id": request_id.decode(),
+        "seconds": round(seconds, 6),
     }
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _text_line(entry: RequestNote) -> bytes:
+def _text_line(note: RequestNote) -> bytes:
+    ended, method, path, _, status, request_id, seconds = note
     return (
-        f"{_time(entry.ended)} INFO    request method={entry.method} path={_plain(entry.path[:MAX_PATH])} "
-        f"status={entry.status} request_id={_plain(entry.request_id.decode())} seconds={round(entry.seconds, 6)}\n"
+        f"{_time(ended)} INFO    request method={method} path={_plain(path[:MAX_PATH])} status={status} "
+        f"request_id={_plain(request_id.decode())} seconds={round(seconds, 6)}\n"
     ).encode()
 
 

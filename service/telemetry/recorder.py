@@ -31,7 +31,7 @@ class Recorder:
         self.encodings: list[tuple[str, float]] = []
         self._metrics = metrics
         self._access_log = access_log
-        self._requests: list[tuple[float, str, str, str, int, bytes, float]] = []  # fields of RequestNote
+        self._requests: list[RequestNote] = []
         self._batches: list[BatchNote] = []
         self._timer: asyncio.TimerHandle | None = None
         metrics.in_flight.set_function(lambda: self.in_flight)
@@ -70,10 +70,9 @@ class Recorder:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        requests = [RequestNote._make(fields) for fields in self._requests]
-        self._requests.clear()
+        requests, self._requests = self._requests, []
         batches, self._batches = self._batches, []
-        self._metrics.count_requests([(note.route, note.status, note.seconds) for note in requests])
+        self._metrics.count_requests((route, status, seconds) for _, _, _, route, status, _, seconds in requests)
         self._metrics.count_batches(batches)
         for media_type, seconds in self.encodings:
             self._metrics.encode.labels(media_type).observe(seconds)

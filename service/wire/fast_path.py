@@ -1,10 +1,9 @@
-"""The fast path of operations, for requests that arrive complete and responses sent in one piece.
+"""The fast path of operations, for small requests whose response is sent in one piece.
 
-Most requests take the fast path. Callbacks of the event loop answer such requests: rows are submitted when the body is
-complete, and the response is written when the rows are computed. A task, a coroutine and ASGI messages would take
-longer than all other steps of a request. The steps are methods of Endpoint, so both paths give the same responses. The
-timeout of a request counts from the complete body. A body that is not complete GRACE seconds after the head takes the
-ASGI path.
+Most requests take the fast path. Event loop callbacks submit the rows when the body is complete, and later write the
+response. A task, a coroutine and ASGI messages would take longer than all other steps of a request. The steps are
+methods of Endpoint, so both paths give the same responses. The timeout counts from the complete body. A request whose
+body is still incomplete after GRACE seconds (engine/deadlines.py) takes the ASGI path.
 """
 
 import logging
@@ -123,7 +122,7 @@ class FastRequest(Job):
             self._path.engine.fail(self, ClientLeft())
 
     def on_wait(self) -> None:
-        """Do nothing. The protocol tells a fast request of a disconnect; other jobs watch the client here."""
+        """Do nothing. Other jobs begin to watch for a disconnect here. The protocol calls `set` after a disconnect."""
 
     def on_change(self) -> None:
         """Send the response once all rows are computed, or the problem document of the error."""

@@ -16,7 +16,7 @@ CLOSE = b"connection: close\r\n"
 
 
 def whole_head(status: int, headers: bytes, keep_alive: bool) -> bytes:
-    """Write a status line, the headers, and the empty line at the end of the head.
+    """Make the head of a response: a status line, the headers, and the empty line at the end of the head.
 
     status: HTTP status.
     headers: headers as lines.

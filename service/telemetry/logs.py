@@ -85,51 +85,61 @@ class AccessLog:
         """Write the lines in pieces of at most PIPE_BUF bytes, because other workers write to the same pipe."""
         if not self.enabled:
             return
-        together = b""
+        lines: list[bytes] = []
+        size = 0
         for entry in entries:
             line = self._line(entry)
-            if len(together) + len(line) > PIPE_BUF:
-                _write(together)
-                together = b""
-            together += line
-        _write(together)
+            size += len(line)
+            if size > PIPE_BUF:
+                _write(lines)
+                lines, size = [], len(line)
+            lines.append(line)
+        _write(lines)
 
 
-def _write(lines: bytes) -> None:
+def _write(lines: list[bytes]) -> None:
     with contextlib.suppress(OSError):  # a log that cannot be written must not fail requests
-        sys.stderr.buffer.write(lines)
+        sys.stderr.buffer.write(b"".join(lines))
         sys.stderr.buffer.flush()
 
 
 def _json_line(note: RequestNote) -> bytes:
     ended, method, path, _, status, request_id, seconds = note
-    line = {
-        "time": _time(ended),
+    return b'{"time":"%b",%b,"request_id":%b,"seconds":%b}\n' % (
+        _time(ended),
+        _json_request(method, path[:MAX_PATH], status),
+        orjson.dumps(request_id.decode()),
+        orjson.dumps(round(seconds, 6)),
+    )
+
+
+@lru_cache(256)
+def _json_request(method: str, path: str, status: int) -> bytes:
+    """Write the members of a line that most requests share."""
+    shared = {
         "level": "INFO",
         "logger": AccessLog.LOGGER,
         "message": "request",
         "method": method,
-        "path": path[:MAX_PATH],
+        "path": path,
         "status": status,
-        "request_id": request_id.decode(),
-        "seconds": round(seconds, 6),
     }
-    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(shared)[1:-1]
 
 
 def _text_line(note: RequestNote) -> bytes:
     ended, method, path, _, status, request_id, seconds = note
     return (
-        f"{_time(ended)} INFO    request method={method} path={_plain(path[:MAX_PATH])} status={status} "
+        f"{_time(ended).decode()} INFO    request method={method} path={_plain(path[:MAX_PATH])} status={status} "
         f"request_id={_plain(request_id.decode())} seconds={round(seconds, 6)}\n"
     ).encode()
 
 
-def _time(when: float) -> str:
+def _time(when: float) -> bytes:
     """Format seconds since the epoch as `logging` does."""
-    return f"{_second(int(when))},{int(when % 1 * 1000):03d}"
+    return b"%b,%03d" % (_second(int(when)), int(when % 1 * 1000))
 
 
 @lru_cache(2)
-def _second(when: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+def _second(when: int) -> bytes:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)).encode()

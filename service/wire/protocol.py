@@ -323,7 +323,7 @@ class Protocol(HttpToolsProtocol):
             defaults = to_lines(headers)
             Protocol._default_lines = headers, defaults
         response = b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, head, connection, body)
-        if cork.is_empty and not self._lifespan.engine.jobs:  # this loop iteration brings no other response
+        if cork.is_empty:  # uvloop itself collects the writes of one loop iteration
             cork.socket.write(response)
         else:
             cork.write(response)

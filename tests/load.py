@@ -10,10 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
+
+try:
+    import httpx
+except ModuleNotFoundError:  # the tests of the client also run where only httpx2 is installed
+    import httpx2 as httpx  # type: ignore[no-redef]  # both have the interface used here
 
 from reparam.service.artifact.outputs import OUTPUTS, Output
 from reparam.service.errors import InvalidRequest, Problem

@@ -92,3 +92,9 @@ def test_a_transport_of_the_user_sees_ordinary_timeouts() -> None:
 
     with Client(timeout=9, transport=httpx.MockTransport(respond)) as client:
         assert client.model("peer").name == "peer"
+
+
+@pytest.mark.parametrize("missing", ["httpx", "httpx2"])
+def test_the_tests_of_the_client_need_one_library_only(missing: str) -> None:
+    program = f"import sys; sys.modules['{missing}'] = None; import tests.conftest"
+    subprocess.run([sys.executable, "-c", program], check=True)

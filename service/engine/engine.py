@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from threading import Thread
 
 from reparam.service.engine.admission import Admission
 from reparam.service.engine.deadlines import SHORT, Deadlines
@@ -76,7 +77,9 @@ class Engine:
         finish, die = partial(self._thread_call, self._finish), partial(self._thread_call, self._end_service)
         for runner in self._runners:
             prepare = partial(self._thread_load, load) if runner.number == 0 else None
-            runner.start(self._queue, prepare, finish, die)
+            arguments = self._queue, prepare, finish, die
+            # A daemon thread, so that the process can end while a run hangs.
+            Thread(target=runner.work, args=arguments, name=f"runner {runner.number}", daemon=True).start()
         return asyncio.wrap_future(self._loaded, loop=loop)
 
     def serve(self, graph: Graph) -> None:

@@ -1,7 +1,6 @@
 """Runners: each computes one batch after the other. After a failure, only the rows at fault fail."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,14 +33,14 @@ class Runner:
         self.failure: BaseException | None = None
         self._on_out_of_memory = on_out_of_memory
 
-    def start(
+    def work(
         self,
         queue: Queue[Job],
         prepare: Callable[[], None] | None,
         finish: Callable[[Batch[Job], list[Result], float, float], None],
         die: Callable[[Batch[Job] | None], None],
     ) -> None:
-        """Start the runner's thread. The thread takes batches from the queue, and calls the functions below.
+        """Run the batches of the queue until the queue ends. The body of the runner's thread.
 
         prepare: called before the first batch.
         finish: called after each batch with the batch, the result of each piece, and start and end on
@@ -49,9 +48,17 @@ class Runner:
         die: called after an error that ends the thread, once `failure` is set. The argument is the batch at fault, or
             None between batches.
         """
-        # A daemon thread, so that the process can end while a run hangs.
-        arguments = queue, prepare, finish, die
-        threading.Thread(target=self._work, args=arguments, name=f"runner {self.number}", daemon=True).start()
+        batch = None
+        try:
+            if prepare is not None:
+                prepare()
+            while (batch := queue.wait()) is not None:
+                finish(batch, *self.run([(job.work, lo, hi) for job, lo, hi in batch.pieces]))
+                batch = None  # the batch is finished, so an error of `wait` is not about it
+        except BaseException as error:  # /livez reports every error that ends the thread
+            log.exception("the runner died")
+            self.failure = error
+            die(batch)
 
     def run(self, shares: Sequence[Share]) -> tuple[list[Result], float, float]:
         """Compute a batch of rows of one graph.
@@ -94,25 +101,6 @@ class Runner:
             return [Unavailable(f"the device has no memory for a row of model {graph.model!r}", retry_after=1)]
         graph.replicas[self.number].check_device()
         return [ModelFailed(f"{work.describe(lo, hi)} failed: the service's log has the cause under these numbers")]
-
-    def _work(
-        self,
-        queue: Queue[Job],
-        prepare: Callable[[], None] | None,
-        finish: Callable[[Batch[Job], list[Result], float, float], None],
-        die: Callable[[Batch[Job] | None], None],
-    ) -> None:
-        batch = None
-        try:
-            if prepare is not None:
-                prepare()
-            while (batch := queue.wait()) is not None:
-                finish(batch, *self.run([(job.work, lo, hi) for job, lo, hi in batch.pieces]))
-                batch = None  # the batch is finished, so an error of `wait` is not about it
-        except BaseException as error:  # /livez reports every error that ends the thread
-            log.exception("the runner died")
-            self.failure = error
-            die(batch)
 
     def _attempt(self, shares: Sequence[Share]) -> list[Result]:
         try:
